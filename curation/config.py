@@ -1,0 +1,107 @@
+"""Frozen, strict settings, read from YAML.
+
+YAML -> JSON -> pydantic: strict JSON mode takes a list for a tuple and a string for a path,
+and still refuses "3" for 3.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from curation.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, strict, unknown keys refused, every field with a docstring."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def replace(self, **changes: Any) -> Self:
+        """Give a validated copy with some fields changed."""
+        return type(self).model_validate({**self.model_dump(), **changes}, strict=False)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read one YAML document.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
+
+
+def parse_settings(model: type[S], values: Any, where: str) -> S:
+    """Validate plain YAML values into settings.
+
+    `where` names the file (and the place in it) in errors.
+
+    Raises:
+        ConfigError: one line that names the key, what was found and what is allowed.
+    """
+    try:
+        text = json.dumps({} if values is None else values, default=str)
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(describe_validation_error(model, error, where)) from error
+
+
+def describe_validation_error(model: type[BaseModel], error: ValidationError, where: str) -> str:
+    """Put the first of pydantic's errors, and the number of the others, into one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(model, first["loc"][:-1])
+        return f"{where}: unknown key '{key}'{_nearest(str(first['loc'][-1]), known)}{others}"
+    if first["type"] == "missing":
+        return f"{where}: key '{key}' is missing{others}"
+    found = json.dumps(first["input"], default=str)[:80]
+    hint = _number_hint(first["input"])
+    return f"{where}: '{key}' is {found}: {first['msg'].removeprefix('Value error, ')}{hint}{others}"
+
+
+def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the settings at a location inside `model`."""
+    current: Any = model
+    for part in location:
+        field = getattr(current, "model_fields", {}).get(str(part))
+        current = field.annotation if field is not None else current
+    return list(getattr(current, "model_fields", {}))
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known keys: {', '.join(sorted(known))}" if known else ""
+
+
+def _number_hint(value: Any) -> str:
+    """YAML 1.1 reads 1e-4 as text: say how to write it."""
+    if not isinstance(value, str) or "e" not in value.lower():
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ""
+    return " (YAML reads this as text: write 1.0e-4 for 1e-4)"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,58 @@
+"""The error tree of the product. Every error tells a person where, what was found, and what to do.
+
+CurateError (embedder.errors)
+├── ConfigError      a setting or a recipe that cannot run        -> exit 2
+├── DatasetError     a folder that is not the data set it should be -> exit 1
+│   └── SchemaError  columns missing or of the wrong type
+├── SpaceError       embeddings of different spaces or widths
+├── LedgerError      rows that do not add up: a bug of ours, never of the user's
+├── StageError       a stage that cannot go on with this data
+├── EngineError      shards that failed after their retries
+└── StorageError     a path that cannot be read or written
+"""
+
+from embedder.errors import CurateError
+
+__all__ = [
+    "ConfigError",
+    "CurateError",
+    "DatasetError",
+    "EngineError",
+    "LedgerError",
+    "SchemaError",
+    "SpaceError",
+    "StageError",
+    "StorageError",
+]
+
+
+class ConfigError(CurateError):
+    """A setting, a recipe or a command line that cannot run as written."""
+
+
+class DatasetError(CurateError):
+    """A folder that is no finished data set, or not the one expected."""
+
+
+class SchemaError(DatasetError):
+    """A column that is missing or has the wrong type."""
+
+
+class SpaceError(CurateError):
+    """Embeddings that may not be compared: another encoder, whitening or width."""
+
+
+class LedgerError(CurateError):
+    """Rows in differ from rows out plus rows dropped."""
+
+
+class StageError(CurateError):
+    """A stage that cannot go on with the data that it was given."""
+
+
+class EngineError(CurateError):
+    """Shards that still failed after their retries."""
+
+
+class StorageError(CurateError):
+    """A path that cannot be read or written: permission, space, or a wrong URL."""

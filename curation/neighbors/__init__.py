@@ -1,0 +1,1 @@
+"""An inverted file as files: partition, join and search of embeddings."""

@@ -1,0 +1,1 @@
+"""One stage a file; the file name is its name in YAML."""

@@ -1,0 +1,1 @@
+"""Images in, vectors out: decoding, backbones, encoders and whitening."""

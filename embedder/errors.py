@@ -1,0 +1,35 @@
+"""The root of the error tree and the errors of this package.
+
+CurateError
+├── ImageError       bytes that are no acceptable image; carries a reason
+├── EncoderError     an encoder that is unknown, or cannot work here
+└── CheckpointError  weights that do not fit the model
+
+`curation.errors` holds the rest of the tree.
+"""
+
+
+class CurateError(Exception):
+    """An error whose text is for people: where, what was found, and what to do."""
+
+
+class ImageError(CurateError):
+    """Bytes that cannot become pixels.
+
+    `reason` is one of the closed list in `embedder.images.REASONS` and ends up in a decision row.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
+        return type(self), (self.reason, str(self).removeprefix(self.reason).removeprefix(": "))
+
+
+class EncoderError(CurateError):
+    """An encoder that is unknown, or lacks a file or library that it needs."""
+
+
+class CheckpointError(CurateError):
+    """Weights that do not fit the model that should take them."""

@@ -1,0 +1,1 @@
+"""Puts the rooms together: recipes, engines, the runner, the report and the command line."""

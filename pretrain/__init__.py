@@ -1,0 +1,1 @@
+"""DINOv2 pretraining and what measures it, on packed shards."""

@@ -1,0 +1,1 @@
+"""Training methods: what is computed from a batch in one step."""
