@@ -1,0 +1,187 @@
+"""Load and save backbone weights, strictly.
+
+Read are safetensors files and torch files (never pickled code), as released, as saved by training
+(`teacher` / `backbone.` prefixes) and with chunked blocks (`blocks.<chunk>.<i>`). Whatever does not
+fit is an error that lists the keys: a silently half-loaded backbone is the worst outcome.
+"""
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from embedder.errors import CheckpointError
+from embedder.vit import VisionTransformer, ViTConfig
+
+CONFIG_KEY = "vit_config"
+"""Name of the architecture in the metadata of our safetensors files."""
+
+WRAPPERS = ("teacher", "model", "state_dict", "student")
+PREFIXES = ("module.", "teacher.", "backbone.", "_orig_mod.")
+HEADS = ("dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.")
+
+
+def save_backbone(model: VisionTransformer, path: Path | str) -> None:
+    """Write weights and architecture to one safetensors file, whole or not at all."""
+    path = Path(path)
+    weights = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    save_state(weights, model.config, path)
+
+
+def save_state(weights: Mapping[str, Tensor], config: ViTConfig, path: Path) -> None:
+    """Write a backbone's state dict and its architecture; see `save_backbone`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(dict(weights), partial, metadata={CONFIG_KEY: json.dumps(asdict(config))})
+    partial.replace(path)
+
+
+def load_backbone(path: Path | str, config: ViTConfig | None = None) -> VisionTransformer:
+    """Build the model that a weight file holds, in evaluation mode.
+
+    The architecture comes from `config`, else from the file's metadata, else (released files) from
+    the shapes. A position embedding of another grid than `config`'s is kept: the model
+    interpolates it.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit `config`.
+    """
+    weights, saved = read_weights(path)
+    config = config or saved or infer_config(weights, where=str(path))
+    config = replace(config, image_size=_grid(weights, str(path)) * config.patch)
+    with torch.device("meta"):
+        model = VisionTransformer(config)
+    model.to_empty(device="cpu")
+    load_state(model, weights, where=str(path))
+    return model.eval()
+
+
+def load_state(model: VisionTransformer, weights: Mapping[str, Tensor], where: str) -> None:
+    """Copy weights into a model; every key must be there and fit.
+
+    Raises:
+        CheckpointError: listing missing, unexpected and misshapen keys.
+    """
+    own = model.state_dict()
+    missing = sorted(own.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    troubles = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if any(troubles.values()):
+        listed = "; ".join(f"{kind}: {_listed(keys)}" for kind, keys in troubles.items() if keys)
+        raise CheckpointError(f"{where}: weights do not fit the model: {listed}")
+    model.load_state_dict(dict(weights))
+
+
+def read_weights(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig | None]:
+    """Read a backbone's weights under their public names, and the architecture if it is saved.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds no backbone.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such weight file")
+    if path.suffix == ".safetensors":
+        state, config = _read_safetensors(path)
+    else:
+        state, config = _read_torch(path), None
+    return public_names(state, where=str(path)), config
+
+
+def public_names(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Unwrap a checkpoint and rename its keys to those of the released files; heads are left out.
+
+    Raises:
+        CheckpointError: no backbone is in it, or two keys get one name.
+    """
+    while wrapper := next((key for key in WRAPPERS if isinstance(state.get(key), Mapping)), None):
+        state = state[wrapper]
+    result: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = _public_name(key)
+        if name.startswith(HEADS):
+            continue
+        if name in result:
+            raise CheckpointError(f"{where}: two keys stand for '{name}', '{key}' is the second")
+        result[name] = value
+    if "cls_token" not in result:
+        raise CheckpointError(f"{where}: holds no backbone; its keys: {_listed(sorted(state))}")
+    return result
+
+
+def infer_config(weights: Mapping[str, Tensor], where: str) -> ViTConfig:
+    """Read the architecture off the shapes; heads are 64 wide, as in every released model.
+
+    Raises:
+        CheckpointError: a shape that no such model has.
+    """
+    try:
+        width = weights["cls_token"].shape[-1]
+        patch = weights["patch_embed.proj.weight"].shape[-1]
+        blocks = {int(key.split(".")[1]) for key in weights if key.startswith("blocks.")}
+        registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
+        ffn: Literal["mlp", "swiglu"] = "swiglu" if "blocks.0.mlp.w12.weight" in weights else "mlp"
+        grid = _grid(weights, where)
+        return ViTConfig(
+            width, 1 + max(blocks), max(width // 64, 1), patch, grid * patch, ffn,
+            registers=registers, antialias=registers > 0,
+            interpolate_offset=0.0 if registers else 0.1,
+            layerscale=1.0 if "blocks.0.ls1.gamma" in weights else None,
+        )  # fmt: skip
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{where}: not a DINOv2 backbone: {error}") from error
+
+
+def _grid(weights: Mapping[str, Tensor], where: str) -> int:
+    positions = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else 0
+    grid = math.isqrt(positions)
+    if not positions or grid * grid != positions:
+        raise CheckpointError(f"{where}: pos_embed holds {positions} patches, not a square of them")
+    return grid
+
+
+def _public_name(key: str) -> str:
+    while prefix := next((prefix for prefix in PREFIXES if key.startswith(prefix)), None):
+        key = key.removeprefix(prefix)
+    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
+
+
+def _listed(keys: list[str], limit: int = 8) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], ViTConfig | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = (file.metadata() or {}).get(CONFIG_KEY)
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return state, ViTConfig(**json.loads(saved)) if saved else None
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable torch file of weights: {error}") from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not weights by name")
+    return dict(state)
