@@ -1,0 +1,411 @@
+"""Bytes to pixels and back: the one place that decodes images.
+
+Pixels are uint8 arrays (H, W, 3) in sRGB, upright, without alpha. Everything here is a pure
+function; no library switch is touched, and foreign bytes raise `ImageError` only.
+"""
+
+import io
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from embedder.errors import ImageError
+from embedder.image_files import ImageFile, parse_image
+
+REASONS: tuple[str, ...] = (
+    "empty",
+    "too_large",
+    "not_an_image",
+    "unsupported_format",
+    "too_many_pixels",
+    "truncated",
+    "decode_error",
+)
+"""Why bytes are refused; `ImageError.reason` is one of these."""
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused before a pixel is decoded."""
+
+    max_bytes: int = 64 << 20
+    max_pixels: int = 50_000_000
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a file's header says."""
+
+    format: str
+    width: int
+    """In pixels, upright."""
+    height: int
+
+
+@dataclass(frozen=True)
+class CanonicalImage:
+    """An image as the pipeline stores it."""
+
+    data: bytes
+    """A JPEG in sRGB, upright, without metadata."""
+    width: int
+    height: int
+    original_width: int
+    """Of the upright original, before it was resized."""
+    original_height: int
+    pixels: Pixels
+    """(height, width, 3) before they were encoded again, where they were."""
+
+
+def read_header(data: bytes, limits: Limits = DEFAULT_LIMITS) -> ImageHeader:
+    """Read format and size without decoding a pixel, and hold them against the limits.
+
+    Raises: ImageError.
+    """
+    file = _parse(data, limits)
+    return ImageHeader(file.format, *_upright_size(file))
+
+
+def decode(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Pixels:
+    """Decode any supported image file to upright sRGB pixels; alpha is laid on white.
+
+    Of animations, the first frame. Raises: ImageError.
+    """
+    return np.asarray(_render(_parse(data, limits), None, limits))
+
+
+def decode_within(data: bytes, max_side: int, limits: Limits = DEFAULT_LIMITS) -> Pixels:
+    """Decode, shrunk to at most `max_side` pixels on the long side.
+
+    Faster than `decode` for large JPEGs, which are then decoded at a fraction of their size.
+    Raises: ImageError.
+    """
+    return np.asarray(_render(_parse(data, limits), max_side, limits))
+
+
+def canonicalize(
+    data: bytes, max_side: int = 512, quality: int = 95, limits: Limits = DEFAULT_LIMITS
+) -> CanonicalImage:
+    """Bring foreign bytes into the stored form: an upright sRGB JPEG of at most `max_side`.
+
+    A JPEG that is so already keeps its coded pixels bit for bit; its EXIF, XMP, GPS, comments,
+    thumbnails and trailing bytes go all the same. Raises: ImageError.
+    """
+    file = _parse(data, limits)
+    image = _render(file, max_side, limits)
+    kept = file.data if _is_canonical(file, max_side) else _encode_jpeg(image, quality)
+    return CanonicalImage(kept, *image.size, *_upright_size(file), np.asarray(image))
+
+
+def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
+    """Encode (H, W, 3) sRGB pixels as a baseline JPEG, the same bytes every time."""
+    return _encode_jpeg(Image.fromarray(pixels), quality)
+
+
+def resize(
+    pixels: Pixels,
+    width: int,
+    height: int,
+    filter: str = "bicubic",
+    reducing_gap: float | None = None,
+) -> Pixels:
+    """Resize with antialiasing; `filter` is box, bilinear, bicubic or lanczos.
+
+    `reducing_gap` 2 or 3 averages whole blocks first: faster, and hardly different.
+    """
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    kernel = Image.Resampling[filter.upper()]
+    image = Image.fromarray(pixels).resize((width, height), kernel, reducing_gap=reducing_gap)
+    return np.asarray(image)
+
+
+def resize_short_side(pixels: Pixels, size: int, filter: str = "bicubic") -> Pixels:
+    """Resize so that the short side has `size` pixels; rounds down, as torchvision does."""
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    return resize(pixels, int(size * width / short), int(size * height / short), filter)
+
+
+def center_crop(pixels: Pixels, width: int, height: int) -> Pixels:
+    """Cut the middle out; rounds to even, as torchvision does. Needs pixels at least that large."""
+    top = round((pixels.shape[0] - height) / 2)
+    left = round((pixels.shape[1] - width) / 2)
+    return pixels[top : top + height, left : left + width]
+
+
+def blur_boxes(pixels: Pixels, boxes: Sequence[Sequence[float]]) -> Pixels:
+    """Blur the inside of boxes (x0, y0, x1, y1 in pixels) beyond recognition; returns a copy.
+
+    A box keeps at most 4x4 averages, so nothing of a face can be restored.
+    """
+    blurred = pixels.copy()
+    for box in boxes:
+        x0, y0, x1, y1 = _clip_box(box, pixels.shape[1], pixels.shape[0])
+        if x0 < x1 and y0 < y1:
+            region = Image.fromarray(blurred[y0:y1, x0:x1])
+            coarse = region.resize((min(4, x1 - x0), min(4, y1 - y0)), Image.Resampling.BOX)
+            blurred[y0:y1, x0:x1] = np.asarray(coarse.resize(region.size, Image.Resampling.BICUBIC))
+    return blurred
+
+
+def _clip_box(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
+    x0, y0, x1, y1 = box
+    left, top = max(0, int(np.floor(x0))), max(0, int(np.floor(y0)))
+    return left, top, min(width, int(np.ceil(x1))), min(height, int(np.ceil(y1)))
+
+
+# --- from a file to a Pillow image --------------------------------------------------------------
+
+_OPENERS: dict[str, Callable[[Any], Image.Image]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+}
+_WARNING = frozenset({"TIFF", "AVIF"})
+"""Formats whose reader reports foreign metadata as Python warnings."""
+_warning_filters = threading.Lock()  # Python 3.11 keeps them per process, not per thread
+
+
+@contextmanager
+def _quiet(format: str) -> Iterator[None]:
+    """Keep a reader's warnings about foreign metadata away from the user."""
+    if format not in _WARNING:
+        yield
+        return
+    with _warning_filters, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _foreign_errors(file: ImageFile) -> Iterator[None]:
+    """Map whatever a decoder raises to an ImageError: hostile bytes reach every branch of it."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("too_many_pixels", str(error)) from error
+    except Exception as error:  # Pillow raises over ten unrelated types here
+        cut = not file.is_whole or isinstance(error, EOFError) or "truncated" in str(error).lower()
+        detail = f"{file.format}: {type(error).__name__}: {error}"
+        raise ImageError("truncated" if cut else "decode_error", detail) from error
+
+
+def _parse(data: bytes, limits: Limits) -> ImageFile:
+    if len(data) > limits.max_bytes:
+        raise ImageError("too_large", f"{len(data)} bytes, allowed are {limits.max_bytes}")
+    file = parse_image(data)
+    if file.width == 0:
+        with _foreign_errors(file), _quiet(file.format):
+            image = _open(file)
+            file = replace(file, width=image.width, height=image.height)
+            file = replace(file, orientation=_orientation(image))
+    _check_size(file.width, file.height, limits)
+    return file
+
+
+def _check_size(width: int, height: int, limits: Limits) -> None:
+    if width * height > limits.max_pixels:
+        raise ImageError("too_many_pixels", f"{width}x{height}, allowed are {limits.max_pixels}")
+    if width * height <= 0:
+        raise ImageError("decode_error", f"an image of {width}x{height} pixels")
+
+
+def _open(file: ImageFile) -> Image.Image:
+    if file.format == "AVIF" and not AvifImagePlugin.SUPPORTED:
+        raise ImageError("unsupported_format", "this build of Pillow reads no AVIF")
+    # The plugin, not Image.open: that one warns of, or refuses, sizes that our limits allow.
+    return _OPENERS[file.format](io.BytesIO(file.data))
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format != "AVIF":  # Pillow turns TIFFs by itself
+        return 1
+    return int(image.getexif().get(0x0112, 1))
+
+
+def _upright_size(file: ImageFile) -> tuple[int, int]:
+    if file.orientation >= 5:
+        return file.height, file.width
+    return file.width, file.height
+
+
+def _render(file: ImageFile, max_side: int | None, limits: Limits) -> Image.Image:
+    """Decode to an upright RGB image in sRGB, shrunk to `max_side` if given."""
+    with _foreign_errors(file):
+        size = _shrunk_size(file, max_side)
+        image = _load(file, size, limits)
+        icc = file.icc or image.info.get("icc_profile")
+        image = _to_8_bit_channels(image)
+        if size != (file.width, file.height):
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        return _turn_upright(_lay_on_white(_to_srgb(image, icc)), file.orientation)
+
+
+def _shrunk_size(file: ImageFile, max_side: int | None) -> tuple[int, int]:
+    long_side = max(file.width, file.height)
+    if max_side is None or long_side <= max_side:
+        return file.width, file.height
+    scale = max_side / long_side
+    return max(1, round(file.width * scale)), max(1, round(file.height * scale))
+
+
+_DRAFT_GAP = 1.5
+"""A JPEG is decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that is this much above its target."""
+
+
+def _load(file: ImageFile, size: tuple[int, int], limits: Limits) -> Image.Image:
+    with _quiet(file.format):
+        image = _open(file)
+        _check_size(*image.size, limits)
+        if file.format == "TIFF":
+            image.load()
+    if size != (file.width, file.height):
+        image.draft(None, (round(size[0] * _DRAFT_GAP), round(size[1] * _DRAFT_GAP)))
+    image.load()
+    return image
+
+
+# --- colour -------------------------------------------------------------------------------------
+
+
+def _to_8_bit_channels(image: Image.Image) -> Image.Image:
+    """Bring any Pillow mode to L, LA, RGB, RGBA or CMYK."""
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_scale_to_8_bit(np.asarray(image)))
+    if image.mode == "La":
+        return image.convert("LA")
+    if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
+        return image.convert("RGBA")
+    if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _scale_to_8_bit(values: NDArray[Any]) -> Pixels:
+    """Scale grey values of more than 8 bits; their range is that of the type that holds them."""
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values)
+        top = 1.0 if values.max() <= 1 else 255.0
+    else:
+        top = next(t for t in (255.0, 65535.0, 2.0**32) if values.max() <= t)
+        top = max(top, 65535.0) if values.dtype.itemsize == 2 else top
+    return np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
+
+
+_PROFILE_SPACES = {"L": b"GRAY", "LA": b"GRAY", "RGB": b"RGB ", "RGBA": b"RGB ", "CMYK": b"CMYK"}
+
+
+def _to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
+    """Convert by the embedded profile; one that is broken or of another colour space is ignored."""
+    transform = None
+    if icc and icc[16:20] == _PROFILE_SPACES[image.mode]:
+        transform = _srgb_transform(icc, image.mode.removesuffix("A"))
+    if transform is None:
+        return image.convert("RGB") if image.mode == "CMYK" else image
+    if image.mode not in ("LA", "RGBA"):
+        return ImageCms.applyTransform(image, transform) or image
+    colour = ImageCms.applyTransform(image.convert(image.mode[:-1]), transform)
+    assert colour is not None, "applyTransform returns an image unless it works in place"
+    colour.putalpha(image.getchannel("A"))
+    return colour
+
+
+@lru_cache(maxsize=32)
+def _srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the way from a profile to sRGB; None where it changes nothing or cannot be."""
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB"), mode, "RGB"
+        )
+        return None if _changes_little(transform, mode) else transform
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
+def _changes_little(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether the profile is sRGB in all but name: at most 2 of 255 off on a grid of colours."""
+    if mode == "CMYK":
+        return False
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    if mode == "L":
+        grid = Image.fromarray(levels[None])
+    else:
+        grid = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3))
+    there = ImageCms.applyTransform(grid, transform)
+    change = np.asarray(there, np.int16) - np.asarray(grid.convert("RGB"), np.int16)
+    return bool(np.abs(change).max() <= 2)
+
+
+def _lay_on_white(image: Image.Image) -> Image.Image:
+    if image.mode not in ("LA", "RGBA"):
+        return image.convert("RGB")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image.convert("RGB"), mask=image.getchannel("A"))
+    return white
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+# --- the stored form ----------------------------------------------------------------------------
+
+
+def _is_canonical(file: ImageFile, max_side: int) -> bool:
+    if file.format != "JPEG" or file.orientation != 1 or max(file.width, file.height) > max_side:
+        return False
+    space = {1: b"GRAY", 3: b"RGB "}.get(file.num_channels or 0)
+    if space is None:
+        return False
+    if file.icc is None or file.icc[16:20] != space:
+        return True
+    return _srgb_transform(file.icc, "L" if file.num_channels == 1 else "RGB") is None
+
+
+def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.info.clear()  # Pillow would write a profile or comment that it finds there
+    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue()
