@@ -73,7 +73,9 @@ def describe_validation_error(model: type[BaseModel], error: ValidationError, wh
         return f"{where}: key '{key}' is missing{others}"
     found = json.dumps(first["input"], default=str)[:80]
     hint = _number_hint(first["input"])
-    return f"{where}: '{key}' is {found}: {first['msg'].removeprefix('Value error, ')}{hint}{others}"
+    return (
+        f"{where}: '{key}' is {found}: {first['msg'].removeprefix('Value error, ')}{hint}{others}"
+    )
 
 
 def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

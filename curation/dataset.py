@@ -1,0 +1,259 @@
+"""A data set: a folder of Parquet shards and a manifest, written last.
+
+The manifest is the commit: a folder without `_manifest.json` is not a data set, whatever lies
+in it. Its `content_digest` depends on the rows alone, its `files_digest` on the bytes as written.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from curation import storage
+from curation.config import Settings, parse_settings
+from curation.digest import Content
+from curation.errors import DatasetError, StorageError
+from curation.schema import ID, require_columns
+
+MANIFEST = "_manifest.json"
+FORMAT_VERSION = 1
+
+
+class ShardInfo(Settings):
+    """What the manifest says of one shard."""
+
+    name: str
+    """File name inside the folder."""
+    num_rows: int
+    """Rows in the shard."""
+    num_bytes: int
+    """Bytes of the file."""
+    sha256: str
+    """SHA-256 of the file."""
+    content: str
+    """Order-free digest of the rows (`curation.digest.Content`), as hex."""
+    num_kept: int | None = None
+    """For shards of decisions: rows with keep = true."""
+    companion: dict[str, str] = {}
+    """SHA-256 of files that belong to the shard, such as the tar of packed images."""
+
+
+class Manifest(Settings):
+    """The commit of a data set."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of this layout."""
+    columns: dict[str, str]
+    """Name -> Arrow type, in order."""
+    num_rows: int
+    """Rows in all shards."""
+    content_digest: str
+    """Depends on the rows alone: not on shards, their order, workers or engine."""
+    files_digest: str
+    """Depends on every byte as written."""
+    attributes: dict[str, Any] = {}
+    """What is true of the whole: stage, settings, embedding space."""
+    shards: tuple[ShardInfo, ...]
+    """The shards, in order."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finished data set, opened through its manifest."""
+
+    path: str
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str) -> "Dataset":
+        """Open a finished data set.
+
+        Raises:
+            DatasetError: there is no manifest, or it is of another version.
+        """
+        file = storage.join(path, MANIFEST)
+        if not storage.exists(file):
+            state = "is unfinished or no data set" if storage.exists(path) else "does not exist"
+            raise DatasetError(
+                f"{path}: {state} (no {MANIFEST}); run the command that writes it again"
+            )
+        manifest = parse_settings(Manifest, storage.read_json(file), file)
+        if manifest.format_version != FORMAT_VERSION:
+            raise DatasetError(
+                f"{path}: has layout version {manifest.format_version}, this program reads "
+                f"{FORMAT_VERSION}; write it again or use the program that wrote it"
+            )
+        return cls(path, manifest)
+
+    @classmethod
+    def is_finished(cls, path: str) -> bool:
+        """Whether a folder holds a committed data set."""
+        return storage.exists(storage.join(path, MANIFEST))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all shards."""
+        return self.manifest.num_rows
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards, empty ones included."""
+        return len(self.manifest.shards)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, in order."""
+        return list(self.manifest.columns)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What is true of the whole data set."""
+        return self.manifest.attributes
+
+    def shard_path(self, index: int) -> str:
+        """Path of one shard's file."""
+        return storage.join(self.path, self.manifest.shards[index].name)
+
+    def read_shard(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read one shard, only the columns asked for.
+
+        Raises:
+            SchemaError: a column is missing.
+            StorageError: the file is missing or damaged.
+        """
+        path = self.shard_path(index)
+        with storage.open_parquet(path) as file, storage.parquet_errors(path):
+            require_columns(file.schema_arrow, columns or (), path)
+            table = file.read(columns=None if columns is None else list(columns))
+        expected = self.manifest.shards[index].num_rows
+        if table.num_rows != expected:
+            raise StorageError(
+                f"{path}: holds {table.num_rows} rows where the manifest says {expected}; "
+                f"remove {self.path} and run the stage again"
+            )
+        return table.select(list(columns)) if columns is not None else table
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read all shards into memory: for tests, reports and small sets only."""
+        return pa.concat_tables(self.read_shard(i, columns) for i in range(self.num_shards))
+
+
+def shard_name(index: int) -> str:
+    """File name of a shard."""
+    return f"shard-{index:05d}.parquet"
+
+
+def write_shard(
+    folder: str, index: int, table: pa.Table, *, companion: dict[str, str] | None = None
+) -> ShardInfo:
+    """Write one shard, whole or not at all; it belongs to a data set once that is committed."""
+    name = shard_name(index)
+    num_bytes, sha256 = storage.write_parquet(storage.join(folder, name), table)
+    num_kept = None
+    if "keep" in table.column_names:
+        num_kept = sum(chunk.true_count for chunk in table["keep"].chunks)
+    return ShardInfo(
+        name=name,
+        num_rows=table.num_rows,
+        num_bytes=num_bytes,
+        sha256=sha256,
+        content=Content.of(table).hex(),
+        num_kept=num_kept,
+        companion=companion or {},
+    )
+
+
+def commit(
+    folder: str,
+    schema: pa.Schema,
+    shards: Iterable[ShardInfo],
+    attributes: dict[str, Any] | None = None,
+) -> Dataset:
+    """Make written shards a data set: compute the digests and write the manifest."""
+    shards = tuple(shards)
+    columns = {field.name: str(field.type) for field in schema}
+    manifest = Manifest(
+        columns=columns,
+        num_rows=sum(shard.num_rows for shard in shards),
+        content_digest=_content_digest(columns, shards),
+        files_digest=_files_digest(shards),
+        attributes=attributes or {},
+        shards=shards,
+    )
+    storage.write_json(storage.join(folder, MANIFEST), manifest.model_dump(mode="json"))
+    return Dataset(folder, manifest)
+
+
+def write_dataset(
+    folder: str,
+    tables: Iterable[pa.Table],
+    schema: pa.Schema,
+    attributes: dict[str, Any] | None = None,
+) -> Dataset:
+    """Write tables as the shards of a new data set and commit it."""
+    infos = [write_shard(folder, i, table.cast(schema)) for i, table in enumerate(tables)]
+    return commit(folder, schema, infos, attributes)
+
+
+def open_foreign(path: str, *, id_column: str = ID) -> Dataset:
+    """Open a finished data set, or any Parquet file or folder as if it were one.
+
+    Foreign shards carry no digests until they are read: their sizes stand in for content.
+
+    Raises:
+        DatasetError: no Parquet files there, or the id column is missing.
+    """
+    if Dataset.is_finished(path):
+        return Dataset.open(path)
+    folder, names = _foreign_files(path)
+    shards = []
+    columns: dict[str, str] = {}
+    for name in names:
+        file_path = storage.join(folder, name)
+        with storage.open_parquet(file_path) as file:
+            schema, num_rows = file.schema_arrow, file.metadata.num_rows
+        require_columns(schema, [id_column], file_path)
+        columns = columns or {field.name: str(field.type) for field in schema}
+        size = storage.size_of(file_path)
+        stamp = hashlib.blake2b(f"{name} {size} {num_rows}".encode(), digest_size=32).hexdigest()
+        shards.append(
+            ShardInfo(name=name, num_rows=num_rows, num_bytes=size, sha256=stamp, content=stamp)
+        )
+    return Dataset(
+        folder,
+        Manifest(
+            columns=columns,
+            num_rows=sum(shard.num_rows for shard in shards),
+            content_digest=_content_digest(columns, tuple(shards)),
+            files_digest=_files_digest(tuple(shards)),
+            attributes={"foreign": True},
+            shards=tuple(shards),
+        ),
+    )
+
+
+def _foreign_files(path: str) -> tuple[str, list[str]]:
+    if path.endswith(".parquet") and storage.exists(path):
+        folder, _, name = path.rpartition("/")
+        return folder or ".", [name]
+    names = storage.list_files(path, ".parquet")
+    if not names:
+        state = "no Parquet files in this folder" if storage.exists(path) else "does not exist"
+        raise DatasetError(f"{path}: {state}; name a data set or a folder of Parquet files")
+    return path, names
+
+
+def _content_digest(columns: dict[str, str], shards: tuple[ShardInfo, ...]) -> str:
+    total = Content.merge(Content.from_hex(shard.content) for shard in shards)
+    return total.digest(columns)
+
+
+def _files_digest(shards: tuple[ShardInfo, ...]) -> str:
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.name} {shard.sha256}\n".encode())
+        for name, value in sorted(shard.companion.items()):
+            digest.update(f"{name} {value}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,137 @@
+"""The live rows of a flow of stages: side-cars that lie shard by shard beside each other.
+
+Shard i of every side-car belongs to shard i of the images. Each decisions table holds only rows
+that were alive before its stage, so the last one alone says what is alive now.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.dataset import Dataset
+from curation.digest import digest_of
+from curation.errors import LedgerError, SchemaError
+from curation.schema import ID, KEEP
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Side-cars by name, and the decisions that say which rows are alive."""
+
+    name: str
+    """Name of the flow: "pool", or that of a seed set or benchmark."""
+    layers: dict[str, Dataset]
+    """Side-cars by output name, oldest first; a later one hides columns of earlier ones."""
+    decisions: Dataset | None = None
+    """The last stage's decisions; None means that every row is alive."""
+
+    @classmethod
+    def of(cls, dataset: Dataset, name: str = "pool") -> "Pool":
+        """A pool of one data set, all of whose rows are alive."""
+        return cls(name, {name: dataset})
+
+    def with_stage(self, outputs: dict[str, Dataset], decisions: Dataset) -> "Pool":
+        """The pool after a stage: its side-cars on top, its decisions in force."""
+        return replace(self, layers={**self.layers, **outputs}, decisions=decisions)
+
+    def only(self, layer: str) -> "Pool":
+        """The live rows with the columns of one side-car, such as one of several embeddings.
+
+        Raises:
+            SchemaError: there is no such side-car.
+        """
+        if layer not in self.layers:
+            raise SchemaError(
+                f"{self.name}: no side-car '{layer}'; there are: {', '.join(self.layers)}"
+            )
+        return replace(self, layers={layer: self.layers[layer]})
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns, id first."""
+        names = [name for layer in self.layers.values() for name in layer.columns]
+        return list(dict.fromkeys([ID, *names]))
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards, the same for every side-car."""
+        return self._rows().num_shards
+
+    @property
+    def num_rows(self) -> int:
+        """Live rows."""
+        return int(self.shard_rows().sum())
+
+    def shard_rows(self) -> np.ndarray:
+        """(S,) int64: live rows of each shard."""
+        infos = self._rows().manifest.shards
+        counts = [info.num_rows if self.decisions is None else info.num_kept for info in infos]
+        return np.array(counts, np.int64)
+
+    def shard_starts(self) -> np.ndarray:
+        """(S + 1,) int64: position of each shard's first live row, then the number of all."""
+        return np.concatenate([[0], np.cumsum(self.shard_rows())]).astype(np.int64)
+
+    def fingerprint(self, columns: Sequence[str] | None = None) -> str:
+        """Digest of the live rows, of the side-cars that give the columns, and of their shards."""
+        used = self._layers_of(self.columns if columns is None else columns)
+        parts = [self.layers[name].manifest.content_digest for name in sorted(used)]
+        if self.decisions is not None:
+            parts.append(self.decisions.manifest.content_digest)
+        layout = [shard.num_rows for shard in self._rows().manifest.shards]
+        return digest_of(self.name, parts, layout)
+
+    def read(self, index: int, columns: Sequence[str]) -> pa.Table:
+        """Live rows of one shard: id, then the columns asked for, in their first order.
+
+        Raises:
+            SchemaError: no side-car has a column.
+        """
+        wanted = [name for name in dict.fromkeys(columns) if name != ID]
+        live = self.live_ids(index)
+        arrays: dict[str, pa.ChunkedArray] = {}
+        for layer, names in self._layers_of(wanted).items():
+            arrays.update(self._read_layer(layer, index, names, live))
+        return pa.table({ID: live, **{name: arrays[name] for name in wanted}})
+
+    def live_ids(self, index: int) -> pa.ChunkedArray:
+        """Ids of the live rows of one shard, in order."""
+        if self.decisions is None:
+            return self._rows().read_shard(index, [ID])[ID]
+        verdicts = self.decisions.read_shard(index, [ID, KEEP])
+        return verdicts.filter(verdicts[KEEP])[ID]
+
+    def _read_layer(
+        self, layer: str, index: int, names: list[str], live: pa.ChunkedArray
+    ) -> dict[str, pa.ChunkedArray]:
+        table = self.layers[layer].read_shard(index, [ID, *names])
+        if not table[ID].equals(live):
+            rows = pc.index_in(live, value_set=table[ID].combine_chunks())
+            if rows.null_count:
+                missing = live.filter(pc.is_null(rows))[0].as_py()
+                raise LedgerError(
+                    f"{self.layers[layer].shard_path(index)}: row {missing} is alive but missing"
+                )
+            table = table.take(rows)
+        return {name: table[name] for name in names}
+
+    def _layers_of(self, columns: Sequence[str]) -> dict[str, list[str]]:
+        """Which side-car gives which columns: the latest that has them."""
+        found: dict[str, list[str]] = {}
+        for column in columns:
+            if column == ID:
+                continue
+            having = [name for name, layer in self.layers.items() if column in layer.columns]
+            if not having:
+                raise SchemaError(
+                    f"{self.name}: column '{column}' is missing; an earlier stage must add it; "
+                    f"there are: {', '.join(self.columns)}"
+                )
+            found.setdefault(having[-1], []).append(column)
+        return found
+
+    def _rows(self) -> Dataset:
+        return self.decisions if self.decisions is not None else next(iter(self.layers.values()))

@@ -1,0 +1,152 @@
+"""Every column name and its Arrow type, and how rows get their identity."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from curation.errors import SchemaError
+
+ID = "id"
+"""32 hex characters: blake2b-128 of the normalised source. 16 bytes inside the joins."""
+
+KEEP = "keep"
+REASON = "reason"
+
+_TYPES: dict[str, pa.DataType] = {
+    ID: pa.string(),
+    # where from
+    "source": pa.string(),
+    "source_set": pa.string(),
+    "alt": pa.string(),
+    "page": pa.string(),
+    "license": pa.string(),
+    # fetched bytes, deleted once canonicalize has committed
+    "raw": pa.large_binary(),
+    # canonical image
+    "image": pa.large_binary(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "original_width": pa.int32(),
+    "original_height": pa.int32(),
+    "format": pa.string(),
+    "num_bytes": pa.int64(),
+    "sha256": pa.string(),
+    "pixel_hash": pa.string(),
+    "phash": pa.string(),
+    "phash_quality": pa.int32(),
+    # decisions
+    "stage": pa.string(),
+    KEEP: pa.bool_(),
+    REASON: pa.string(),
+    "score": pa.float32(),
+    "threshold": pa.float32(),
+    "component": pa.string(),
+    "component_size": pa.int32(),
+    "twin": pa.string(),
+    "twin_set": pa.string(),
+    "similarity": pa.float32(),
+    "path": pa.string(),
+    # retrieval
+    "seed_set": pa.string(),
+    "rule": pa.string(),
+    "seed_id": pa.string(),
+    "rank": pa.int32(),
+    "cluster": pa.int32(),
+    # faces: (x0, y0, x1, y1) in pixels of the canonical image
+    "boxes": pa.list_(pa.list_(pa.int32(), 4)),
+    # fetches: what varies from run to run
+    "attempts": pa.int32(),
+    "status": pa.string(),
+    "final_url": pa.string(),
+    "content_type": pa.string(),
+    "http_status": pa.int32(),
+    "fetched_at": pa.timestamp("ms", tz="UTC"),
+    "seconds": pa.float32(),
+    # packed shards
+    "offset": pa.int64(),
+}
+
+DECISION_COLUMNS = (ID, "stage", KEEP, REASON, "score", "threshold")
+"""What every decision row has; a stage adds its own columns after these."""
+
+FETCH_COLUMNS = (
+    *(ID, "status", "attempts", "http_status", "final_url", "content_type"),
+    *("num_bytes", "fetched_at", "seconds"),
+)
+"""The side-car of what varies from run to run; left out of the content digest."""
+
+IMAGE_COLUMNS = (
+    *(ID, "image", "width", "height", "original_width", "original_height", "format"),
+    *("num_bytes", "sha256", "pixel_hash", "phash", "phash_quality"),
+)
+
+
+def column_type(name: str) -> pa.DataType:
+    """Arrow type of a column, by its name."""
+    return _TYPES[name]
+
+
+def schema_of(names: Iterable[str]) -> pa.Schema:
+    """Arrow schema of some of our columns, in the order given."""
+    return pa.schema([(name, _TYPES[name]) for name in names])
+
+
+def embedding_schema(width: int) -> pa.Schema:
+    """Schema of a set of embeddings: unit rows of float16."""
+    return pa.schema(
+        [(ID, pa.string()), ("source", pa.string()), ("embedding", pa.list_(pa.float16(), width))]
+    )
+
+
+def decision_schema(extras: pa.Schema | None = None) -> pa.Schema:
+    """Schema of the decisions of a stage: the columns that all share, then its own."""
+    fields = list(schema_of(DECISION_COLUMNS))
+    return pa.schema(fields + list(extras or ()))
+
+
+def require_columns(found: pa.Schema, needed: Sequence[str], where: str) -> None:
+    """Check that columns are there, with our types where we name one.
+
+    Raises:
+        SchemaError: a column is missing, or of a type that cannot be cast.
+    """
+    missing = [name for name in needed if name not in found.names]
+    if missing:
+        raise SchemaError(
+            f"{where}: column '{missing[0]}' is missing; found: {', '.join(found.names) or 'none'}"
+        )
+
+
+def make_id(normalised_source: str) -> str:
+    """32 hex characters of blake2b-128 over the normalised source."""
+    return hashlib.blake2b(normalised_source.encode(), digest_size=16).hexdigest()
+
+
+def ids_to_bytes(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Turn hex ids into (N, 16) uint8, the form inside the joins.
+
+    Raises:
+        SchemaError: an id that is not 32 hex characters.
+    """
+    text = "".join(ids.to_pylist())
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        raw = b""
+    if len(raw) != 16 * len(ids):
+        bad = next(value for value in ids.to_pylist() if not _is_id(value))
+        raise SchemaError(f"id {bad!r} is not 32 hex characters")
+    return np.frombuffer(raw, dtype=np.uint8).reshape(-1, 16)  # (N, 16)
+
+
+def ids_from_bytes(raw: np.ndarray) -> pa.Array:
+    """Turn (N, 16) uint8 back into hex ids."""
+    text = np.ascontiguousarray(raw, dtype=np.uint8).tobytes().hex()
+    return pa.array([text[i : i + 32] for i in range(0, len(text), 32)], pa.string())
+
+
+def _is_id(value: object) -> bool:
+    hexadecimal = set("0123456789abcdef")
+    return isinstance(value, str) and len(value) == 32 and set(value.lower()) <= hexadecimal

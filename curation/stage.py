@@ -1,0 +1,257 @@
+"""What a stage is, and what an engine offers it.
+
+A `ShardStage` judges each row from its own shard; a `DatasetStage` needs to see all rows and is
+handed an engine. Both drop rows only through `reject`, and both are frozen settings: their fields
+are their keys in YAML.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from curation import storage
+from curation.config import Settings
+from curation.errors import LedgerError
+from curation.pool import Pool
+from curation.schema import ID
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+DECISIONS = "decisions"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one running task needs."""
+
+    cpus: float = 1
+    """Cores."""
+    gpus: float = 0
+    """Devices."""
+    memory: int = 1 << 30
+    """Bytes at its peak."""
+
+
+class Task(ABC, Generic[Item, Result]):
+    """Work on one item, sent to workers by path and settings, never with data.
+
+    Subclasses are frozen data classes that pickle small.
+    """
+
+    resources: Resources = Resources()
+
+    def open(self) -> Any:
+        """Make what a worker needs for all of its items, such as a model. Called once a worker."""
+        return None
+
+    @abstractmethod
+    def __call__(self, item: Item, opened: Any) -> Result:
+        """Do the work on one item. The result is small: it travels to the driver."""
+
+
+class Engine(ABC):
+    """Runs tasks: in this process, or on a cluster."""
+
+    @property
+    @abstractmethod
+    def workers(self) -> int:
+        """Tasks of one core that run at once, as far as is known."""
+
+    @abstractmethod
+    def map(
+        self, task: Task[Item, Result], items: Sequence[Item], label: str
+    ) -> Iterator[tuple[Item, Result]]:
+        """Run a task on every item; give results as they finish, in any order.
+
+        A failing item is retried; the others go on.
+
+        Raises:
+            EngineError: after all others finished, if items still failed; names them.
+        """
+
+
+class Shard:
+    """The live rows of one shard on their way through a stage.
+
+    A stage reads `table`, adds side-car columns with `emit`, notes scores with `judge` and
+    `note`, and drops rows with `reject`.
+    """
+
+    def __init__(self, table: pa.Table, index: int) -> None:
+        self.table = table
+        self.index = index
+        self.reasons = np.full(table.num_rows, None, dtype=object)
+        self.scores: np.ndarray | None = None
+        self.threshold: float | None = None
+        self.notes: dict[str, Any] = {}
+        self.emitted: dict[str, dict[str, Any]] = {}
+        self.whole_outputs: set[str] = set()
+        self.counters: dict[str, float] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that came in."""
+        return int(self.table.num_rows)
+
+    @property
+    def ids(self) -> pa.ChunkedArray:
+        """Ids of all rows that came in."""
+        return self.table[ID]
+
+    @property
+    def alive(self) -> np.ndarray:
+        """(N,) bool: rows not rejected so far."""
+        return np.array([reason is None for reason in self.reasons], dtype=bool)
+
+    def values(self, column: str) -> list[Any]:
+        """A column as Python values."""
+        return list(self.table[column].to_pylist())
+
+    def array(self, column: str) -> np.ndarray:
+        """A numeric column as an array."""
+        return np.asarray(self.table[column].to_numpy())
+
+    def judge(self, scores: np.ndarray, threshold: float) -> None:
+        """Record the score that decides, and its threshold. scores: (N,), NaN where unknown."""
+        self.scores, self.threshold = np.asarray(scores), threshold
+
+    def note(self, column: str, values: Any) -> None:
+        """Add one of the stage's own columns to the decisions, with a value (or None) per row."""
+        self._check_length(column, values)
+        self.notes[column] = values
+
+    def emit(self, output: str, columns: Mapping[str, Any], *, rejected_too: bool = False) -> None:
+        """Add columns to a side-car, with a value per row that came in.
+
+        Rows rejected by the end of the stage are left out, unless `rejected_too`.
+        """
+        for name, values in columns.items():
+            self._check_length(name, values)
+        self.emitted.setdefault(output, {}).update(columns)
+        if rejected_too:
+            self.whole_outputs.add(output)
+
+    def count(self, counter: str, amount: float = 1) -> None:
+        """Add to a counter of the run summary."""
+        self.counters[counter] = self.counters.get(counter, 0) + amount
+
+    def _check_length(self, column: str, values: Any) -> None:
+        if len(values) != self.num_rows:
+            raise LedgerError(
+                f"column '{column}' has {len(values)} values for {self.num_rows} rows"
+            )
+
+
+def reject(shard: Shard, bad: np.ndarray | Sequence[bool], reason: str) -> None:
+    """Drop rows for a reason; a row that was dropped before keeps its first reason.
+
+    bad: (N,) bool over the rows that came in.
+    """
+    bad = np.asarray(bad, dtype=bool)
+    if bad.shape != (shard.num_rows,):
+        raise LedgerError(f"reject('{reason}') got {bad.shape} flags for {shard.num_rows} rows")
+    shard.reasons[bad & shard.alive] = reason
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """Where a stage writes. With `primary`, that output lies at the root, for single verbs."""
+
+    path: str
+    stage: str
+    primary: str | None = None
+
+    def output(self, name: str) -> str:
+        """Folder of one output."""
+        if name == self.primary:
+            return self.path
+        return storage.join(self.path, f"_{name}" if self.primary else name)
+
+    @property
+    def scratch(self) -> str:
+        """Folder for what the stage needs until it has finished."""
+        return storage.join(self.path, "_scratch")
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What a `DatasetStage` may read."""
+
+    pool: Pool
+    sets: dict[str, Pool] = field(default_factory=dict)
+    """Benchmarks, seed sets and sets taken as they are, by name."""
+    seed: int = 0
+    earlier: dict[str, str] = field(default_factory=dict)
+    """Folders of outputs that are not shard-aligned (such as `hits`), by name."""
+
+
+class Stage(Settings, ABC):
+    """Settings of a stage, and what it promises."""
+
+    version: ClassVar[int] = 1
+    """Raised when the same settings and inputs would give another content."""
+    reasons: ClassVar[tuple[str, ...]] = ()
+    """All reasons for which this stage drops rows; NAME in `leak:NAME` is a set's name."""
+    on_sets: ClassVar[bool] = False
+    """Whether benchmarks and seed sets pass this stage too, with the same settings."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The stage's name: that of its file."""
+        return cls.__module__.rpartition(".")[2]
+
+    def needs(self) -> tuple[str, ...]:
+        """Columns that the stage reads."""
+        return ()
+
+    def outputs(self) -> dict[str, pa.Schema]:
+        """Side-cars that the stage writes shard by shard, id first."""
+        return {}
+
+    def extras(self) -> pa.Schema:
+        """The stage's own columns in its decisions."""
+        return pa.schema([])
+
+    def varying_outputs(self) -> tuple[str, ...]:
+        """Outputs that differ from run to run (fetch times): not inputs of any key."""
+        return ()
+
+    def resources(self) -> Resources:
+        """What one shard's task needs."""
+        return Resources()
+
+    def fingerprint(self) -> str:
+        """What the content depends on beside settings and inputs: weights, lists, files."""
+        return ""
+
+    def attributes(self) -> dict[str, dict[str, Any]]:
+        """What is true of each output as a whole, such as an embedding space."""
+        return {}
+
+
+class ShardStage(Stage):
+    """A stage that judges each row from its own shard."""
+
+    def open(self) -> Any:
+        """Make what a worker needs for all shards, such as a model."""
+        return None
+
+    @abstractmethod
+    def process(self, shard: Shard, opened: Any) -> None:
+        """Judge the rows of one shard."""
+
+
+class DatasetStage(Stage):
+    """A stage that must see all rows; it sends its own tasks to the engine."""
+
+    @abstractmethod
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+        """Do the work and commit every shard through `ledger.commit_shard`.
+
+        Gives figures for the report, such as measured recall.
+        """

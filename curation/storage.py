@@ -1,0 +1,281 @@
+"""Paths and URLs: the one place that touches a file system, local or through fsspec."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from curation.errors import StorageError
+
+_ROWS_PER_GROUP = 1 << 13
+
+
+def join(path: str, *names: str) -> str:
+    """Join names below a path or URL."""
+    return "/".join([path.rstrip("/"), *names])
+
+
+def is_local(path: str) -> bool:
+    """Whether the path lies on this machine's file system."""
+    return "://" not in path or path.startswith("file://")
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there."""
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        return bool(fs.exists(inner))
+
+
+def make_folder(path: str) -> None:
+    """Create a folder and its parents; a no-op on object stores."""
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        fs.makedirs(inner, exist_ok=True)
+
+
+def list_files(path: str, suffix: str = "") -> list[str]:
+    """Names (not paths) of the files directly inside a folder, sorted; none where it is absent."""
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        fs.invalidate_cache(inner)
+        try:
+            entries = fs.ls(inner, detail=True)
+        except FileNotFoundError:
+            return []
+    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+    files = zip(names, (entry["type"] for entry in entries), strict=True)
+    return sorted(name for name, kind in files if kind == "file" and name.endswith(suffix))
+
+
+def walk_files(path: str) -> list[str]:
+    """Relative paths of all files below a folder, sorted."""
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        found = fs.find(inner)
+    root = inner.rstrip("/") + "/"
+    return sorted(name.removeprefix(root) for name in found)
+
+
+def remove(path: str) -> None:
+    """Remove a file or a folder with all below it; a no-op where it is absent."""
+    fs, inner = _resolve(path)
+    with storage_errors(path), contextlib.suppress(FileNotFoundError):
+        fs.rm(inner, recursive=True)
+
+
+def size_of(path: str) -> int:
+    """Bytes of one file."""
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        return int(fs.size(inner))
+
+
+@contextlib.contextmanager
+def open_read(path: str) -> Iterator[IO[bytes]]:
+    """Open for reading; range reads cost only their range on object stores."""
+    fs, inner = _resolve(path)
+    with storage_errors(path), fs.open(inner, "rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def open_whole(path: str) -> Iterator[IO[bytes]]:
+    """Open for writing so that the file appears whole, or not at all.
+
+    A file system gets a hidden file and a rename, an object store an upload that is
+    completed on success only.
+    """
+    fs, inner = _resolve(path)
+    local = isinstance(fs, LocalFileSystem)
+    target = f"{_parent(inner)}/.{uuid.uuid4().hex}.partial" if local else inner
+    with storage_errors(path):
+        if local:
+            fs.makedirs(_parent(inner), exist_ok=True)
+        file = fs.open(target, "wb")
+        try:
+            yield file
+        except BaseException:
+            _abandon(file, target, local)
+            raise
+        _finish(file, target, inner, local)
+
+
+def _finish(file: Any, target: str, inner: str, local: bool) -> None:
+    try:
+        file.close()
+        if local:
+            Path(target).replace(inner)
+    except BaseException:
+        _abandon(file, target, local)
+        raise
+
+
+def _abandon(file: Any, target: str, local: bool) -> None:
+    """Throw a half-written file away; what is being raised matters more than failing at this."""
+    with contextlib.suppress(OSError, AttributeError, NotImplementedError):
+        if local:
+            file.close()
+        else:
+            file.discard()
+    if local:
+        Path(target).unlink(missing_ok=True)
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a small file, whole or not at all."""
+    with open_whole(path) as file:
+        file.write(data)
+
+
+def read_bytes(path: str) -> bytes:
+    """Read a small file."""
+    with open_read(path) as file:
+        return file.read()
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write JSON with sorted keys, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        StorageError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:
+        raise StorageError(f"{path}: not valid JSON ({error}); remove it and run again") from error
+
+
+class _HashingFile:
+    """Counts and hashes what passes through on its way to a file (writers only append)."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self._file.write(view)
+        self.sha256.update(view)
+        self.num_bytes += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def write_parquet(path: str, table: pa.Table) -> tuple[int, str]:
+    """Write one Parquet file whole; give its bytes and SHA-256.
+
+    Row groups stay small so that readers of a few rows fetch little.
+    """
+    with open_whole(path) as file:
+        sink = _HashingFile(file)
+        pq.write_table(
+            table, pa.PythonFile(sink, mode="w"), compression="zstd", row_group_size=_ROWS_PER_GROUP
+        )
+    return sink.num_bytes, sink.sha256.hexdigest()
+
+
+def read_parquet(path: str, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file, only the columns asked for.
+
+    Raises:
+        StorageError: the file is missing or damaged.
+    """
+    with open_parquet(path) as file, parquet_errors(path):
+        return file.read(columns=columns)
+
+
+@contextlib.contextmanager
+def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file; remotely only the footer is fetched until columns are asked for."""
+    if is_local(path):
+        with storage_errors(path), parquet_errors(path):
+            opened = pq.ParquetFile(path.removeprefix("file://"), memory_map=True)
+        with opened as file:
+            yield file
+        return
+    with open_read(path) as handle:
+        with parquet_errors(path):
+            opened = pq.ParquetFile(handle)
+        with opened as file:
+            yield file
+
+
+@contextlib.contextmanager
+def parquet_errors(path: str) -> Iterator[None]:
+    """Turn Arrow's errors about a damaged file into ours."""
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise StorageError(f"{path}: not a readable Parquet file: {detail}") from error
+
+
+@contextlib.contextmanager
+def storage_errors(path: str) -> Iterator[None]:
+    """Turn the errors of file systems into one line that says what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: no such file or folder") from error
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        raise StorageError(f"{path}: {error.strerror or error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"{path}: no space left on the device; free some, then run the same command again "
+                "(finished shards are kept)"
+            ) from error
+        raise StorageError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, ImportError) as error:
+        if "rotocol" not in str(error) and "Install" not in str(error):
+            raise
+        raise StorageError(f"{path}: {error}") from error
+
+
+def _resolve(path: str) -> tuple[Any, str]:
+    if not path:
+        raise StorageError("an empty path was given; name a folder or a URL")
+    if is_local(path):
+        return LocalFileSystem(), str(Path(path.removeprefix("file://")).absolute())
+    with storage_errors(path):
+        fs, inner = fsspec.core.url_to_fs(path)
+    return fs, inner
+
+
+def _parent(path: str) -> str:
+    return os.path.dirname(path)  # noqa: PTH120  (also splits the keys of object stores)

@@ -1,0 +1,107 @@
+"""The engine of one machine: in this process, or in a few worker processes."""
+
+import logging
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any
+
+from curation.stage import Engine, Item, Result, Task
+from pipelines.attempts import Attempts
+
+logger = logging.getLogger(__name__)
+
+_opened: dict[str, Any] = {}
+
+
+class LocalEngine(Engine):
+    """Runs tasks in this process (one worker), or in worker processes started once.
+
+    A worker that dies takes only its unfinished items with it: they are tried again.
+    """
+
+    def __init__(self, workers: int = 1, *, attempts: int = 3) -> None:
+        self._workers = workers
+        self._attempts = attempts
+
+    @property
+    def workers(self) -> int:
+        """Processes that run at once."""
+        return self._workers
+
+    def map(
+        self, task: Task[Item, Result], items: Sequence[Item], label: str
+    ) -> Iterator[tuple[Item, Result]]:
+        """Run a task on every item (see `Engine.map`)."""
+        if self._workers == 1 or len(items) <= 1:
+            yield from self._map_here(task, items, label)
+        else:
+            yield from self._map_in_processes(task, items, label)
+
+    def _map_here(
+        self, task: Task[Item, Result], items: Sequence[Item], label: str
+    ) -> Iterator[tuple[Item, Result]]:
+        if not items:
+            return
+        attempts = Attempts(label, self._attempts)
+        opened = task.open()
+        for item in items:
+            while True:
+                try:
+                    result = task(item, opened)
+                except Exception as error:  # noqa: BLE001  (counted, retried, raised at the end)
+                    if attempts.failed(item, error):
+                        continue
+                    break
+                yield item, result
+                break
+        attempts.raise_failures(len(items))
+
+    def _map_in_processes(
+        self, task: Task[Item, Result], items: Sequence[Item], label: str
+    ) -> Iterator[tuple[Item, Result]]:
+        attempts = Attempts(label, self._attempts)
+        waiting = list(reversed(items))
+        while waiting:
+            try:
+                yield from self._drain(task, waiting, attempts)
+            except BrokenProcessPool:
+                logger.warning("%s: a worker process died; its items are tried again", label)
+        attempts.raise_failures(len(items))
+
+    def _drain(
+        self, task: Task[Item, Result], waiting: list[Item], attempts: Attempts
+    ) -> Iterator[tuple[Item, Result]]:
+        """Run until `waiting` is empty; what is in flight when a worker dies goes back into it."""
+        running: dict[Future[Result], Item] = {}
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(self._workers, context, _open_task, (task,)) as pool:
+            while waiting or running:
+                for item in islice(_popped(waiting), 2 * self._workers - len(running)):
+                    running[pool.submit(_run_item, item)] = item
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    item = running.pop(future)
+                    error = future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        lost = [item, *running.values()]
+                        waiting.extend(one for one in lost if attempts.failed(one, error))
+                        raise error
+                    if error is None:
+                        yield item, future.result()
+                    elif attempts.failed(item, error):
+                        waiting.append(item)
+
+
+def _popped(waiting: list[Item]) -> Iterator[Item]:
+    while waiting:
+        yield waiting.pop()
+
+
+def _open_task(task: Task[Any, Any]) -> None:
+    _opened["task"], _opened["value"] = task, task.open()
+
+
+def _run_item(item: Any) -> Any:
+    return _opened["task"](item, _opened["value"])

@@ -1,0 +1,183 @@
+"""Runs one stage: works out its key, resumes what a killed run left, and commits it."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from curation import storage
+from curation.dataset import Dataset
+from curation.digest import digest_of
+from curation.errors import StageError
+from curation.ledger import (
+    Receipt,
+    StageRecord,
+    commit_shard,
+    finish_stage,
+    finished_shards,
+    open_outputs,
+    read_stage,
+)
+from curation.pool import Pool
+from curation.stage import (
+    DECISIONS,
+    DatasetStage,
+    Engine,
+    Resources,
+    Shard,
+    ShardStage,
+    Stage,
+    StageFolder,
+    StageInputs,
+    Task,
+)
+
+logger = logging.getLogger(__name__)
+
+_KEY_FILE = "_key.json"
+
+
+class Watcher(Protocol):
+    """Hears of the progress of a stage."""
+
+    def started(self, stage: str, total: int, done: int) -> None:
+        """A stage begins with `total` shards, of which `done` were finished before."""
+
+    def advanced(self, stage: str, receipt: Receipt) -> None:
+        """One shard is finished."""
+
+    def finished(self, stage: str, record: StageRecord, reused: bool) -> None:
+        """A stage is committed, or was found committed."""
+
+
+@dataclass(frozen=True)
+class _ProcessShard(Task[int, Receipt]):
+    """One shard through a `ShardStage`."""
+
+    stage: ShardStage
+    pool: Pool
+    folder: StageFolder
+
+    @property
+    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+        return self.stage.resources()
+
+    def open(self) -> Any:
+        return self.stage.open()
+
+    def __call__(self, item: int, opened: Any) -> Receipt:
+        shard = Shard(self.pool.read(item, self.stage.needs()), item)
+        self.stage.process(shard, opened)
+        return commit_shard(self.stage, self.folder, shard)
+
+
+def stage_key(stage: Stage, inputs: StageInputs) -> str:
+    """Digest of the stage's version and settings and of the content of its inputs."""
+    pools = [inputs.pool, *(inputs.sets[name] for name in sorted(inputs.sets))]
+    needed = stage.needs() if isinstance(stage, ShardStage) else None
+    contents = [pool.fingerprint(needed) for pool in pools if pool.layers]
+    earlier = [Dataset.open(path).manifest.content_digest for path in inputs.earlier.values()]
+    return digest_of(
+        stage.name(),
+        stage.version,
+        stage.model_dump_json(),
+        stage.fingerprint(),
+        contents,
+        earlier,
+        inputs.seed,
+    )
+
+
+def run_stage(
+    stage: Stage, inputs: StageInputs, folder: StageFolder, engine: Engine, watcher: Watcher
+) -> tuple[StageRecord, dict[str, Dataset]]:
+    """Run a stage, or find it finished; give its record and its outputs by name.
+
+    Raises:
+        StageError: the folder holds another stage, or the same with other settings or inputs.
+        EngineError: shards failed; the finished ones are kept.
+    """
+    key = stage_key(stage, inputs)
+    record = read_stage(folder)
+    _check_same(folder, key)
+    if record is not None:
+        watcher.finished(folder.stage, record, True)
+        return record, open_outputs(stage, folder)
+    storage.write_json(storage.join(folder.path, _KEY_FILE), {"key": key, "stage": folder.stage})
+    record = _run_anew(stage, inputs, folder, engine, watcher, key)
+    watcher.finished(folder.stage, record, False)
+    return record, open_outputs(stage, folder)
+
+
+def _run_anew(
+    stage: Stage,
+    inputs: StageInputs,
+    folder: StageFolder,
+    engine: Engine,
+    watcher: Watcher,
+    key: str,
+) -> StageRecord:
+    began = time.monotonic()
+    figures: dict[str, Any] = {}
+    if isinstance(stage, ShardStage):
+        for receipt in _process_shards(stage, inputs.pool, folder, engine, watcher):
+            watcher.advanced(folder.stage, receipt)
+    elif isinstance(stage, DatasetStage):
+        watcher.started(folder.stage, 0, 0)
+        figures = stage.run(inputs, folder, engine)
+    expected = inputs.pool.num_rows if inputs.pool.layers else None
+    return finish_stage(
+        stage,
+        folder,
+        key,
+        finished_shards(folder).values(),
+        expected_rows=expected,
+        figures=figures,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _process_shards(
+    stage: ShardStage, pool: Pool, folder: StageFolder, engine: Engine, watcher: Watcher
+) -> Iterator[Receipt]:
+    done = finished_shards(folder)
+    waiting = [index for index in range(pool.num_shards) if index not in done]
+    watcher.started(folder.stage, pool.num_shards, len(done))
+    if done:
+        logger.info("%s: %d of %d shards were finished", folder.stage, len(done), pool.num_shards)
+    task = _ProcessShard(stage, pool, folder)
+    for _, receipt in engine.map(task, waiting, folder.stage):
+        yield receipt
+
+
+def _check_same(folder: StageFolder, key: str) -> None:
+    """Refuse to mix two runs in one folder."""
+    path = storage.join(folder.path, _KEY_FILE)
+    if not storage.exists(path):
+        if storage.list_files(folder.path):
+            raise StageError(
+                f"{folder.path}: holds other files; choose an empty or new folder for the output"
+            )
+        return
+    if storage.read_json(path).get("key") != key:
+        raise StageError(
+            f"{folder.path}: was written with other settings or inputs; remove it or choose "
+            "another folder"
+        )
+
+
+class Silent:
+    """A watcher that says nothing."""
+
+    def started(self, stage: str, total: int, done: int) -> None:
+        """Say nothing."""
+
+    def advanced(self, stage: str, receipt: Receipt) -> None:
+        """Say nothing."""
+
+    def finished(self, stage: str, record: StageRecord, reused: bool) -> None:
+        """Say nothing."""
+
+
+__all__ = ["DECISIONS", "Silent", "Watcher", "run_stage", "stage_key"]
