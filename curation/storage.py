@@ -81,6 +81,15 @@ def size_of(path: str) -> int:
         return int(fs.size(inner))
 
 
+def stamp_of(path: str) -> str:
+    """A text that changes when the file does: its size, and its time or tag where there is one."""
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        info = fs.info(inner)
+    changed = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
+    return f"{info['size']} {changed}"
+
+
 @contextlib.contextmanager
 def open_read(path: str) -> Iterator[IO[bytes]]:
     """Open for reading; range reads cost only their range on object stores."""

@@ -1,0 +1,84 @@
+"""Row identity: how a source is normalised before it becomes an id.
+
+The rules are part of the data: another rule gives other ids. They are versioned.
+"""
+
+import re
+from urllib.parse import SplitResult, quote, unquote_to_bytes, urlsplit, urlunsplit
+
+NORMALISATION_VERSION = 1
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_SAFE_PATH = "/:@!$&'()*+,;=~-._"
+_SAFE_QUERY = _SAFE_PATH + "?"
+_ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
+_MAX_LENGTH = 8192
+
+
+def normalise_url(url: str) -> str:
+    """Give a URL's normal form (RFC 3986 section 6.2.2 and 6.2.3, without a fragment).
+
+    Scheme and host in lower case, international hosts in punycode, no default port, dot segments
+    removed, an empty path as "/", escapes in upper case and only where they are needed.
+
+    Raises:
+        ValueError: not an http(s) URL with a host; says why.
+    """
+    url = url.strip()
+    if not url or len(url) > _MAX_LENGTH or any(ord(c) < 0x20 or ord(c) == 0x7F for c in url):
+        raise ValueError("empty, too long, or with control characters")
+    parts = urlsplit(url)
+    if parts.scheme.lower() not in _DEFAULT_PORTS:
+        raise ValueError(f"scheme '{parts.scheme}' is not http or https")
+    path = _remove_dots(_escape(parts.path, _SAFE_PATH)) or "/"
+    query = _escape(parts.query, _SAFE_QUERY)
+    return urlunsplit((parts.scheme.lower(), _authority(parts), path, query, ""))
+
+
+def file_source(set_name: str, relative_path: str) -> str:
+    """What the id of a file is made from: its set's name and its path below the set's root."""
+    return f"{set_name}/{relative_path.replace(chr(92), '/').lstrip('/')}"
+
+
+def _authority(parts: SplitResult) -> str:
+    host = parts.hostname
+    if not host:
+        raise ValueError("no host")
+    if ":" in host:
+        host = f"[{host}]"
+    elif not host.isascii():
+        host = host.encode("idna").decode()
+    port = parts.port
+    shown = "" if port in (None, _DEFAULT_PORTS[parts.scheme.lower()]) else f":{port}"
+    user, at, _ = parts.netloc.rpartition("@")
+    return f"{user}{at}{host.lower().rstrip('.')}{shown}"
+
+
+def _escape(text: str, safe: str) -> str:
+    """Escape what must be, unescape what need not be, and keep escaped reserved characters."""
+    out = []
+    position = 0
+    raw = text.encode()
+    for match in _ESCAPED.finditer(raw):
+        out.append(quote(raw[position : match.start()], safe))
+        char = unquote_to_bytes(match.group())
+        plain = char.isalnum() or char in b"-._~"
+        out.append(char.decode("latin-1") if plain else f"%{match.group(1).decode().upper()}")
+        position = match.end()
+    out.append(quote(raw[position:], safe))
+    return "".join(out)
+
+
+def _remove_dots(path: str) -> str:
+    """RFC 3986 section 5.2.4."""
+    if "/." not in path:
+        return path
+    kept: list[str] = []
+    segments = path.split("/")
+    for segment in segments[1:]:
+        if segment == "..":
+            kept = kept[:-1]
+        elif segment != ".":
+            kept.append(segment)
+    tail = "/" if segments[-1] in (".", "..") and kept else ""
+    return "/" + "/".join(kept) + tail

@@ -1,0 +1,120 @@
+import gzip
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from curation.config import parse_settings
+from curation.errors import ConfigError, SchemaError
+from curation.pool import Pool
+from curation.schema import make_id
+from curation.stage import StageFolder, StageInputs
+from curation.stages.ingest import Ingest
+from pipelines.local_engine import LocalEngine
+from pipelines.stage_runner import Silent, run_stage
+
+URLS = [f"http://host{i % 7}.example/{i}.jpg" for i in range(50)]
+
+
+def ingest(tmp_path, name="out", workers=1, **settings):
+    folder = StageFolder(str(tmp_path / name), "ingest")
+    return run_stage(
+        Ingest(**settings), StageInputs(Pool("pool", {})), folder, LocalEngine(workers), Silent()
+    )
+
+
+def write_urls(path, urls, **columns):
+    pq.write_table(pa.table({"url": urls, **columns}), path)
+    return str(path)
+
+
+def test_ingest__duplicates_and_bad_urls_are_accounted_for(tmp_path):
+    urls = [*URLS, "HTTP://HOST1.example:80/1.jpg#top", "ftp://host/a", None, "http://"]
+    record, outputs = ingest(
+        tmp_path, urls=write_urls(tmp_path / "u.parquet", urls), rows_per_shard=9
+    )
+    assert record.dropped == {"bad_source": 3, "duplicate_source": 1}
+    assert (record.rows_in, record.rows_out) == (54, 50)
+    rows = outputs["rows"].read()
+    assert sorted(rows["source"].to_pylist()) == sorted(URLS)
+    assert rows["id"].to_pylist() == sorted(make_id(url) for url in URLS)
+    assert outputs["rows"].num_shards == 6
+
+
+def test_ingest__content_is_free_of_shards_order_and_workers(tmp_path):
+    one = write_urls(tmp_path / "one.parquet", URLS, alt=[f"a{i % 3}" for i in range(50)])
+    (tmp_path / "many").mkdir()
+    table = pq.read_table(one)
+    for i, part in enumerate([table.slice(30), table.slice(0, 30)]):
+        pq.write_table(part, tmp_path / "many" / f"{i}.parquet", row_group_size=7)
+    first, _ = ingest(tmp_path, "a", urls=one, rows_per_shard=50)
+    second, _ = ingest(tmp_path, "b", 2, urls=str(tmp_path / "many"), rows_per_shard=8)
+    assert first.outputs == second.outputs
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "txt", "txt.gz"])
+def test_ingest__reads_text_lists(tmp_path, kind):
+    separator = {"csv": ",", "tsv": "\t"}.get(kind)
+    if separator:
+        lines = [f"url{separator}alt", *(f"{url}{separator}x" for url in URLS)]
+    elif kind == "jsonl":
+        lines = [json.dumps({"url": url, "alt": "x"}) for url in URLS]
+    else:
+        lines = URLS
+    data = "\n".join(lines).encode()
+    (tmp_path / f"list.{kind}").write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    record, outputs = ingest(tmp_path, urls=str(tmp_path / f"list.{kind}"))
+    assert record.rows_out == 50
+    alt = set(outputs["rows"].read()["alt"].to_pylist())
+    assert alt == ({None} if kind.startswith("txt") else {"x"})
+
+
+def jpeg(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_ingest__images_from_folder_tar_and_parquet(tmp_path):
+    images = {f"d/{i}.jpg": jpeg(i * 20) for i in range(9)}
+    for name, data in images.items():
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        tar.add(tmp_path / "folder" / "d", "d")
+    (tmp_path / "tables").mkdir()
+    pq.write_table(
+        pa.table({"key": list(images), "jpg": list(images.values())}),
+        tmp_path / "tables" / "0.parquet",
+    )
+    for kind in ("folder", "tars", "tables"):
+        record, outputs = ingest(
+            tmp_path, f"out-{kind}", images=str(tmp_path / kind), source_set="s"
+        )
+        assert record.rows_out == 9
+        assert sorted(outputs["raw"].read()["raw"].to_pylist()) == sorted(images.values())
+    ids = set(
+        ingest(tmp_path, images=str(tmp_path / "folder"), source_set="s")[1]["rows"]
+        .read()["id"]
+        .to_pylist()
+    )
+    assert ids == {make_id(f"s/{name}") for name in images}
+
+
+def test_ingest__wrong_input_says_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match="either 'urls' or 'images'"):
+        parse_settings(Ingest, {}, "r.yaml")
+    with pytest.raises(ConfigError, match=r"no such list|no lists"):
+        ingest(tmp_path, urls=str(tmp_path / "no.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no images"):
+        ingest(tmp_path, images=str(tmp_path / "empty"))
+    with pytest.raises(SchemaError, match="no column 'link'; found: url"):
+        ingest(tmp_path, urls=write_urls(tmp_path / "u.parquet", URLS), url_column="link")
