@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from curation.dataset import Dataset
 from curation.digest import digest_of
 from curation.errors import LedgerError, SchemaError
-from curation.schema import ID, KEEP
+from curation.schema import ID, KEEP, column_type
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,17 @@ class Pool:
         """
         wanted = [name for name in dict.fromkeys(columns) if name != ID]
         live = self.live_ids(index)
-        arrays: dict[str, pa.ChunkedArray] = {}
-        for layer, names in self._layers_of(wanted).items():
-            arrays.update(self._read_layer(layer, index, names, live))
+        arrays = self.read_columns(index, wanted, live)
         return pa.table({ID: live, **{name: arrays[name] for name in wanted}})
+
+    def read_columns(
+        self, index: int, columns: list[str], live: pa.ChunkedArray
+    ) -> dict[str, pa.ChunkedArray]:
+        """Columns of one shard for some of its ids, given in the shard's order."""
+        arrays: dict[str, pa.ChunkedArray] = {}
+        for layer, names in self._layers_of(columns).items():
+            arrays.update(_read_layer(self.layers[layer], index, names, live))
+        return arrays
 
     def live_ids(self, index: int) -> pa.ChunkedArray:
         """Ids of the live rows of one shard, in order."""
@@ -103,20 +110,6 @@ class Pool:
             return self._rows().read_shard(index, [ID])[ID]
         verdicts = self.decisions.read_shard(index, [ID, KEEP])
         return verdicts.filter(verdicts[KEEP])[ID]
-
-    def _read_layer(
-        self, layer: str, index: int, names: list[str], live: pa.ChunkedArray
-    ) -> dict[str, pa.ChunkedArray]:
-        table = self.layers[layer].read_shard(index, [ID, *names])
-        if not table[ID].equals(live):
-            rows = pc.index_in(live, value_set=table[ID].combine_chunks())
-            if rows.null_count:
-                missing = live.filter(pc.is_null(rows))[0].as_py()
-                raise LedgerError(
-                    f"{self.layers[layer].shard_path(index)}: row {missing} is alive but missing"
-                )
-            table = table.take(rows)
-        return {name: table[name] for name in names}
 
     def _layers_of(self, columns: Sequence[str]) -> dict[str, list[str]]:
         """Which side-car gives which columns: the latest that has them."""
@@ -135,3 +128,88 @@ class Pool:
 
     def _rows(self) -> Dataset:
         return self.decisions if self.decisions is not None else next(iter(self.layers.values()))
+
+
+@dataclass(frozen=True)
+class UnionPool(Pool):
+    """The live rows of several flows behind each other: their shards keep their order.
+
+    A column that a part lacks reads as null there.
+    """
+
+    parts: tuple[Pool, ...] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns of all parts."""
+        own = [name for layer in self.layers.values() for name in layer.columns]
+        inherited = [name for part in self.parts for name in part.columns]
+        return list(dict.fromkeys([ID, *inherited, *own]))
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of all parts."""
+        return sum(part.num_shards for part in self.parts)
+
+    def only(self, layer: str) -> "UnionPool":
+        """The live rows with one side-car of every part."""
+        return replace(self, parts=tuple(part.only(layer) for part in self.parts), layers={})
+
+    def shard_rows(self) -> np.ndarray:
+        """(S,) int64: live rows of each shard."""
+        if self.decisions is not None:
+            return super().shard_rows()
+        return np.concatenate([part.shard_rows() for part in self.parts]).astype(np.int64)
+
+    def fingerprint(self, columns: Sequence[str] | None = None) -> str:
+        """Digest of the parts, and of what came after them."""
+        parts = []
+        for part in self.parts:
+            having = None if columns is None else [c for c in columns if c in part.columns]
+            parts.append(part.fingerprint(having))
+        own = [layer.manifest.content_digest for layer in self.layers.values()]
+        decided = self.decisions.manifest.content_digest if self.decisions is not None else ""
+        return digest_of(self.name, parts, own, decided)
+
+    def live_ids(self, index: int) -> pa.ChunkedArray:
+        """Ids of the live rows of one shard, in order."""
+        if self.decisions is not None:
+            return super().live_ids(index)
+        part, local = self.locate(index)
+        return part.live_ids(local)
+
+    def read_columns(
+        self, index: int, columns: list[str], live: pa.ChunkedArray
+    ) -> dict[str, pa.ChunkedArray]:
+        """Columns of one shard, from what came after the union or from the part itself."""
+        own = [c for c in columns if any(c in layer.columns for layer in self.layers.values())]
+        arrays = super().read_columns(index, own, live)
+        part, local = self.locate(index)
+        inherited = [c for c in columns if c not in own and c in part.columns]
+        arrays.update(part.read_columns(local, inherited, live))
+        for name in columns:
+            if name not in arrays:
+                arrays[name] = pa.chunked_array([pa.nulls(len(live), column_type(name))])
+        return arrays
+
+    def locate(self, index: int) -> tuple[Pool, int]:
+        """The part that a shard belongs to, and its number there."""
+        for part in self.parts:
+            if index < part.num_shards:
+                return part, index
+            index -= part.num_shards
+        raise IndexError(f"{self.name} has {self.num_shards} shards")
+
+
+def _read_layer(
+    layer: Dataset, index: int, names: list[str], live: pa.ChunkedArray
+) -> dict[str, pa.ChunkedArray]:
+    """Columns of one side-car's shard for the live ids."""
+    table = layer.read_shard(index, [ID, *names])
+    if not table[ID].equals(live):
+        rows = pc.index_in(live, value_set=table[ID].combine_chunks())
+        if rows.null_count:
+            missing = live.filter(pc.is_null(rows))[0].as_py()
+            raise LedgerError(f"{layer.shard_path(index)}: row {missing} is alive but missing")
+        table = table.take(rows)
+    return {name: table[name] for name in names}

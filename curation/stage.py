@@ -199,6 +199,8 @@ class Stage(Settings, ABC):
     """All reasons for which this stage drops rows; NAME in `leak:NAME` is a set's name."""
     on_sets: ClassVar[bool] = False
     """Whether benchmarks and seed sets pass this stage too, with the same settings."""
+    on_union: ClassVar[bool] = False
+    """Whether the stage sees the pool together with the sets taken as they are."""
 
     @classmethod
     def name(cls) -> str:
@@ -207,6 +209,14 @@ class Stage(Settings, ABC):
 
     def needs(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
+        return ()
+
+    def uses(self) -> tuple[str, ...]:
+        """Columns that the stage reads where an earlier stage made them, such as face boxes."""
+        return ()
+
+    def set_names(self) -> tuple[str, ...]:
+        """Names of the benchmarks and seed sets that the stage reads."""
         return ()
 
     def outputs(self) -> dict[str, pa.Schema]:

@@ -67,15 +67,21 @@ class _ProcessShard(Task[int, Receipt]):
         return self.stage.open()
 
     def __call__(self, item: int, opened: Any) -> Receipt:
-        shard = Shard(self.pool.read(item, self.stage.needs()), item)
+        shard = Shard(self.pool.read(item, columns_read(self.stage, self.pool)), item)
         self.stage.process(shard, opened)
         return commit_shard(self.stage, self.folder, shard)
+
+
+def columns_read(stage: Stage, pool: Pool) -> tuple[str, ...]:
+    """Columns that a stage reads from this pool: those it needs, and those it uses if present."""
+    present = set(pool.columns)
+    return (*stage.needs(), *(name for name in stage.uses() if name in present))
 
 
 def stage_key(stage: Stage, inputs: StageInputs) -> str:
     """Digest of the stage's version and settings and of the content of its inputs."""
     pools = [inputs.pool, *(inputs.sets[name] for name in sorted(inputs.sets))]
-    needed = stage.needs() if isinstance(stage, ShardStage) else None
+    needed = columns_read(stage, inputs.pool) if isinstance(stage, ShardStage) else None
     contents = [pool.fingerprint(needed) for pool in pools if pool.layers]
     earlier = [Dataset.open(path).manifest.content_digest for path in inputs.earlier.values()]
     return digest_of(
@@ -90,15 +96,23 @@ def stage_key(stage: Stage, inputs: StageInputs) -> str:
 
 
 def run_stage(
-    stage: Stage, inputs: StageInputs, folder: StageFolder, engine: Engine, watcher: Watcher
+    stage: Stage,
+    inputs: StageInputs,
+    folder: StageFolder,
+    engine: Engine,
+    watcher: Watcher,
+    *,
+    key: str | None = None,
 ) -> tuple[StageRecord, dict[str, Dataset]]:
     """Run a stage, or find it finished; give its record and its outputs by name.
+
+    key: what `stage_key` gave for these inputs, where the caller has asked already.
 
     Raises:
         StageError: the folder holds another stage, or the same with other settings or inputs.
         EngineError: shards failed; the finished ones are kept.
     """
-    key = stage_key(stage, inputs)
+    key = key or stage_key(stage, inputs)
     record = read_stage(folder)
     _check_same(folder, key)
     if record is not None:

@@ -1,0 +1,88 @@
+"""Rows that repeat another in one column, found by exchange: once by that column, once by shard."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from curation import storage
+from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
+from curation.pool import Pool
+from curation.schema import ID
+from curation.stage import Engine
+
+_ROWS_PER_BUCKET = 1 << 20
+
+Order = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class RepeatFinder:
+    """Which rows count as repeats, and which of each group is the first."""
+
+    pool: Pool
+    key: str
+    """Column of 32 hex characters that repeats share."""
+    columns: tuple[str, ...]
+    """Columns that `order` and the writer need."""
+    order: Order
+    """The first row by (column, "ascending" | "descending"), then by id, is no repeat."""
+
+    def run(self, engine: Engine, scratch: str, writer: Reducer) -> None:
+        """Find the repeats and hand those of each shard to `writer`.
+
+        The writer's rows have id, twin (the first of the group), and each of `columns` for the
+        row itself and, as `twin_<column>`, for its twin.
+        """
+        buckets = max(1, -(-self.pool.num_rows // _ROWS_PER_BUCKET))
+        groups = Exchange(storage.join(scratch, "groups"), buckets)
+        shards = range(self.pool.num_shards)
+        groups.run(engine, _ByKey(self, buckets), shards, _FindFirst(self, groups.folder))
+        back = Exchange(storage.join(scratch, "repeats"), self.pool.num_shards)
+        back.run(engine, _ByShard(groups.folder), range(buckets), writer)
+
+
+@dataclass(frozen=True)
+class _ByKey(Mapper[int]):
+    finder: RepeatFinder
+    num_buckets: int
+
+    def __call__(self, item: int) -> tuple[pa.Table, np.ndarray]:
+        rows = self.finder.pool.read(item, [self.finder.key, *self.finder.columns])
+        rows = rows.append_column("shard", pa.array(np.full(rows.num_rows, item), pa.int64()))
+        return rows, bucket_of_ids(rows[self.finder.key], self.num_buckets)
+
+
+@dataclass(frozen=True)
+class _FindFirst(Reducer):
+    """Writes the repeats of one bucket, each with the first of its group."""
+
+    finder: RepeatFinder
+    folder: str
+
+    def __call__(self, bucket: int, rows: pa.Table) -> int:
+        key = self.finder.key
+        rows = rows.sort_by([(key, "ascending"), *self.finder.order, (ID, "ascending")])
+        keys = np.asarray(rows[key].to_numpy(zero_copy_only=False))
+        first = np.ones(len(keys), bool)
+        first[1:] = keys[1:] != keys[:-1]
+        leader = np.maximum.accumulate(np.where(first, np.arange(len(keys)), 0))
+        leaders = rows.take(pa.array(leader))
+        for column in self.finder.columns:
+            rows = rows.append_column(f"twin_{column}", leaders[column])
+        repeats = rows.append_column("twin", leaders[ID]).filter(pa.array(~first))
+        storage.write_parquet(_repeats_path(self.folder, bucket), repeats)
+        return int(repeats.num_rows)
+
+
+@dataclass(frozen=True)
+class _ByShard(Mapper[int]):
+    folder: str
+
+    def __call__(self, item: int) -> tuple[pa.Table, np.ndarray]:
+        repeats = storage.read_parquet(_repeats_path(self.folder, item))
+        return repeats, repeats["shard"].to_numpy()
+
+
+def _repeats_path(folder: str, bucket: int) -> str:
+    return storage.join(folder, "found", f"{bucket:06d}.parquet")

@@ -1,0 +1,132 @@
+"""The terminal: the one place that configures logging, draws bars and prints tables."""
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from curation.ledger import Receipt, StageRecord
+from pipelines.funnel import FunnelRow
+
+_SECONDS_BETWEEN_LINES = 60.0
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Send our warnings (or everything) to stderr, one line each."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+
+
+class ConsoleWatcher:
+    """Draws the progress of stages: bars on a terminal, else about a line a minute."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True)
+        self._quiet = quiet
+        self._bars: Progress | None = None
+        self._bar: Any = None
+        self._began = self._spoke = time.monotonic()
+        self._total = self._done = self._rows = self._kept = 0
+        self.num_run = 0
+        self.num_reused = 0
+
+    def started(self, stage: str, total: int, done: int) -> None:
+        """Begin a bar."""
+        self._began = self._spoke = time.monotonic()
+        self._total, self._done, self._rows, self._kept = total, done, 0, 0
+        if self._quiet or not self._console.is_terminal:
+            return
+        self._bars = Progress(
+            TextColumn("{task.description:>14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._bar = self._bars.add_task(stage, total=total or None, completed=done, rate="")
+        self._bars.start()
+
+    def advanced(self, stage: str, receipt: Receipt) -> None:
+        """Move the bar, or say a line if a minute has passed."""
+        self._done += 1
+        self._rows += receipt.rows_in
+        self._kept += receipt.rows_out
+        if self._bars is not None:
+            self._bars.update(self._bar, completed=self._done, rate=self._rate())
+        elif not self._quiet and time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
+            self._spoke = time.monotonic()
+            self._console.print(self._line(stage), highlight=False)
+
+    def finished(self, stage: str, record: StageRecord, reused: bool) -> None:
+        """End the bar with one line on what the stage did."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+        self.num_reused += reused
+        self.num_run += not reused
+        if self._quiet:
+            return
+        state = "done before" if reused else f"{record.seconds:.1f} s"
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in record.dropped.items())
+        kept = f"{record.rows_in:>8,} in {record.rows_out:>8,} out"
+        self._console.print(f"{stage:>14}  {kept}  {state:>11}  {dropped}", highlight=False)
+
+    def _rate(self) -> str:
+        seconds = max(time.monotonic() - self._began, 1e-3)
+        kept = self._kept / max(self._rows, 1)
+        return f"{self._rows / seconds:,.0f} rows/s, {kept:.1%} kept"
+
+    def _line(self, stage: str) -> str:
+        seconds = time.monotonic() - self._began
+        left = seconds / max(self._done, 1) * (self._total - self._done)
+        return f"{stage}: {self._done}/{self._total} shards, {self._rate()}, {left:,.0f} s left"
+
+
+def print_funnel(rows: list[FunnelRow], *, title: str) -> None:
+    """Print the funnel as a table."""
+    table = Table(title=title, title_justify="left")
+    for name, justify in (("stage", "left"), ("in", "right"), ("added", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("dropped", justify="right")
+    table.add_column("out", justify="right")
+    table.add_column("reasons")
+    for row in rows:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in row.dropped.items())
+        added = f"+{row.added:,}" if row.added else ""
+        dropped = f"{sum(row.dropped.values()):,}"
+        table.add_row(row.stage, f"{row.rows_in:,}", added, dropped, f"{row.rows_out:,}", reasons)
+    Console().print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON for machines."""
+    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def print_pairs(pairs: dict[str, Any], *, title: str) -> None:
+    """Print names and values in two columns."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in pairs.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
+
+
+def print_line(text: str) -> None:
+    """Print one line of result."""
+    sys.stdout.write(text + "\n")
+
+
+def print_error(text: str) -> None:
+    """Print one line of error."""
+    sys.stderr.write(f"curate: {' '.join(text.split())}\n")

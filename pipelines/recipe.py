@@ -1,0 +1,259 @@
+"""Recipes: YAML -> stages, checked end to end before the first row."""
+
+import difflib
+import importlib.resources
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from curation.config import Settings, parse_settings, read_yaml
+from curation.errors import ConfigError
+from curation.registry import load_stage
+from curation.stage import Stage
+from curation.stages.ingest import Ingest
+from pipelines.demo_site import DemoSite
+
+_VARIABLE = re.compile(r"\$\{([a-zA-Z0-9_.]+)\}")
+
+
+class SetSource(Settings):
+    """A benchmark, a seed set, or a set taken as it is; its role follows from who names it."""
+
+    images: str | None = None
+    """A folder of images, tars or Parquet with image bytes."""
+    urls: str | None = None
+    """A list of URLs."""
+    expected_rows: int | None = None
+    """How many images the set should have; for planning and checks."""
+    expected_hits: int | None = None
+    """How many images its cluster rule should find before the cap; for planning and checks."""
+
+
+class PretrainStep(Settings):
+    """Pretraining on the packed shards at the end of a recipe."""
+
+    config: str
+    """A file, or the name of one in configs/pretrain."""
+    set: tuple[str, ...] = ()
+    """Changes of single keys, as KEY=VALUE."""
+
+
+class EvaluateStep(Settings):
+    """k-NN with the pretrained backbone on a labelled folder of images."""
+
+    train: str
+    """A folder with one folder of images a class."""
+    test: str
+    """The same for the images to classify."""
+    k: tuple[int, ...] = (10, 20)
+    """Numbers of neighbours."""
+
+
+class Recipe(Settings):
+    """The whole job, from a list of URLs to a training set."""
+
+    name: str
+    """Name of the recipe, for reports."""
+    seed: int = 0
+    """Seeds every random choice."""
+    rows_per_shard: int = 10_000
+    """About how many rows lie in one shard; it does not change the content."""
+    keep_raw: bool = False
+    """Whether the fetched bytes stay after canonicalize has committed."""
+    paths: dict[str, str] = {}
+    """Values of ${name} in the rest of the recipe; ${work} is the work folder."""
+    sets: dict[str, SetSource] = {}
+    """Benchmarks and seed sets by name."""
+    pool: tuple[str | dict[str, dict[str, Any] | None], ...] = Field(min_length=1)
+    """The stages in order: a name, or a name with settings. The first is `ingest`."""
+    pretrain: PretrainStep | None = None
+    """Pretraining at the end."""
+    evaluate: EvaluateStep | None = None
+    """Evaluation of what pretraining made."""
+    demo_site: DemoSite | None = None
+    """For the demo: serve sample photos on loopback while the recipe runs."""
+
+
+class CheckedRecipe(Settings):
+    """A recipe whose stages have been built and checked."""
+
+    recipe: Recipe
+    where: str
+    """The file, for errors."""
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages of the pool, in order."""
+        return [_build_stage(entry, self.recipe, self.where) for entry in self.recipe.pool]
+
+    def roles(self) -> dict[str, set[str]]:
+        """Which stages name each set."""
+        used: dict[str, set[str]] = {name: set() for name in self.recipe.sets}
+        for stage in self.stages:
+            for name in stage.set_names():
+                if name not in used:
+                    raise ConfigError(
+                        f"{self.where}: stage '{stage.name()}' names the set '{name}'"
+                        f"{_nearest(name, used)}"
+                    )
+                used[name].add(stage.name())
+        return used
+
+    def benchmarks(self) -> list[str]:
+        """Sets that must not leak: they are compared with, and never taken."""
+        return [name for name, stages in self.roles().items() if stages & {"leaks", "near_dedup"}]
+
+    def set_stages(self, name: str) -> list[Stage]:
+        """The stages that a set passes: its own ingest, then the pool's where they fit."""
+        source = self.recipe.sets[name]
+        ingest = Ingest(
+            urls=source.urls,
+            images=source.images,
+            source_set=name,
+            rows_per_shard=self.recipe.rows_per_shard,
+        )
+        wanted = [stage for stage in self.stages if stage.on_sets or self._fetches(stage, source)]
+        if name in self.benchmarks():
+            wanted = [stage for stage in wanted if not stage.set_names()]
+        return [ingest, *wanted]
+
+    @staticmethod
+    def _fetches(stage: Stage, source: SetSource) -> bool:
+        return stage.name() == "download" and source.urls is not None
+
+
+def load_recipe(name: str, variables: dict[str, str], changes: Iterable[str] = ()) -> CheckedRecipe:
+    """Read a recipe by file or by the name of one that ships, and check it.
+
+    variables: values of ${name} besides the recipe's own paths. changes: KEY=VALUE for single
+    keys, such as paths.pool=/data/urls.
+
+    Raises:
+        ConfigError: one line that names the file, the key, and what is allowed.
+    """
+    path = find_config("recipes", name)
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
+    for change in changes:
+        _apply_change(values, change)
+    known = {**variables, **{key: str(value) for key, value in (values.get("paths") or {}).items()}}
+    filled = _fill(values, known, str(path))
+    checked = CheckedRecipe(recipe=parse_settings(Recipe, filled, str(path)), where=str(path))
+    check_columns(checked)
+    return checked
+
+
+def find_config(kind: str, name: str) -> Path:
+    """Path of a YAML file, given itself or by the name of one in configs/<kind>.
+
+    Raises:
+        ConfigError: neither is there; names those that ship.
+    """
+    given = Path(name)
+    if given.suffix in (".yaml", ".yml"):
+        return given
+    folder = Path(str(importlib.resources.files("configs"))) / kind
+    shipped = folder / f"{name}.yaml"
+    if not shipped.is_file():
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise ConfigError(f"{name}: no such file, nor one of the {kind} that ship: {names}")
+    return shipped
+
+
+def check_columns(checked: CheckedRecipe) -> None:
+    """Check that each stage finds the columns and sets that it needs.
+
+    Raises:
+        ConfigError: names the stage, the column, and the stages before it.
+    """
+    stages = checked.stages
+    if stages[0].name() != "ingest":
+        raise ConfigError(f"{checked.where}: the first stage must be 'ingest'")
+    checked.roles()
+    flows = [("pool", stages), *((n, checked.set_stages(n)) for n in checked.recipe.sets)]
+    for flow, its_stages in flows:
+        present: set[str] = {"id"}
+        sides: set[str] = set()
+        for stage in its_stages:
+            _check_stage(stage, present, sides, f"{checked.where}: {flow}")
+            for output, schema in stage.outputs().items():
+                present.update(schema.names)
+                sides.add(output)
+            present.update(stage.extras().names)
+
+
+def _check_stage(stage: Stage, present: set[str], sides: set[str], where: str) -> None:
+    missing = [name for name in stage.needs() if name not in present]
+    if missing:
+        raise ConfigError(
+            f"{where}: stage '{stage.name()}' needs the column '{missing[0]}', which no stage "
+            f"before it makes; there are: {', '.join(sorted(present))}"
+        )
+    embeddings = getattr(stage, "embeddings", None)
+    if embeddings is not None and embeddings not in sides:
+        raise ConfigError(
+            f"{where}: stage '{stage.name()}' reads the embeddings '{embeddings}', which no "
+            f"'embed' before it makes; there are: {', '.join(sorted(sides))}"
+        )
+
+
+def _build_stage(
+    entry: str | dict[str, dict[str, Any] | None], recipe: Recipe, where: str
+) -> Stage:
+    if isinstance(entry, str):
+        name, settings = entry, {}
+    elif len(entry) == 1:
+        name, found = next(iter(entry.items()))
+        settings = dict(found or {})
+    else:
+        raise ConfigError(f"{where}: pool: one stage an entry, found {', '.join(entry)}")
+    kind = load_stage(name, f"{where}: pool")
+    if name == "ingest":
+        settings.setdefault("rows_per_shard", recipe.rows_per_shard)
+    return parse_settings(kind, settings, f"{where}: {name}")
+
+
+def _apply_change(values: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {change}: write KEY=VALUE")
+    import yaml
+
+    *parents, last = key.split(".")
+    target = values
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {change}: '{parent}' holds no keys")
+    target[last] = yaml.safe_load(text)
+
+
+def _fill(value: Any, known: dict[str, str], where: str) -> Any:
+    """Put the values of ${name} into all texts."""
+    if isinstance(value, dict):
+        return {key: _fill(inner, known, where) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_fill(inner, known, where) for inner in value]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> str:
+        if match.group(1) not in known:
+            raise ConfigError(
+                f"{where}: ${{{match.group(1)}}} has no value{_nearest(match.group(1), known)}; "
+                f"add it under 'paths', or pass --set paths.{match.group(1)}=…"
+            )
+        return known[match.group(1)]
+
+    return _VARIABLE.sub(lookup, value)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return (
+        f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(known) or 'none'}"
+    )

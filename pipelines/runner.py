@@ -1,0 +1,274 @@
+"""Runs a recipe: each flow through its stages, then publishes the manifest.
+
+`DIR/run.json` says what ran and where it lies; `DIR/manifest` is the finished set.
+"""
+
+import importlib.metadata
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from curation import storage
+from curation.config import Settings, parse_settings
+from curation.dataset import Dataset, ShardInfo, commit, write_shard
+from curation.errors import DatasetError
+from curation.ledger import StageRecord, read_stage
+from curation.pool import Pool, UnionPool
+from curation.schema import schema_of
+from curation.stage import DECISIONS, Engine, Stage, StageFolder, StageInputs, Task
+from curation.stages.select import MANIFEST_COLUMNS
+from pipelines.recipe import CheckedRecipe
+from pipelines.stage_runner import Watcher, run_stage, stage_key
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+POOL = "pool"
+
+
+class StageEntry(Settings):
+    """One finished stage of a flow."""
+
+    stage: str
+    """Name of the stage."""
+    folder: str
+    """Its folder, relative to the work folder."""
+    record: StageRecord
+    """What it did."""
+
+
+class RunRecord(Settings):
+    """What a run of a recipe did, and where everything lies, relative to the work folder."""
+
+    recipe: str
+    """Name of the recipe."""
+    recipe_file: str
+    """Where it was read from."""
+    seed: int
+    """Seed of the run."""
+    pool: tuple[StageEntry, ...]
+    """Stages of the pool, in order."""
+    sets: dict[str, tuple[StageEntry, ...]] = {}
+    """Stages of each benchmark and seed set."""
+    roles: dict[str, tuple[str, ...]] = {}
+    """Stages that name each set."""
+    as_is: tuple[str, ...] = ()
+    """Sets taken as they are: they join the pool at the union."""
+    manifest: str | None = None
+    """The published manifest."""
+    packed: str | None = None
+    """The packed shards."""
+    versions: dict[str, str] = {}
+    """Versions of what computes."""
+
+
+@dataclass
+class _Flow:
+    """A pool on its way, and what has become of it so far."""
+
+    pool: Pool
+    entries: list[StageEntry] = field(default_factory=list)
+    folders: list[StageFolder] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+    earlier: dict[str, str] = field(default_factory=dict)
+
+
+class RecipeRun:
+    """One run of a checked recipe in a work folder."""
+
+    def __init__(self, checked: CheckedRecipe, work: str, engine: Engine, watcher: Watcher) -> None:
+        self._checked = checked
+        self._recipe = checked.recipe
+        self._work = work
+        self._engine = engine
+        self._watcher = watcher
+        self._sets: dict[str, _Flow] = {}
+        self._as_is: tuple[str, ...] = ()
+
+    def run(self) -> RunRecord:
+        """Run all stages, or find them finished; publish the manifest; give the record."""
+        benchmarks = self._checked.benchmarks()
+        others = [name for name in self._recipe.sets if name not in benchmarks]
+        for name in [*benchmarks, *others]:
+            flow = _Flow(Pool(name, {}))
+            for stage in self._checked.set_stages(name):
+                self._advance(flow, stage, storage.join("sets", name))
+            self._sets[name] = flow
+        flow = _Flow(Pool(POOL, {}))
+        for stage in self._checked.stages:
+            if stage.on_union and not isinstance(flow.pool, UnionPool):
+                flow.pool = self._union(flow.pool, stage.set_names())
+            self._advance(flow, stage, POOL)
+        return self._publish(flow)
+
+    def _advance(self, flow: _Flow, stage: Stage, where: str) -> None:
+        """Run one stage of a flow and put its outputs on top of the pool."""
+        inputs = StageInputs(flow.pool, self._named_sets(stage), self._recipe.seed, flow.earlier)
+        key = stage_key(stage, inputs)
+        name = f"{len(flow.entries) + 1:02d}-{stage.name()}-{key[:8]}"
+        folder = StageFolder(storage.join(self._work, "work", where, name), stage.name())
+        if "raw" in stage.needs() and read_stage(folder) is None:
+            self._fetch_again_if_deleted(flow)
+        record, outputs = run_stage(stage, inputs, folder, self._engine, self._watcher, key=key)
+        self._settle(flow, stage, folder, record, outputs)
+
+    def _settle(
+        self,
+        flow: _Flow,
+        stage: Stage,
+        folder: StageFolder,
+        record: StageRecord,
+        outputs: dict[str, Dataset],
+    ) -> None:
+        decisions = outputs.pop(DECISIONS)
+        for name in stage.varying_outputs():
+            outputs.pop(name, None)
+        if stage.extras().names:
+            outputs[f"{stage.name()} decisions"] = decisions
+        if "raw" in stage.needs() and not self._recipe.keep_raw:
+            self._delete_raw(flow)
+        flow.pool = flow.pool.with_stage(outputs, decisions)
+        relative = folder.path.removeprefix(self._work).lstrip("/")
+        flow.entries.append(StageEntry(stage=stage.name(), folder=relative, record=record))
+        flow.folders.append(folder)
+        flow.stages.append(stage)
+
+    def _named_sets(self, stage: Stage) -> dict[str, Pool]:
+        if stage.on_union:
+            return {}
+        return {name: self._sets[name].pool for name in stage.set_names()}
+
+    def _union(self, pool: Pool, as_is: Sequence[str]) -> Pool:
+        """The pool together with the sets taken as they are, which come first."""
+        self._as_is = tuple(as_is)
+        parts = (*(self._sets[name].pool for name in as_is), pool)
+        return UnionPool("union", {}, None, parts)
+
+    def _delete_raw(self, flow: _Flow) -> None:
+        """Delete the fetched bytes of a flow; their manifest stays, for the keys."""
+        if "raw" not in flow.pool.layers:
+            return
+        raw = flow.pool.layers["raw"]
+        for index in range(raw.num_shards):
+            storage.remove(raw.shard_path(index))
+        layers = {name: layer for name, layer in flow.pool.layers.items() if name != "raw"}
+        flow.pool = Pool(flow.pool.name, layers, flow.pool.decisions)
+
+    def _fetch_again_if_deleted(self, flow: _Flow) -> None:
+        """Run again what made the raw bytes, where an earlier run with other settings used them."""
+        raw = flow.pool.layers.get("raw")
+        if raw is None or all(storage.exists(raw.shard_path(i)) for i in range(raw.num_shards)):
+            return
+        logger.warning("%s: raw bytes were deleted after use; fetching them again", flow.pool.name)
+        stage, folder = flow.stages.pop(), flow.folders.pop()
+        flow.entries.pop()
+        storage.remove(folder.path)
+        flow.pool = self._pool_before(flow)
+        where = folder.path.removeprefix(storage.join(self._work, "work")).strip("/")
+        self._advance(flow, stage, where.rpartition("/")[0])
+
+    def _pool_before(self, flow: _Flow) -> Pool:
+        """The pool as it was after the stages that the flow still lists."""
+        pool = Pool(flow.pool.name, {})
+        for stage, folder in zip(flow.stages, flow.folders, strict=True):
+            names = [n for n in stage.outputs() if n not in stage.varying_outputs()]
+            outputs = {name: Dataset.open(folder.output(name)) for name in names}
+            pool = pool.with_stage(outputs, Dataset.open(folder.output(DECISIONS)))
+        return pool
+
+    def _publish(self, flow: _Flow) -> RunRecord:
+        """Write the manifest where people look for it, and the record of the run."""
+        record = RunRecord(
+            recipe=self._recipe.name,
+            recipe_file=self._checked.where,
+            seed=self._recipe.seed,
+            pool=tuple(flow.entries),
+            sets={name: tuple(done.entries) for name, done in self._sets.items()},
+            roles={name: tuple(sorted(used)) for name, used in self._checked.roles().items()},
+            as_is=self._as_is,
+            manifest=self._publish_manifest(flow),
+            packed=self._packed_folder(flow),
+            versions=_versions(),
+        )
+        storage.write_json(storage.join(self._work, RUN_FILE), record.model_dump(mode="json"))
+        return record
+
+    def _publish_manifest(self, flow: _Flow) -> str | None:
+        selected = flow.pool.layers.get("manifest")
+        if selected is None:
+            return None
+        target = storage.join(self._work, "manifest")
+        attributes = {
+            "recipe": self._recipe.name,
+            "seed": self._recipe.seed,
+            "packed": self._packed_folder(flow),
+        }
+        if _already_published(target, selected, attributes):
+            return "manifest"
+        storage.remove(target)
+        filled = [i for i, shard in enumerate(selected.manifest.shards) if shard.num_rows]
+        task = _CopyShard(selected, target)
+        infos = dict(self._engine.map(task, list(enumerate(filled)), "manifest"))
+        ordered = [infos[item] for item in enumerate(filled)]
+        commit(target, schema_of(MANIFEST_COLUMNS), ordered, attributes)
+        return "manifest"
+
+    def _packed_folder(self, flow: _Flow) -> str | None:
+        for entry in flow.entries:
+            if entry.stage == "pack":
+                return storage.join(entry.folder, "packed")
+        return None
+
+
+@dataclass(frozen=True)
+class _CopyShard(Task[tuple[int, int], ShardInfo]):
+    """Copies one shard of the manifest; empty ones are left out."""
+
+    source: Dataset
+    target: str
+
+    def __call__(self, item: tuple[int, int], opened: Any) -> ShardInfo:
+        number, index = item
+        return write_shard(self.target, number, self.source.read_shard(index))
+
+
+def _already_published(target: str, selected: Dataset, attributes: dict[str, Any]) -> bool:
+    if not Dataset.is_finished(target):
+        return False
+    published = Dataset.open(target)
+    same = published.manifest.content_digest == selected.manifest.content_digest
+    return same and published.attributes == attributes
+
+
+def read_run(work: str) -> RunRecord:
+    """The record of a finished run.
+
+    Raises:
+        DatasetError: no run has finished there.
+    """
+    path = storage.join(work, RUN_FILE)
+    if not storage.exists(path):
+        raise DatasetError(
+            f"{work}: no finished run there (no {RUN_FILE}); run `curate run RECIPE --work {work}`"
+        )
+    return parse_settings(RunRecord, storage.read_json(path), path)
+
+
+def open_manifest(work: str) -> Dataset:
+    """The published manifest of a run."""
+    record = read_run(work)
+    if record.manifest is None:
+        raise DatasetError(f"{work}: the recipe '{record.recipe}' has no 'select', so no manifest")
+    return Dataset.open(storage.join(work, record.manifest))
+
+
+def _versions() -> dict[str, str]:
+    names = ("lvd-curate", "torch", "numpy", "pyarrow", "pillow", "faiss-gpu", "faiss-cpu")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
