@@ -1,0 +1,304 @@
+"""Settings of a pretraining run. Defaults are those of the paper's ViT-L/14 recipe."""
+
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from curation.config import Settings, parse_settings, read_yaml
+from curation.errors import ConfigError
+from embedder.vit import ViTConfig, vit_config
+
+Pair = tuple[float, float]
+
+
+class ModelSettings(Settings):
+    """The backbone."""
+
+    arch: str = "vitl14"
+    """vit, one of t s b l g, patch 14 or 16, and perhaps _reg for 4 registers."""
+    drop_path: float = Field(default=0.4, ge=0, lt=1)
+    """Share of images that each residual branch leaves out (stochastic depth)."""
+    layerscale: float | None = 1.0e-5
+    """Initial LayerScale gamma; null for none."""
+    ffn: Literal["mlp", "swiglu"] | None = None
+    """Feed-forward layer; null for that of the arch."""
+    width: int | None = Field(default=None, gt=0)
+    """Width other than the arch's."""
+    depth: int | None = Field(default=None, gt=0)
+    """Number of blocks other than the arch's."""
+    heads: int | None = Field(default=None, gt=0)
+    """Attention heads other than the arch's."""
+
+
+class CropSettings(Settings):
+    """Multi-crop augmentation: 2 global crops and `local_count` local ones an image."""
+
+    global_size: int = Field(default=224, gt=0)
+    """Side of a global crop in pixels."""
+    global_scale: Pair = (0.32, 1.0)
+    """Area of a global crop as a share of the image."""
+    local_size: int = Field(default=98, gt=0)
+    """Side of a local crop in pixels."""
+    local_scale: Pair = (0.05, 0.32)
+    """Area of a local crop as a share of the image."""
+    local_count: int = Field(default=8, ge=0)
+    """Local crops an image."""
+    blur: Literal["released", "nominal"] = "released"
+    """Probabilities of blur in the two global crops: 0 and 0.9 as the released models were trained
+    (the public code passes 1 - p), or 1 and 0.1 as its settings say."""
+
+
+class MaskSettings(Settings):
+    """Block masks for iBOT."""
+
+    probability: float = Field(default=0.5, ge=0, le=1)
+    """Share of the global crops that are masked."""
+    ratio: Pair = (0.1, 0.5)
+    """Share of the patches that a masked crop hides: from, to."""
+
+
+class HeadSettings(Settings):
+    """One projection head."""
+
+    prototypes: int = Field(default=131072, gt=1)
+    """Outputs of the head."""
+    hidden: int = Field(default=2048, gt=0)
+    """Width of its hidden layers."""
+    bottleneck: int = Field(default=256, gt=0)
+    """Width before the prototypes."""
+    layers: int = Field(default=3, ge=2)
+    """Linear layers before the prototypes."""
+
+
+class LossSettings(Settings):
+    """Losses, their weights, and how the teacher's targets are made."""
+
+    dino_weight: float = Field(default=1.0, ge=0)
+    """Weight of the image-level loss."""
+    ibot_weight: float = Field(default=1.0, ge=0)
+    """Weight of the masked-patch loss."""
+    koleo_weight: float = Field(default=0.1, ge=0)
+    """Weight of the KoLeo loss, summed over both global crops."""
+    koleo_gathered: bool = False
+    """Seek KoLeo's nearest neighbours over all processes; the paper's stays within each."""
+    centering: Literal["sinkhorn_knopp", "centering"] = "sinkhorn_knopp"
+    """How the teacher's outputs become targets."""
+    sinkhorn_iterations: int = Field(default=3, gt=0)
+    """Iterations of Sinkhorn-Knopp."""
+    center_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of the centre."""
+    student_temperature: float = Field(default=0.1, gt=0)
+    """Temperature of the student's softmax."""
+    separate_heads: bool = True
+    """Whether iBOT has a head of its own."""
+    dino_head: HeadSettings = HeadSettings(bottleneck=384)
+    """The image-level head (both, where they are shared)."""
+    ibot_head: HeadSettings = HeadSettings()
+    """The patch-level head."""
+    max_logit_bytes: int = Field(default=2**31, gt=0)
+    """Memory that cached teacher outputs may take; beyond it they are computed anew, block by
+    block."""
+    block_rows: int = Field(default=256, gt=0)
+    """Rows of prototypes' scores that exist at once in the cross-entropies."""
+
+
+class TeacherSettings(Settings):
+    """Schedules of the EMA teacher."""
+
+    momentum: Pair = (0.994, 1.0)
+    """Momentum at the start and at the end, along a cosine."""
+    temperature: Pair = (0.04, 0.07)
+    """Temperature at the start and after its warm-up, along a line."""
+    temperature_warmup_steps: int = Field(default=37_500, ge=0)
+    """Steps of that warm-up."""
+
+
+class OptimSettings(Settings):
+    """Optimiser, schedules and length."""
+
+    steps: int = Field(default=625_000, gt=0)
+    """Training steps."""
+    batch_size: int = Field(default=64, gt=1)
+    """Images a process in one forward pass."""
+    accumulate: int = Field(default=1, gt=0)
+    """Forward passes a step: the effective batch is batch_size * accumulate * processes."""
+    base_lr: float = Field(default=2.0e-4, gt=0)
+    """Learning rate at an effective batch of 1024."""
+    lr_scaling: Literal["sqrt_wrt_1024", "none"] = "sqrt_wrt_1024"
+    """lr = base_lr * sqrt(effective batch / 1024), or base_lr as it is."""
+    min_lr: float = Field(default=1.0e-6, ge=0)
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = Field(default=100_000, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: Pair = (0.04, 0.2)
+    """Weight decay at the start and at the end, along a cosine."""
+    betas: Pair = (0.9, 0.999)
+    """AdamW's betas."""
+    clip_norm: float | None = Field(default=3.0, gt=0)
+    """Largest gradient norm of each submodule; null for no clipping."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of each layer as a share of the next one's."""
+    patch_embed_lr: float = Field(default=0.2, ge=0)
+    """Learning rate of the patch embedding as a share of its layer's."""
+    freeze_last_layer_steps: int = Field(default=1250, ge=0)
+    """Steps in which the prototypes stay as they are."""
+    freeze_backbone_steps: int = Field(default=0, ge=0)
+    """Steps in which the backbone stays as it is (for continued training with fresh heads)."""
+
+
+class DataSettings(Settings):
+    """Reading images."""
+
+    workers: int = Field(default=8, ge=0)
+    """Loader processes; 0 loads in the training process. Does not change what is trained on."""
+    window_shards: int = Field(default=64, gt=0)
+    """Shards among which images are shuffled at a time; shards themselves are shuffled globally."""
+    seed_set_weights: dict[str, float] | None = None
+    """Share of the samples by seed set ("none" for rows without one); null takes every image once
+    an epoch."""
+
+
+class RunSettings(Settings):
+    """The machine's side of a run."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of weights, order, crops, masks and stochastic depth."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    threads: int | None = Field(default=None, gt=0)
+    """Torch threads on the CPU; null leaves torch's choice."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the products; weights, losses and optimiser stay in float32."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Compile the backbone's blocks with torch.compile."""
+    checkpoint_every_steps: int = Field(default=3750, gt=0)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=3, gt=0)
+    """Latest checkpoints kept."""
+    keep_every_steps: int | None = Field(default=None, gt=0)
+    """Checkpoints at multiples of this are kept for good."""
+    log_every_steps: int = Field(default=10, gt=0)
+    """Steps between lines of log.jsonl and calls of `progress`."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files (needs the tensorboard package)."""
+
+
+class PretrainConfig(Settings):
+    """Everything that decides a pretraining run but its data."""
+
+    model: ModelSettings = ModelSettings()
+    """The backbone."""
+    crops: CropSettings = CropSettings()
+    """Augmentation."""
+    masks: MaskSettings = MaskSettings()
+    """iBOT's masks."""
+    loss: LossSettings = LossSettings()
+    """Losses and heads."""
+    teacher: TeacherSettings = TeacherSettings()
+    """The EMA teacher."""
+    optim: OptimSettings = OptimSettings()
+    """Optimiser, schedules and length."""
+    data: DataSettings = DataSettings()
+    """Reading images."""
+    run: RunSettings = RunSettings()
+    """Seed, device, precision, checkpoints."""
+    init: str | None = None
+    """Backbone weights to start from (heads start fresh)."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        try:
+            vit = self.vit()
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from error
+        for name in ("global_size", "local_size"):
+            size = getattr(self.crops, name)
+            if size % vit.patch:
+                low, high = size // vit.patch * vit.patch, -(-size // vit.patch) * vit.patch
+                raise ValueError(
+                    f"crops.{name} {size} is no multiple of the patch {vit.patch}: "
+                    f"use {low or high} or {high}"
+                )
+        return self
+
+    def vit(self) -> ViTConfig:
+        """Give the backbone's architecture; its position embedding fits the global crop.
+
+        Raises:
+            ValueError: there is no such architecture.
+        """
+        chosen = {key: getattr(self.model, key) for key in ("ffn", "width", "depth", "heads")}
+        changes: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+        config = vit_config(self.model.arch, drop_path=self.model.drop_path, **changes)
+        size = self.crops.global_size
+        if size % config.patch:
+            return config
+        return vit_config(
+            self.model.arch,
+            drop_path=self.model.drop_path,
+            layerscale=self.model.layerscale,
+            image_size=size,
+            **changes,
+        )
+
+    def effective_batch(self, processes: int) -> int:
+        """Images a step."""
+        return self.optim.batch_size * self.optim.accumulate * processes
+
+    def peak_lr(self, processes: int) -> float:
+        """Learning rate after warm-up."""
+        if self.optim.lr_scaling == "none":
+            return self.optim.base_lr
+        return self.optim.base_lr * math.sqrt(self.effective_batch(processes) / 1024)
+
+
+def load_config(path_or_name: str, overrides: list[str] | tuple[str, ...] = ()) -> PretrainConfig:
+    """Read a YAML file, or one of the shipped configs by name, and apply `key.path=value` changes.
+
+    Raises:
+        ConfigError: no such file or name, or a setting that cannot be.
+    """
+    values = read_yaml(find_config(path_or_name)) or {}
+    for override in overrides:
+        _apply(values, override)
+    return parse_settings(PretrainConfig, values, where=path_or_name)
+
+
+def find_config(path_or_name: str) -> Path:
+    """Resolve a path, or the name of a config that ships with the product.
+
+    Raises:
+        ConfigError: neither a file nor a name, listing the names.
+    """
+    if Path(path_or_name).is_file():
+        return Path(path_or_name)
+    shipped = Path(str(resources.files("configs").joinpath("pretrain")))
+    found = shipped / f"{path_or_name}.yaml"
+    if not found.is_file():
+        names = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
+        raise ConfigError(
+            f"{path_or_name}: neither a file nor a shipped config; these are: {names}"
+        )
+    return found
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: want key=value, such as optim.steps=100")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: '{parent}' holds a value, not settings")
+        values = inner
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error

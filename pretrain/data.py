@@ -1,0 +1,138 @@
+"""Batches of any step, made from the seed and the position alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from embedder.errors import ImageError
+from embedder.images import decode
+from pretrain.batch import BadImage, Batch, collate
+from pretrain.config import PretrainConfig
+from pretrain.crops import Pixels, crop_recipes, multi_crop
+from pretrain.errors import TrainingError
+from pretrain.masks import block_mask, draw_targets
+from pretrain.order import Order, WeightedOrder
+from pretrain.random_streams import Purpose, stream
+from pretrain.sources import Source
+
+MAX_SUBSTITUTES = 100
+"""Bad images in a row after which the data are not believed to be images."""
+
+
+class Part(NamedTuple):
+    """One process's share of one step, or of one accumulated part of it."""
+
+    step_start: int
+    """First position of the step in the stream."""
+    step_size: int
+    """Images of the step over all processes: the effective batch."""
+    first: int
+    """First image of this part, counted within the step."""
+    size: int
+    """Images of this part."""
+
+
+class Batches(TorchDataset[Batch]):
+    """Any part of any step, made from the seed alone: who asks, and when, does not matter."""
+
+    def __init__(self, source: Source, config: PretrainConfig) -> None:
+        self._source = source
+        self._config = config
+        self._seed = config.run.seed
+        self._recipes = crop_recipes(config.crops)
+        weights = config.data.seed_set_weights
+        self._order: Order | WeightedOrder = (
+            Order(source.sizes, self._seed, config.data.window_shards)
+            if weights is None
+            else WeightedOrder(source, self._seed, weights)
+        )
+
+    def __getitem__(self, part: Part) -> Batch:
+        """Read, crop and mask the images of a part."""
+        bad: list[BadImage] = []
+        ids, crops = [], []
+        for position in range(
+            part.step_start + part.first, part.step_start + part.first + part.size
+        ):
+            name, pixels = self._readable(position, bad)
+            rng = stream(self._seed, Purpose.CROPS, position)
+            ids.append(name)
+            crops.append(multi_crop(pixels, self._recipes, rng))
+        return collate(crops, self._masks(part), tuple(ids), tuple(bad))
+
+    def _readable(self, position: int, bad: list[BadImage]) -> tuple[str, Pixels]:
+        """Give the image at a position; a bad one is noted, and another drawn in its stead."""
+        place = self._order[position]
+        for attempt in range(MAX_SUBSTITUTES):
+            name, data = self._source.read(*place)
+            try:
+                return name, decode(data)
+            except ImageError as error:
+                bad.append((name, error.reason))
+            rng = stream(self._seed, Purpose.SUBSTITUTE, position, attempt)
+            place = self._order[int(rng.integers(2**40))]
+        raise TrainingError(
+            f"{MAX_SUBSTITUTES} images in a row could not be read, the last '{bad[-1][0]}' "
+            f"({bad[-1][1]}); check that the data are images"
+        )
+
+    def _masks(self, part: Part) -> NDArray[np.bool_]:
+        """Draw the masks (2 size, P) of a part; how much each crop hides is drawn globally."""
+        grid = self._config.crops.global_size // self._config.vit().patch
+        rng = stream(self._seed, Purpose.MASK_TARGETS, part.step_start)
+        targets = draw_targets(2 * part.step_size, grid, self._config.masks, rng)
+        targets = targets.reshape(2, -1)[:, part.first : part.first + part.size]
+        masks = np.zeros((2, part.size, grid * grid), bool)
+        for (crop, image), target in np.ndenumerate(targets):
+            position = part.step_start + part.first + image
+            rng = stream(self._seed, Purpose.MASK_BLOCKS, position, crop)
+            masks[crop, image] = block_mask(grid, int(target), rng).ravel()
+        return masks.reshape(2 * part.size, -1)
+
+
+@dataclass(frozen=True)
+class Parts(Sampler[Part]):
+    """The parts of one process, step after step without end, from any position."""
+
+    start: int
+    rank: int
+    processes: int
+    batch_size: int
+    accumulate: int
+
+    def __iter__(self) -> Iterator[Part]:
+        """Give `accumulate` parts a step."""
+        own = self.batch_size * self.accumulate
+        step_size = own * self.processes
+        step_start = self.start
+        while True:
+            for part in range(self.accumulate):
+                first = self.rank * own + part * self.batch_size
+                yield Part(step_start, step_size, first, self.batch_size)
+            step_start += step_size
+
+
+def open_loader(
+    source: Source, config: PretrainConfig, position: int, rank: int, processes: int
+) -> "DataLoader[Batch]":
+    """Open the stream of one process at a position."""
+    optim = config.optim
+    return DataLoader(
+        Batches(source, config),
+        batch_size=None,
+        sampler=Parts(position, rank, processes, optim.batch_size, optim.accumulate),
+        num_workers=config.data.workers,
+        worker_init_fn=_start_worker,
+        persistent_workers=False,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    """Loader processes are many: each keeps to one core."""
+    cv2.setNumThreads(1)

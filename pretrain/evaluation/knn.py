@@ -1,0 +1,132 @@
+"""k-nearest-neighbour classification of frozen features.
+
+Each test image asks its k nearest training images (cosine of class tokens), which vote with
+weights softmax(similarity / temperature), taken over the largest k that is asked for.
+
+Legend: N training images, n test images, D width, C classes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from curation.errors import ConfigError
+from embedder.checkpoint import load_backbone
+from embedder.images import decode
+from embedder.vit import VisionTransformer
+from pretrain.batch import normalize
+
+Labeled = Sequence[tuple[bytes | str | Path, Any]]
+"""(image file or its path, label)."""
+
+RESIZE = 256 / 224
+"""Shorter side before the centre crop, as a share of the crop."""
+
+
+def evaluate(
+    backbone_file: str | Path,
+    train: Labeled,
+    test: Labeled,
+    k: Sequence[int] = (10, 20),
+    temperature: float = 0.07,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Classify test images by training images: {"knn_10": accuracy, …, "train": N, "test": n}.
+
+    `image_size` is the side of the centre crop; by default 224, or what the backbone was trained
+    at where that is less.
+
+    Raises:
+        ConfigError: there are no images to compare.
+        CheckpointError: the file holds no backbone.
+    """
+    if not train or not test:
+        raise ConfigError(f"k-NN needs images: {len(train)} to learn from, {len(test)} to test")
+    model = load_backbone(backbone_file)
+    size = image_size or default_size(model)
+    names, train_labels = np.unique([str(label) for _, label in train], return_inverse=True)
+    known = {name: i for i, name in enumerate(names)}
+    truth = torch.tensor([known.get(str(label), -1) for _, label in test])
+    features = [
+        class_tokens(model, [image for image, _ in images], size, batch_size)
+        for images in (train, test)
+    ]
+    guesses = knn_classify(
+        features[0], torch.from_numpy(train_labels), features[1], k=k, temperature=temperature
+    )
+    result = {f"knn_{n}": (guess == truth).float().mean().item() for n, guess in guesses.items()}
+    return {**result, "train": len(train), "test": len(test)}
+
+
+def knn_classify(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    k: Sequence[int] = (10, 20),
+    temperature: float = 0.07,
+    block_rows: int = 1024,
+) -> dict[int, Tensor]:
+    """Give the class (n,) of each test row for every k.
+
+    train_features: (N, D). train_labels: (N,), classes counted from 0. test_features: (n, D).
+    A k above N asks all N.
+    """
+    bank = F.normalize(train_features.float(), dim=1)
+    classes = int(train_labels.max()) + 1
+    most = min(max(k), len(bank))
+    guesses: dict[int, list[Tensor]] = {n: [] for n in k}
+    for queries in torch.split(test_features.float(), block_rows):
+        similarity, index = (F.normalize(queries, dim=1) @ bank.T).topk(most)  # (r, most)
+        weights = (similarity / temperature).softmax(1)
+        votes = F.one_hot(train_labels[index], classes) * weights[..., None]  # (r, most, C)
+        for n in k:
+            guesses[n].append(votes[:, :n].sum(1).argmax(1))
+    return {n: torch.cat(parts) for n, parts in guesses.items()}
+
+
+@torch.inference_mode()
+def class_tokens(
+    model: VisionTransformer,
+    images: Sequence[bytes | str | Path],
+    size: int,
+    batch_size: int = 32,
+) -> Tensor:
+    """Give the class tokens (N, D) of image files, centre-cropped to `size`."""
+    device = model.cls_token.device
+    parts = []
+    for start in range(0, len(images), batch_size):
+        crops = [center_crop(load(image), size) for image in images[start : start + batch_size]]
+        pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+        parts.append(model(normalize(pixels.to(device))).cls.cpu())
+    return torch.cat(parts)
+
+
+def load(image: bytes | str | Path) -> NDArray[np.uint8]:
+    """Decode an image file or a path to one."""
+    return decode(image if isinstance(image, bytes) else Path(image).read_bytes())
+
+
+def center_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Scale the shorter side to 256/224 of `size` (bicubic) and cut the middle (size, size, 3)."""
+    image = Image.fromarray(pixels)
+    scale = round(size * RESIZE) / min(image.size)
+    wide, high = (max(size, round(side * scale)) for side in image.size)
+    left, top = (wide - size) // 2, (high - size) // 2
+    resized = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC))
+    return resized[top : top + size, left : left + size]
+
+
+def default_size(model: VisionTransformer) -> int:
+    """Give 224, or the largest size that the position embedding was made for."""
+    side = min(224, model.config.image_size)
+    return side // model.config.patch * model.config.patch

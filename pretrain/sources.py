@@ -1,0 +1,110 @@
+"""Where images come from: shards whose images can be read singly."""
+
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from curation import storage
+from curation.dataset import Dataset
+from curation.errors import DatasetError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+FOLDER_SHARD = 1024
+"""Files of a plain folder that count as one shard."""
+NO_SET = "none"
+"""Name of the rows without a seed set."""
+
+
+class Source(Protocol):
+    """Images in shards."""
+
+    sizes: list[int]
+    """Images of each shard."""
+
+    def read(self, shard: int, row: int) -> tuple[str, bytes]:
+        """Give the id and the file of one image."""
+
+    def seed_sets(self, shard: int) -> NDArray[np.str_]:
+        """Give the seed set of each image of a shard, `none` for those without one."""
+
+
+class PackedShards:
+    """Shards that `pack` wrote: a tar of images each, and its index as Parquet."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        dataset = Dataset.open(path)
+        self._names = [shard.name for shard in dataset.manifest.shards]
+        self.sizes = [shard.num_rows for shard in dataset.manifest.shards]
+        self._index = lru_cache(maxsize=256)(self._read_index)
+
+    def read(self, shard: int, row: int) -> tuple[str, bytes]:
+        """Give the id and the file of one image, by its byte range in the tar."""
+        index = self._index(shard)
+        offset, length = index["offset"][row].as_py(), index["num_bytes"][row].as_py()
+        with storage.open_read(self._tar(shard)) as file:
+            file.seek(offset)
+            data = file.read(length)
+        if len(data) != length:
+            raise DatasetError(
+                f"{self._tar(shard)}: ends before byte {offset + length} that its index names; "
+                "pack the images again"
+            )
+        return str(index["id"][row].as_py()), data
+
+    def seed_sets(self, shard: int) -> NDArray[np.str_]:
+        """Give the seed set of each image of a shard, `none` for those without one."""
+        sets = pc.fill_null(self._index(shard)["seed_set"], NO_SET)
+        return np.asarray(sets.to_pylist(), dtype=np.str_)
+
+    def _read_index(self, shard: int) -> pa.Table:
+        path = storage.join(self._path, self._names[shard])
+        return storage.read_parquet(path, columns=["id", "offset", "num_bytes", "seed_set"])
+
+    def _tar(self, shard: int) -> str:
+        return storage.join(self._path, str(PurePosixPath(self._names[shard]).with_suffix(".tar")))
+
+
+class ImageFolder:
+    """All images below a folder; their ids are their relative paths."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._files = [
+            name
+            for name in storage.walk_files(path)
+            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+        ]
+        starts = range(0, len(self._files), FOLDER_SHARD)
+        self.sizes = [min(FOLDER_SHARD, len(self._files) - start) for start in starts]
+
+    def read(self, shard: int, row: int) -> tuple[str, bytes]:
+        """Give the id and the file of one image."""
+        name = self._files[shard * FOLDER_SHARD + row]
+        return name, storage.read_bytes(storage.join(self._path, name))
+
+    def seed_sets(self, shard: int) -> NDArray[np.str_]:
+        """No image of a plain folder has a seed set."""
+        return np.full(self.sizes[shard], NO_SET)
+
+
+def open_source(path: str) -> Source:
+    """Open packed shards or a folder of images.
+
+    Raises:
+        DatasetError: there are no images, with what was looked for.
+    """
+    if not storage.exists(path):
+        raise DatasetError(f"{path}: no such folder; give packed shards or a folder of images")
+    source: Source = PackedShards(path) if Dataset.is_finished(path) else ImageFolder(path)
+    if sum(source.sizes) == 0:
+        raise DatasetError(
+            f"{path}: holds no images; want packed shards (_manifest.json, shard-*.tar) with at "
+            "least one row, or a folder of image files"
+        )
+    return source
