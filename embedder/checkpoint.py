@@ -44,6 +44,7 @@ def save_state(weights: Mapping[str, Tensor], config: ViTConfig, path: Path) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(dict(weights), partial, metadata={CONFIG_KEY: json.dumps(asdict(config))})
+    partial.chmod(0o644)  # safetensors makes files for their owner only
     partial.replace(path)
 
 

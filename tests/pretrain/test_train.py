@@ -1,0 +1,194 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from curation.errors import ConfigError
+from embedder.checkpoint import load_backbone, save_backbone
+from embedder.errors import CheckpointError
+from embedder.vit import VisionTransformer
+from pretrain import checkpoint
+from pretrain.config import PretrainConfig, load_config
+from pretrain.data import Batches, Part, open_loader
+from pretrain.errors import TrainingError
+from pretrain.run_log import Record, read_lines
+from pretrain.sources import open_source
+from pretrain.train import Trainer, TrainResult, run
+from tests.pretrain.small_runs import jpeg, small_config, write_folder, write_shards
+
+LOSSES = (
+    "dino_global_crops_loss",
+    "dino_local_crops_loss",
+    "ibot_loss",
+    "koleo_loss",
+    "total_loss",
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_folder(tmp_path_factory.mktemp("data") / "images"))
+
+
+def losses(result: TrainResult) -> list[tuple[float, ...]]:
+    return [tuple(record[name] for name in LOSSES) for record in read_lines(result.log)]
+
+
+def stop_after(step: int) -> object:
+    def progress(record: Record) -> None:
+        if record["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return progress
+
+
+def test_run__leaves_backbone_log_and_checkpoint(images: str, tmp_path: Path) -> None:
+    result = run(small_config(), images, str(tmp_path))
+    assert result.finished
+    assert result.steps == 6
+    assert [record["step"] for record in read_lines(result.log)] == [1, 2, 3, 4, 5, 6]
+    assert result.first["total_loss"] != result.last["total_loss"]
+    backbone = load_backbone(result.backbone)
+    assert backbone.config.image_size == 56
+    state, about = checkpoint.load(tmp_path, 6)
+    assert about["position"] == 24
+    assert torch.equal(state["method"]["teacher.backbone.cls_token"], backbone.cls_token)
+
+
+def test_run__stopped_and_resumed_is_bit_exact(images: str, tmp_path: Path) -> None:
+    config = small_config()
+    calm = run(config, images, str(tmp_path / "calm"))
+    for step in (2, 4):
+        stopped = run(config, images, str(tmp_path / "halting"), progress=stop_after(step))  # type: ignore[arg-type]
+        assert not stopped.finished
+        assert stopped.steps == step
+    resumed = run(config, images, str(tmp_path / "halting"))
+    assert resumed.finished
+    assert losses(resumed) == losses(calm)
+    ours, theirs = (load_backbone(r.backbone).state_dict() for r in (calm, resumed))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_run__loader_workers_change_nothing(images: str, tmp_path: Path) -> None:
+    alone = run(small_config(optim={"steps": 2}), images, str(tmp_path / "a"))
+    config = small_config(optim={"steps": 2}, data={"workers": 2})
+    assert losses(run(config, images, str(tmp_path / "b"))) == losses(alone)
+
+
+def test_run__finished_run_does_nothing(images: str, tmp_path: Path) -> None:
+    first = run(small_config(optim={"steps": 2}), images, str(tmp_path))
+    calls: list[Record] = []
+    again = run(small_config(optim={"steps": 2}), images, str(tmp_path), progress=calls.append)
+    assert not calls
+    assert again == first
+    with pytest.raises(CheckpointError, match="holds a run of 2 steps"):
+        run(small_config(), images, str(tmp_path), resume=False)
+
+
+def test_run__another_model_does_not_resume(images: str, tmp_path: Path) -> None:
+    run(small_config(optim={"steps": 2}), images, str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"model\.depth = 2, now it is 1"):
+        run(small_config(model={"depth": 1}), images, str(tmp_path))
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
+@pytest.mark.parametrize("separate", [True, False])
+def test_take_step__losses_fall_on_one_repeated_batch(
+    images: str, tmp_path: Path, centering: str, separate: bool
+) -> None:
+    config = small_config(
+        model={"drop_path": 0.0},
+        loss={"centering": centering, "separate_heads": separate, "koleo_weight": 0.0},
+        optim={"steps": 60, "base_lr": 1e-3, "freeze_last_layer_steps": 0, "batch_size": 4},
+        teacher={"momentum": [0.996, 1.0], "temperature": [0.04, 0.04]},
+    )
+    trainer = Trainer(config, images, tmp_path, resume=True)
+    batch = Batches(trainer.source, config)[Part(0, 4, 0, 4)].to(trainer.device)
+    for _ in range(60):  # a fresh centre lags, which moves the loss more than learning does
+        trainer.method.targets([batch], 0.04)
+    totals = [trainer.take_step([batch])["total_loss"] for _ in range(60)]
+    assert sum(totals[-5:]) < 0.8 * sum(totals[:5])
+
+
+def test_run__bad_image_is_replaced_counted_and_listed(tmp_path: Path) -> None:
+    rows = [(f"{i:032x}", jpeg(i) if i else b"\xff\xd8 no image", "a") for i in range(6)]
+    path = write_shards(tmp_path / "packed", [rows[:3], rows[3:]])
+    result = run(small_config(optim={"steps": 3}), str(path), str(tmp_path / "out"))
+    assert result.finished
+    assert result.bad_images == 1
+    listed = [
+        json.loads(line) for line in (tmp_path / "out/bad_images.jsonl").read_text().splitlines()
+    ]
+    assert [record["id"] for record in listed] == ["0" * 32]
+
+
+def test_run__nothing_readable_is_an_error(tmp_path: Path) -> None:
+    path = write_shards(tmp_path / "packed", [[("0" * 32, b"no image", None)]])
+    with pytest.raises(TrainingError, match="100 images in a row"):
+        run(small_config(), str(path), str(tmp_path / "out"))
+
+
+def test_run__nan_names_step_and_images(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(small_config(), images, tmp_path, resume=True)
+    torch.nn.init.constant_(trainer.method.student.backbone.norm.bias, torch.nan)
+    batch = Batches(trainer.source, trainer.config)[Part(0, 4, 0, 4)].to(trainer.device)
+    with pytest.raises(TrainingError, match=r"step 1: .* images of the batch: .*\.jpg"):
+        trainer.take_step([batch])
+
+
+def test_batches__a_rank_s_share_is_part_of_the_whole(images: str) -> None:
+    source, config = open_source(images), small_config()
+    whole = Batches(source, config)[Part(8, 4, 0, 4)]
+    first, second = (Batches(source, config)[Part(8, 4, start, 2)] for start in (0, 2))
+    assert first.ids + second.ids == whole.ids
+    for name in ("global_crops", "local_crops", "masks"):
+        split = [getattr(half, name).unflatten(0, (-1, 2)) for half in (first, second)]
+        assert torch.equal(torch.cat(split, dim=1).flatten(0, 1), getattr(whole, name))
+
+
+def test_open_loader__goes_on_from_any_position(images: str) -> None:
+    source, config = open_source(images), small_config()
+    stream = iter(open_loader(source, config, 0, 0, 1))
+    later = iter(open_loader(source, config, 8, 0, 1))
+    batches = [next(stream) for _ in range(3)]
+    assert torch.equal(batches[2].global_crops, next(later).global_crops)
+
+
+def test_init__keeps_the_grid_and_fits_or_fails(images: str, tmp_path: Path) -> None:
+    vit = small_config(crops={"global_size": 70}).vit()
+    model = VisionTransformer(vit)
+    save_backbone(model, tmp_path / "w.safetensors")
+    config = small_config(init=str(tmp_path / "w.safetensors"))
+    trainer = Trainer(config, images, tmp_path / "out", resume=True)
+    for network in (trainer.method.student, trainer.method.teacher):
+        assert torch.equal(network.backbone.pos_embed, model.pos_embed)
+    with pytest.raises(CheckpointError, match="weights do not fit"):
+        Trainer(config.replace(model={**config.model.model_dump(), "depth": 3}), images,
+                tmp_path / "other", resume=True)  # fmt: skip
+
+
+def test_config__refuses_what_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"crops\.local_size 30 is no multiple.*28 or 42"):
+        small_config(crops={"local_size": 30})
+    with pytest.raises(ConfigError, match="did you mean 'drop_path'"):
+        small_config(model={"drop_pth": 0.1})
+    with pytest.raises(ConfigError, match="these are: "):
+        load_config("missing")
+    with pytest.raises(ConfigError, match="want key=value"):
+        load_config("demo", ["optim.steps"])
+
+
+def test_load_config__name_and_overrides() -> None:
+    config = load_config("demo", ["optim.steps=3", "crops.blur=nominal"])
+    assert isinstance(config, PretrainConfig)
+    assert (config.optim.steps, config.crops.blur) == (3, "nominal")
+
+
+def test_peak_lr__follows_the_effective_batch() -> None:
+    config = small_config(optim={"lr_scaling": "sqrt_wrt_1024", "batch_size": 256, "base_lr": 2e-4})
+    assert config.peak_lr(12) == pytest.approx(2e-4 * 3**0.5)
