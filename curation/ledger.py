@@ -94,15 +94,13 @@ def commit_shard(stage: Stage, folder: StageFolder, shard: Shard) -> Receipt:
 def decision_table(stage: Stage, stage_name: str, shard: Shard) -> pa.Table:
     """The decisions on a shard: a row for every row that came in."""
     rows = shard.num_rows
-    scores = np.full(rows, np.nan) if shard.scores is None else shard.scores.astype(np.float64)
-    threshold = None if shard.threshold is None else float(shard.threshold)
     columns: dict[str, Any] = {
         ID: shard.ids,
         "stage": pa.array([stage_name] * rows, pa.string()),
         "keep": pa.array(shard.alive),
         "reason": pa.array(shard.reasons.tolist(), pa.string()),
-        "score": pa.array(scores.astype(np.float32), mask=np.isnan(scores)),
-        "threshold": pa.array([threshold] * rows, pa.float32()),
+        "score": _to_arrow(shard.scores.astype(np.float32), pa.float32()),
+        "threshold": _to_arrow(shard.thresholds.astype(np.float32), pa.float32()),
     }
     for field in stage.extras():
         if field.name not in shard.notes:

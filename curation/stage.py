@@ -86,8 +86,8 @@ class Shard:
         self.table = table
         self.index = index
         self.reasons = np.full(table.num_rows, None, dtype=object)
-        self.scores: np.ndarray | None = None
-        self.threshold: float | None = None
+        self.scores = np.full(table.num_rows, np.nan)
+        self.thresholds = np.full(table.num_rows, np.nan)
         self.notes: dict[str, Any] = {}
         self.emitted: dict[str, dict[str, Any]] = {}
         self.whole_outputs: set[str] = set()
@@ -116,9 +116,14 @@ class Shard:
         """A numeric column as an array."""
         return np.asarray(self.table[column].to_numpy())
 
-    def judge(self, scores: np.ndarray, threshold: float) -> None:
-        """Record the score that decides, and its threshold. scores: (N,), NaN where unknown."""
-        self.scores, self.threshold = np.asarray(scores), threshold
+    def judge(self, scores: np.ndarray, threshold: float | np.ndarray) -> None:
+        """Record the score that decides, and its threshold. scores: (N,), NaN where unknown.
+
+        Rows that were dropped before keep the score that they were dropped for.
+        """
+        alive = self.alive
+        self.scores[alive] = np.asarray(scores, np.float64)[alive]
+        self.thresholds[alive] = np.broadcast_to(threshold, alive.shape)[alive]
 
     def note(self, column: str, values: Any) -> None:
         """Add one of the stage's own columns to the decisions, with a value (or None) per row."""

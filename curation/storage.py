@@ -280,7 +280,7 @@ def _resolve(path: str) -> tuple[Any, str]:
     if not path:
         raise StorageError("an empty path was given; name a folder or a URL")
     if is_local(path):
-        return LocalFileSystem(), str(Path(path.removeprefix("file://")).absolute())
+        return LocalFileSystem(), os.path.abspath(path.removeprefix("file://"))  # noqa: PTH100
     with storage_errors(path):
         fs, inner = fsspec.core.url_to_fs(path)
     return fs, inner

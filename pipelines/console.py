@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -106,6 +107,26 @@ def print_funnel(rows: list[FunnelRow], *, title: str) -> None:
         added = f"+{row.added:,}" if row.added else ""
         dropped = f"{sum(row.dropped.values()):,}"
         table.add_row(row.stage, f"{row.rows_in:,}", added, dropped, f"{row.rows_out:,}", reasons)
+    Console().print(table)
+
+
+def print_marks(marks: dict[str, dict[str, Any]]) -> None:
+    """Print how the demo's planted troubles fared."""
+    table = Table(title="planted troubles", title_justify="left")
+    for name in ("kind", "planted", "caught", "share"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for kind, tally in marks.items():
+        name = "innocent, dropped as copy or leak" if kind == "innocent" else kind
+        share = tally["caught"] / max(tally["planted"], 1)
+        table.add_row(name, str(tally["planted"]), str(tally["caught"]), f"{share:.1%}")
+    Console().print(table)
+
+
+def print_rows(names: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
+    """Print a plain table."""
+    table = Table(*names, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
     Console().print(table)
 
 

@@ -1,6 +1,37 @@
-"""The demo's web: sample photos from installed packages, with planted troubles, on loopback."""
+"""The demo's web: sample photos of installed packages, with planted troubles, on loopback.
+
+The photos are cut into tiles. Some become the pool's innocents, some benchmarks, seed sets and a
+labelled set; copies of innocents and benchmarks, and files that are no good images, are planted
+among the URLs. `truth.parquet` remembers what each URL is, so that the run can be marked.
+"""
+
+import contextlib
+import io
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
 from curation.config import Settings
+from curation.errors import ConfigError
+from embedder.edits import EDITS
+from embedder.images import Pixels, encode_jpeg
+
+TILE = 128
+INNOCENT = "innocent"
+_LISTED_TWICE = 100
+"""Which innocent's URL is listed a second time, spelt in another way."""
+_TRUTH = pa.schema([(name, pa.string()) for name in ("url", "kind", "twin_url", "expected")])
+_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
 
 
 class DemoSite(Settings):
@@ -8,3 +39,229 @@ class DemoSite(Settings):
 
     port: int = 18700
     """Port on 127.0.0.1; it is part of the URLs, and so of the ids."""
+    innocents: int = 160
+    """Distinct images in the pool."""
+
+
+@dataclass
+class _Plan:
+    """What is being put on the site."""
+
+    root: Path
+    base: str
+    rng: np.random.Generator
+    rows: list[dict[str, str | None]] = field(default_factory=list)
+
+    def plant(self, name: str, data: bytes | None, kind: str, expected: str, twin: str = "") -> str:
+        """Put a file on the site (None: the URL leads nowhere) and its URL on the list."""
+        if data is not None:
+            (self.root / "www" / name).write_bytes(data)
+        return self.list_url(f"{self.base}/{name}", kind, expected, twin)
+
+    def list_url(self, url: str, kind: str, expected: str, twin: str = "") -> str:
+        """Put a URL on the list."""
+        self.rows.append(
+            {"url": url, "kind": kind, "twin_url": twin or None, "expected": expected or None}
+        )
+        return url
+
+
+def build_site(site: DemoSite, folder: Path) -> None:
+    """Write the site's files, its list of URLs and the sets beside it; a no-op if they are there.
+
+    Raises:
+        ConfigError: the packages that bring the sample photos are not installed.
+    """
+    done = folder / f"built-{site.port}-{site.innocents}"
+    if done.exists():
+        return
+    for name in ("www", "benchmark", "seeds_sample", "seeds_cluster", "as_is"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    plan = _Plan(folder, f"http://127.0.0.1:{site.port}", np.random.default_rng(0))
+    tiles = _shuffled_tiles(plan.rng)
+    benchmark = _write_set(folder / "benchmark", tiles[:20])
+    _write_set(folder / "seeds_sample", tiles[20:36])
+    _write_set(folder / "seeds_cluster", tiles[36:60])
+    _write_set(folder / "as_is", tiles[60:72])
+    _write_labelled(folder / "labelled", tiles[: 60 + 12])
+    innocents = _plant_innocents(plan, tiles[72 : 72 + site.innocents])
+    _plant_copies(plan, innocents)
+    _plant_leaks(plan, benchmark)
+    _plant_bad_files(plan)
+    _write_lists(plan)
+    done.touch()
+
+
+def _shuffled_tiles(rng: np.random.Generator) -> list[tuple[str, Pixels]]:
+    """(photo, pixels) of all tiles with some detail, in a fixed random order."""
+    tiles = [(name, tile) for name, photo in _photos() for tile in _cut(photo)]
+    return [tiles[i] for i in rng.permutation(len(tiles))]
+
+
+def _photos() -> Iterator[tuple[str, Pixels]]:
+    try:
+        import skimage
+        import sklearn
+    except ImportError as error:
+        raise ConfigError(
+            f"the demo's photos come with scikit-image and scikit-learn, and {error.name} is "
+            "missing: pip install 'lvd-curate[demo]'"
+        ) from error
+    folders = [Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets"]
+    names = (
+        *("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png"),
+        *("motorcycle_left.png", "retina.jpg", "rocket.jpg", "coins.png", "camera.png"),
+        *("images/china.jpg", "images/flower.jpg"),
+    )
+    for name in names:
+        path = next(folder / name for folder in folders if (folder / name).is_file())
+        with Image.open(path) as image:
+            yield path.stem, np.asarray(image.convert("RGB"))
+
+
+def _cut(photo: Pixels) -> Iterator[Pixels]:
+    """Tiles that do not overlap and are not nearly flat."""
+    height, width = photo.shape[:2]
+    for top in range(0, height - TILE + 1, TILE):
+        for left in range(0, width - TILE + 1, TILE):
+            tile = photo[top : top + TILE, left : left + TILE]
+            if tile.std() > 18:
+                yield np.ascontiguousarray(tile)
+
+
+def _write_set(folder: Path, tiles: list[tuple[str, Pixels]]) -> list[Pixels]:
+    for number, (name, tile) in enumerate(tiles):
+        (folder / f"{number:03d}-{name}.jpg").write_bytes(encode_jpeg(tile))
+    return [tile for _, tile in tiles]
+
+
+def _write_labelled(folder: Path, tiles: list[tuple[str, Pixels]]) -> None:
+    """Two thirds to train, one third to test; the class of a tile is its photo."""
+    for number, (name, tile) in enumerate(tiles):
+        target = folder / ("test" if number % 3 == 2 else "train") / name
+        target.mkdir(parents=True, exist_ok=True)
+        (target / f"{number:03d}.jpg").write_bytes(encode_jpeg(tile))
+
+
+def _plant_innocents(plan: _Plan, tiles: list[tuple[str, Pixels]]) -> list[tuple[str, Pixels]]:
+    planted = []
+    for number, (name, tile) in enumerate(tiles):
+        data = encode_jpeg(tile)
+        url = plan.plant(f"{name}/{number:03d}.jpg".replace("/", "-"), data, INNOCENT, "")
+        planted.append((url, np.asarray(Image.open(io.BytesIO(data)))))
+    return planted
+
+
+def _plant_copies(plan: _Plan, innocents: list[tuple[str, Pixels]]) -> None:
+    """Copies of innocents: the same bytes, the same pixels, and edited ones."""
+    for number, (url, _) in enumerate(innocents[:10]):
+        data = (plan.root / "www" / url.rpartition("/")[2]).read_bytes()
+        plan.plant(f"mirror-{number}.jpg", data, "exact copy", "duplicate_bytes", url)
+    for number, (url, pixels) in enumerate(innocents[10:16]):
+        plan.plant(f"saved-{number}.png", _png(pixels), "pixel copy", "duplicate_pixels", url)
+    for number, (url, pixels) in enumerate(innocents[16:58]):
+        name = list(EDITS)[number % len(EDITS)]
+        data = encode_jpeg(EDITS[name](pixels, plan.rng), 90)
+        plan.plant(f"edited-{number}-{name}.jpg", data, "edited copy", "near_duplicate", url)
+
+
+def _plant_leaks(plan: _Plan, benchmark: list[Pixels]) -> None:
+    """Benchmark images on the web: as they are, and edited."""
+    for number, tile in enumerate(benchmark):
+        name = "same" if number < 6 else list(EDITS)[number % len(EDITS)]
+        pixels = tile if name == "same" else EDITS[name](tile, plan.rng)
+        plan.plant(f"leak-{number}-{name}.jpg", encode_jpeg(pixels, 90), "leak", "leak:benchmark")
+
+
+def _plant_bad_files(plan: _Plan) -> None:
+    """Files that are no images, or no useful ones, and URLs that lead nowhere."""
+    photo = encode_jpeg(plan.rng.integers(0, 255, (200, 200, 3), dtype=np.uint8))
+    html = b"<!doctype html><html><body><h1>Not found</h1></body></html>"
+    for number in range(4):
+        small = plan.rng.integers(0, 255, (20 + number, 24, 3), dtype=np.uint8)
+        blank = np.full((120, 160, 3), 60 * number, np.uint8)
+        plan.plant(f"tiny-{number}.jpg", encode_jpeg(small), "tiny", "too_small")
+        plan.plant(f"blank-{number}.jpg", encode_jpeg(blank), "blank", "blank")
+        plan.plant(f"cut-{number}.jpg", photo[: len(photo) // (2 + number)], "cut", "truncated")
+        plan.plant(f"page-{number}.jpg", html, "web page", "not_an_image")
+        plan.plant(f"gone-{number}.jpg", None, "gone", "http_404")
+        plan.list_url(f"ftp://127.0.0.1/{number}.jpg", "bad URL", "bad_source")
+    plan.plant("private-noai.jpg", photo, "opted out", "opted_out:noai")
+    plan.plant("bomb.png", _bomb(30_000), "bomb", "too_many_pixels")
+    last = str(plan.rows[_LISTED_TWICE]["url"])
+    plan.list_url(last.replace("http", "HTTP") + "#again", "listed twice", "duplicate_source")
+
+
+def _write_lists(plan: _Plan) -> None:
+    truth = pa.Table.from_pylist(plan.rows, schema=_TRUTH)
+    order = plan.rng.permutation(truth.num_rows)
+    pq.write_table(truth, plan.root / "truth.parquet")
+    pq.write_table(truth.select(["url"]).take(pa.array(order)), plan.root / "urls.parquet")
+
+
+def _png(pixels: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _bomb(side: int) -> bytes:
+    """A valid black PNG of side x side pixels in little more than a hundred kilobytes."""
+    squeeze = zlib.compressobj(9)
+    row = b"\0" * (1 + side // 8)
+    packed = b"".join(squeeze.compress(row) for _ in range(side)) + squeeze.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@contextlib.contextmanager
+def serve_site(site: DemoSite, folder: Path) -> Iterator[None]:
+    """Serve the built site on loopback.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    root = folder / "www"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = root / self.path.lstrip("/")
+            if path.parent != root or not path.is_file():
+                self.send_error(404)
+                return
+            data = path.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Type", _TYPES.get(path.suffix, "text/html"))
+            self.send_header("Content-Length", str(len(data)))
+            if "noai" in path.name:
+                self.send_header("X-Robots-Tag", "noai, noimageai")
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 256
+
+    try:
+        server = Server(("127.0.0.1", site.port), Handler)
+    except OSError as error:
+        raise ConfigError(
+            f"port {site.port} of the demo's site: {error.strerror}; free it, or choose another "
+            "with --set demo_site.port=…"
+        ) from error
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

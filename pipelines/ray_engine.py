@@ -20,6 +20,7 @@ class RayEngine(Engine):
 
     Work in flight is bounded by the number of actors. A node that dies costs only the items that
     it had not finished: its actors are started again elsewhere and the items are retried.
+    Ray starts with the first task, not with the engine: finished runs do not pay for it.
     """
 
     def __init__(
@@ -27,13 +28,14 @@ class RayEngine(Engine):
     ) -> None:
         self._attempts = attempts
         self._limit = workers
-        _connect(workers, address)
+        self._address = address
 
     @property
     def workers(self) -> int:
         """Actors of one core that run at once."""
         import ray
 
+        _connect(self._limit, self._address)
         cores = int(ray.cluster_resources().get("CPU", 1))
         return min(cores, self._limit or cores)
 
@@ -59,6 +61,7 @@ class RayEngine(Engine):
         """
         import ray
 
+        _connect(self._limit, self._address)
         have = ray.cluster_resources()
         cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
         fits = int(cpus // needed.cpus) if needed.cpus else num_items

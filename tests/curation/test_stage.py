@@ -29,9 +29,9 @@ class Even(ShardStage):
 
     def process(self, shard, opened):
         width = shard.array("width")
+        shard.judge(width.astype(float), self.limit)
         reject(shard, width % 2 == 1, "odd")
         reject(shard, width > self.limit, "large")
-        shard.judge(width.astype(float), self.limit)
         shard.emit("squares", {"num_bytes": width.astype(np.int64) ** 2})
 
 

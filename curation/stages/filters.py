@@ -1,0 +1,83 @@
+"""Several filters in one pass over the images: `curate filter`.
+
+Each row's score and threshold are those of the filter that dropped it, and else of the last one.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from curation.config import parse_settings
+from curation.errors import ConfigError
+from curation.registry import load_stage
+from curation.stage import DECISIONS, Resources, Shard, ShardStage
+
+
+class Filters(ShardStage):
+    """A chain of filters whose decisions go into one table."""
+
+    filters: tuple[dict[str, dict[str, Any]], ...] = Field(min_length=1)
+    """The filters in order: one name with its settings each."""
+
+    @model_validator(mode="after")
+    def _all_judge_rows(self) -> "Filters":
+        try:
+            built = self.chain
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        for stage in built:
+            if not isinstance(stage, ShardStage):
+                raise ValueError(f"'{stage.name()}' is no filter: it needs to see all rows at once")
+        return self
+
+    @property
+    def chain(self) -> list[ShardStage]:
+        """The filters, built."""
+        return [
+            parse_settings(load_stage(name, "filters"), settings, name)  # type: ignore[misc]
+            for entry in self.filters
+            for name, settings in entry.items()
+        ]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant elsewhere
+        """Reasons of all filters."""
+        return tuple(reason for stage in self.chain for reason in stage.reasons)
+
+    def needs(self) -> tuple[str, ...]:
+        """Columns that the filters read."""
+        return tuple(dict.fromkeys(name for stage in self.chain for name in stage.needs()))
+
+    def outputs(self) -> dict[str, pa.Schema]:
+        """Side-cars of all filters, such as face boxes."""
+        found = {name: schema for stage in self.chain for name, schema in stage.outputs().items()}
+        return {name: schema for name, schema in found.items() if name != DECISIONS}
+
+    def extras(self) -> pa.Schema:
+        """A score column a filter."""
+        return pa.schema([field for stage in self.chain for field in stage.extras()])
+
+    def fingerprint(self) -> str:
+        """What the content depends on beside settings and inputs."""
+        return " ".join(
+            f"{stage.name()} {stage.version} {stage.fingerprint()}" for stage in self.chain
+        )
+
+    def resources(self) -> Resources:
+        """The most that any filter needs."""
+        needs = [stage.resources() for stage in self.chain]
+        return Resources(
+            cpus=max(one.cpus for one in needs),
+            gpus=max(one.gpus for one in needs),
+            memory=max(one.memory for one in needs),
+        )
+
+    def open(self) -> list[tuple[ShardStage, Any]]:
+        """Open every filter."""
+        return [(stage, stage.open()) for stage in self.chain]
+
+    def process(self, shard: Shard, opened: list[tuple[ShardStage, Any]]) -> None:
+        """Pass the shard through the filters."""
+        for stage, state in opened:
+            stage.process(shard, state)

@@ -1,0 +1,161 @@
+"""`curate run`: a recipe from its list of URLs to report, checkpoint and evaluation."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from curation import storage
+from curation.dataset import Dataset
+from curation.digest import digest_of
+from curation.errors import LedgerError
+from curation.stage import Engine
+from pipelines import console
+from pipelines.demo_site import build_site, serve_site
+from pipelines.funnel import adds_up, funnel
+from pipelines.recipe import CheckedRecipe, Recipe, load_recipe
+from pipelines.runner import RecipeRun, RunRecord
+
+_STEP_FILE = "_step.json"
+
+
+def run_recipe(name: str, work: str, engine: Engine, changes: list[str], as_json: bool) -> None:
+    """Run a recipe with everything that follows the manifest, and print what became of it."""
+    began = time.monotonic()
+    console.set_up_logging(False)
+    work = work.rstrip("/")
+    checked = load_recipe(name, {"work": work}, changes)
+    storage.make_folder(work)
+    watcher = console.ConsoleWatcher(quiet=as_json)
+    with _demo_site(checked.recipe, work):
+        record = RecipeRun(checked, work, engine, watcher).run()
+    if not adds_up(funnel(record)):
+        raise LedgerError(f"{work}: the funnel does not add up; please report this with run.json")
+    results = _run_steps(checked, record, work)
+    worked = watcher.num_run > 0 or any(step["ran"] for step in results.values())
+    summary = _summary(record, work, results, worked, time.monotonic() - began)
+    if as_json:
+        console.print_json(summary)
+    else:
+        _print_summary(summary, record)
+
+
+@contextlib.contextmanager
+def _demo_site(recipe: Recipe, work: str) -> Iterator[None]:
+    if recipe.demo_site is None:
+        yield
+        return
+    folder = Path(work) / "site"
+    build_site(recipe.demo_site, folder)
+    with serve_site(recipe.demo_site, folder):
+        yield
+
+
+def _run_steps(checked: CheckedRecipe, record: RunRecord, work: str) -> dict[str, dict[str, Any]]:
+    """Pretrain, evaluate and report, each only if what it rests on has changed."""
+    results: dict[str, dict[str, Any]] = {}
+    recipe = checked.recipe
+    digest = _manifest_digest(record, work)
+    if recipe.pretrain is not None and record.packed is not None:
+        results["pretrain"] = _step(
+            storage.join(work, "pretrain"),
+            digest_of("pretrain", recipe.pretrain.model_dump_json(), digest),
+            lambda: _pretrain(recipe, record, work),
+        )
+    if recipe.evaluate is not None and recipe.pretrain is not None:
+        results["evaluate"] = _step(
+            storage.join(work, "evaluate"),
+            digest_of("evaluate", recipe.evaluate.model_dump_json(), results["pretrain"]["key"]),
+            lambda: _evaluate(recipe, work),
+        )
+    keys = [step["key"] for step in results.values()]
+    results["report"] = _step(
+        storage.join(work, "work", "report"),
+        digest_of("report", record.model_dump_json(), keys),
+        lambda: _report(work),
+    )
+    return results
+
+
+def _step(folder: str, key: str, action: Any) -> dict[str, Any]:
+    """Run an action unless its result with the same key is there."""
+    path = storage.join(folder, _STEP_FILE)
+    if storage.exists(path):
+        found: dict[str, Any] = storage.read_json(path)
+        if found.get("key") == key:
+            return {**found, "ran": False}
+    result = {"key": key, "result": action()}
+    storage.write_json(path, result)
+    return {**result, "ran": True}
+
+
+def _pretrain(recipe: Recipe, record: RunRecord, work: str) -> dict[str, Any]:
+    from pipelines.verbs.training import pretrain_on
+
+    assert recipe.pretrain is not None, "called without a pretrain step"
+    packed = storage.join(work, str(record.packed))
+    out = storage.join(work, "pretrain")
+    return pretrain_on(recipe.pretrain.config, packed, out, list(recipe.pretrain.set))
+
+
+def _evaluate(recipe: Recipe, work: str) -> dict[str, Any]:
+    from pipelines.verbs.training import evaluate_knn
+
+    assert recipe.evaluate is not None, "called without an evaluate step"
+    backbone = storage.join(work, "pretrain", "backbone.safetensors")
+    step = recipe.evaluate
+    return evaluate_knn(backbone, step.train, step.test, step.k)
+
+
+def _report(work: str) -> dict[str, Any]:
+    from pipelines.report.page import write_page
+
+    return {"page": write_page(work, storage.join(work, "report.html"))}
+
+
+def _manifest_digest(record: RunRecord, work: str) -> str:
+    if record.manifest is None:
+        return ""
+    return Dataset.open(storage.join(work, record.manifest)).manifest.content_digest
+
+
+def _summary(
+    record: RunRecord, work: str, results: dict[str, Any], worked: bool, seconds: float
+) -> dict[str, Any]:
+    marks = None
+    truth = Path(work) / "site" / "truth.parquet"
+    if truth.exists():
+        from pipelines.demo_marks import mark
+
+        marks = mark(record, work, truth)
+    return {
+        "recipe": record.recipe,
+        "worked": worked,
+        "seconds": round(seconds, 1),
+        "funnel": [vars(row) for row in funnel(record)],
+        "content_digest": _manifest_digest(record, work),
+        "manifest": storage.join(work, record.manifest) if record.manifest else None,
+        "packed": storage.join(work, record.packed) if record.packed else None,
+        "report": results["report"]["result"]["page"],
+        "pretrain": results.get("pretrain", {}).get("result"),
+        "evaluate": results.get("evaluate", {}).get("result"),
+        "marks": marks,
+    }
+
+
+def _print_summary(summary: dict[str, Any], record: RunRecord) -> None:
+    console.print_funnel(funnel(record), title=f"{summary['recipe']}: rows through each stage")
+    if summary["marks"] is not None:
+        console.print_marks(summary["marks"])
+    lines = {
+        "manifest": summary["manifest"],
+        "content digest": summary["content_digest"],
+        "packed shards": summary["packed"],
+        "report": summary["report"],
+        "checkpoint": (summary["pretrain"] or {}).get("backbone"),
+        "k-NN": (summary["evaluate"] or {}).get("text"),
+    }
+    console.print_pairs({name: value for name, value in lines.items() if value}, title="")
+    done = "done" if summary["worked"] else "nothing to do: everything was finished before"
+    console.print_line(f"{done}, in {summary['seconds']:.1f} s")

@@ -1,0 +1,225 @@
+"""Verbs that run one stage on explicit inputs and outputs."""
+
+from typing import Any
+
+import yaml
+
+from curation import storage
+from curation.config import parse_settings
+from curation.dataset import Dataset, open_foreign
+from curation.errors import ConfigError, SchemaError
+from curation.pool import Pool, UnionPool
+from curation.registry import load_stage
+from curation.stage import DECISIONS, Engine, Stage, StageFolder, StageInputs
+from curation.stages.embed import Embed
+from curation.stages.filters import Filters
+from curation.stages.ingest import Ingest
+from curation.stages.pack import Pack
+from curation.stages.select import Select
+from pipelines import console
+from pipelines.stage_runner import run_stage
+
+Settings = dict[str, Any]
+
+
+def run_single(
+    stage: Stage, inputs: StageInputs, out: str, primary: str, engine: Engine
+) -> dict[str, Dataset]:
+    """Run one stage with its main output at the root of `out`; print a line on it."""
+    console.set_up_logging(False)
+    folder = StageFolder(out.rstrip("/"), stage.name(), primary)
+    watcher = console.ConsoleWatcher()
+    record, outputs = run_stage(stage, inputs, folder, engine, watcher)
+    console.print_pairs(
+        {
+            "rows in": record.rows_in,
+            **{f"dropped: {reason}": count for reason, count in record.dropped.items()},
+            "rows out": record.rows_out,
+            **{name: value for name, value in record.figures.items() if _is_plain(value)},
+            "output": out,
+            "content digest": record.outputs.get(primary, ""),
+        },
+        title=stage.name(),
+    )
+    return outputs
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | str)
+
+
+def build(name: str, changes: list[str], **settings: Any) -> Stage:
+    """Build a stage from settings and KEY=VALUE changes."""
+    kind = load_stage(name, "--set")
+    return parse_settings(kind, {**settings, **parse_changes(changes)}, f"--set of '{name}'")
+
+
+def parse_changes(changes: list[str]) -> Settings:
+    """Read KEY=VALUE texts; values are YAML."""
+    values: Settings = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {change}: write KEY=VALUE")
+        values[key] = yaml.safe_load(text)
+    return values
+
+
+def run_ingest(settings: Settings, out: str, engine: Engine) -> None:
+    """`curate ingest`."""
+    stage = parse_settings(Ingest, settings, "curate ingest")
+    run_single(stage, StageInputs(Pool("pool", {})), out, "rows", engine)
+
+
+def run_download(rows: str, out: str, changes: list[str], engine: Engine) -> None:
+    """`curate download`."""
+    stage = build("download", changes)
+    if Dataset.is_finished(rows):
+        pool = _pool_with_decisions(rows)
+    else:
+        pool = _ingested(Ingest(urls=rows), out, engine)
+    run_single(stage, StageInputs(pool), out, "raw", engine)
+
+
+def run_canonicalize(raw: str, out: str, changes: list[str], engine: Engine) -> None:
+    """`curate canonicalize`."""
+    stage = build("canonicalize", changes)
+    run_single(stage, StageInputs(_raw_pool(raw, out, engine)), out, "images", engine)
+
+
+def run_filter(images: str, out: str, filters: str, changes: list[str], engine: Engine) -> None:
+    """`curate filter`."""
+    names = [name.strip() for name in filters.split(",") if name.strip()]
+    settings: dict[str, Settings] = {name: {} for name in names}
+    for key, value in parse_changes(changes).items():
+        name, _, setting = key.partition(".")
+        if name not in settings or not setting:
+            raise ConfigError(f"--set {key}: write FILTER.KEY=VALUE; filters: {', '.join(names)}")
+        settings[name][setting] = value
+    stage = Filters(filters=tuple({name: values} for name, values in settings.items()))
+    pool = images_pool(images, out, engine)
+    run_single(stage, StageInputs(pool), out, DECISIONS, engine)
+
+
+def run_embed(
+    images: str,
+    out: str,
+    encoder: str | None,
+    like: str | None,
+    settings: Settings,
+    engine: Engine,
+) -> None:
+    """`curate embed`."""
+    if (encoder is None) == (like is None):
+        raise ConfigError("curate embed: give either --encoder NAME or --like EMBEDDINGS")
+    name = encoder or _encoder_of(str(like))
+    stage = parse_settings(Embed, {**settings, "encoders": {"embedding": name}}, "curate embed")
+    stage.outputs()  # an unknown encoder or a missing file is an error before any work
+    pool = images_pool(images, out, engine)
+    run_single(stage, StageInputs(pool), out, "embedding", engine)
+
+
+def run_select(images: list[str], keep: list[str], out: str, engine: Engine) -> None:
+    """`curate select`."""
+    verdicts = dict(_named(text, "--keep") for text in keep)
+    named = [_named(text, "IMAGES") for text in images]
+    unknown = set(verdicts) - {name for name, _ in named}
+    if unknown:
+        raise ConfigError(f"--keep {unknown.pop()}=…: no images of that name are given")
+    pools = [
+        _kept(images_pool(path, out, engine, name), verdicts.get(name)) for name, path in named
+    ]
+    union = UnionPool("union", {}, None, tuple(pools))
+    run_single(Select(), StageInputs(union), out, "manifest", engine)
+
+
+def run_pack(images: str, keep: str | None, rows_per_tar: int, out: str, engine: Engine) -> None:
+    """`curate pack`."""
+    pool = _kept(images_pool(images, out, engine), keep)
+    run_single(Pack(rows_per_tar=rows_per_tar), StageInputs(pool), out, "packed", engine)
+
+
+def print_encoders(as_json: bool) -> None:
+    """`curate encoders`."""
+    from embedder.encoder import list_encoders
+
+    statuses = list_encoders()
+    if as_json:
+        console.print_json([vars(status) for status in statuses])
+        return
+    console.print_rows(
+        ("encoder", "works here", "note", "licence"),
+        [(s.name, "yes" if s.works else "no", s.note, s.licence) for s in statuses],
+    )
+
+
+def images_pool(path: str, out: str, engine: Engine, name: str = "pool") -> Pool:
+    """The images of a finished data set, or of a folder of files, tars or Parquet.
+
+    A folder is ingested and canonicalized below `out` first.
+    """
+    if Dataset.is_finished(path) and "image" in Dataset.open(path).columns:
+        return _with_sources(_pool_with_decisions(path, name))
+    raw = _raw_pool(path, out, engine, name)
+    folder = StageFolder(storage.join(out, f"_images-{name}"), "canonicalize")
+    watcher = console.ConsoleWatcher()
+    stage = build("canonicalize", [])
+    _, outputs = run_stage(stage, StageInputs(raw), folder, engine, watcher)
+    decisions = outputs.pop(DECISIONS)
+    return raw.with_stage(outputs, decisions)
+
+
+def _raw_pool(path: str, out: str, engine: Engine, name: str = "pool") -> Pool:
+    if Dataset.is_finished(path):
+        return _pool_with_decisions(path, name)
+    source = "web" if name == "pool" else name
+    return _ingested(Ingest(images=path, source_set=source), out, engine, name)
+
+
+def _ingested(stage: Ingest, out: str, engine: Engine, name: str = "pool") -> Pool:
+    folder = StageFolder(storage.join(out, f"_ingest-{name}"), "ingest")
+    pool = Pool(name, {})
+    _, outputs = run_stage(stage, StageInputs(pool), folder, engine, console.ConsoleWatcher())
+    decisions = outputs.pop(DECISIONS)
+    return pool.with_stage(outputs, decisions)
+
+
+def _pool_with_decisions(path: str, name: str = "pool") -> Pool:
+    """A finished output; its side-cars lie in folders that begin with an underscore."""
+    return Pool.of(Dataset.open(path), name)
+
+
+def _with_sources(pool: Pool) -> Pool:
+    """Images alone have no source column: their id stands in for it."""
+    return pool
+
+
+def _kept(pool: Pool, decisions: str | None) -> Pool:
+    """Only the rows with keep = true in some decisions.
+
+    Raises:
+        SchemaError: the decisions are not about these images.
+    """
+    if decisions is None:
+        return pool
+    verdicts = Dataset.open(decisions)
+    if verdicts.num_shards != pool.num_shards:
+        raise SchemaError(
+            f"{decisions}: has {verdicts.num_shards} shards, the images have {pool.num_shards}; "
+            "give decisions that were made on these images"
+        )
+    return pool.with_stage({}, verdicts)
+
+
+def _encoder_of(embeddings: str) -> str:
+    dataset = open_foreign(embeddings)
+    if "encoder" not in dataset.attributes:
+        raise ConfigError(f"{embeddings}: does not say which encoder made it; use --encoder")
+    return str(dataset.attributes["encoder"])
+
+
+def _named(text: str, what: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise ConfigError(f"{what} {text}: write NAME=PATH")
+    return name, path

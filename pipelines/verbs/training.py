@@ -1,0 +1,92 @@
+"""`curate pretrain` and `curate evaluate`, and the same as steps of a recipe."""
+
+from pathlib import Path
+from typing import Any
+
+from curation import storage
+from curation.dataset import Dataset
+from curation.errors import ConfigError, DatasetError
+from curation.sources import IMAGE_SUFFIXES
+from pipelines import console
+
+Labelled = list[tuple[bytes, str]]
+
+
+def run_pretrain(config: str, data: str, out: str, changes: list[str]) -> None:
+    """`curate pretrain`."""
+    console.set_up_logging(True)
+    result = pretrain_on(config, packed_folder(data), out, changes)
+    console.print_pairs(result, title="pretrain")
+
+
+def pretrain_on(
+    config: str, packed: str, out: str, changes: list[str], progress: Any = None
+) -> dict[str, Any]:
+    """Pretrain; give the figures of the run. progress: called with each logged step."""
+    from pretrain.config import load_config
+    from pretrain.train import run
+
+    result = run(load_config(config, changes), packed, out, progress=progress)
+    return {
+        "steps": result.steps,
+        "finished": result.finished,
+        "first loss": result.first.get("loss"),
+        "last loss": result.last.get("loss"),
+        "unreadable images": result.bad_images,
+        "backbone": str(result.backbone),
+        "log": str(result.log),
+    }
+
+
+def packed_folder(data: str) -> str:
+    """The packed shards of a manifest; packed shards and folders of images stand for themselves.
+
+    Raises:
+        DatasetError: the manifest was never packed.
+    """
+    if not Dataset.is_finished(data):
+        return data
+    dataset = Dataset.open(data)
+    if "offset" in dataset.columns:
+        return data
+    packed = dataset.attributes.get("packed")
+    if not packed:
+        raise DatasetError(
+            f"{data}: its images are not packed; run `curate pack` and name its output"
+        )
+    return storage.join(data.rstrip("/").rpartition("/")[0] or ".", str(packed))
+
+
+def print_evaluation(task: str, backbone: str, train: str, test: str, as_json: bool) -> None:
+    """`curate evaluate`."""
+    if task != "knn":
+        raise ConfigError(f"curate evaluate {task}: unknown task; known: knn")
+    result = evaluate_knn(backbone, train, test, (10, 20))
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_line(result["text"])
+
+
+def evaluate_knn(backbone: str, train: str, test: str, k: tuple[int, ...]) -> dict[str, Any]:
+    """k-NN accuracy of a backbone on folders with a folder of images a class."""
+    from pretrain.evaluation.knn import evaluate
+
+    labelled = read_labelled(train)
+    found = evaluate(backbone, labelled, read_labelled(test), k=k)
+    shown = ", ".join(f"k={n}: {found[f'knn_{n}']:.1%}" for n in k)
+    classes = len({label for _, label in labelled})
+    return {**found, "classes": classes, "text": f"{shown} ({classes} classes)"}
+
+
+def read_labelled(folder: str) -> Labelled:
+    """Bytes and class of every image in FOLDER/CLASS/.
+
+    Raises:
+        ConfigError: the folder is not laid out like that.
+    """
+    root = Path(folder)
+    files = sorted(file for file in root.glob("*/*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ConfigError(f"{folder}: no images there; expected FOLDER/CLASS/IMAGE.jpg")
+    return [(file.read_bytes(), file.parent.name) for file in files]
