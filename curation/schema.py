@@ -48,6 +48,15 @@ _TYPES: dict[str, pa.DataType] = {
     "twin_set": pa.string(),
     "similarity": pa.float32(),
     "path": pa.string(),
+    # filters
+    "short_side": pa.int32(),
+    "aspect": pa.float32(),
+    "contrast": pa.float32(),
+    "entropy": pa.float32(),
+    "sharpness": pa.float32(),
+    "nsfw_score": pa.float32(),
+    "num_faces": pa.int32(),
+    "blocklist": pa.string(),
     # retrieval
     "seed_set": pa.string(),
     "rule": pa.string(),
