@@ -90,7 +90,7 @@ def _mix(numbers: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
+    return np.asarray(numbers ^ (numbers >> np.uint64(31)))
 
 
 def sample_positions(files: RowFiles, size: int, *salts: int | str) -> np.ndarray:

@@ -42,7 +42,7 @@ class DisjointSets:
 
     def _climb(self, rows: np.ndarray) -> np.ndarray:
         while True:
-            above = self._above[rows]
+            above: np.ndarray = self._above[rows]
             if np.array_equal(above, rows):
                 return above
             rows = above

@@ -1,0 +1,267 @@
+"""All pairs above a threshold: the edges between them, and each row's most similar other row.
+
+Two phases: `Meet` tasks compare blocks and write spanning edges and candidates; `Settle` tasks,
+one a partition, score the candidates of their rows exactly and choose the best (ties: smallest
+id). N rows, D width, P partitions, E edges.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from curation import storage
+from curation.neighbors.identical import first_among
+from curation.neighbors.pairs import Candidates, PairCollector
+from curation.neighbors.products import FLOAT32, Products
+from curation.neighbors.row_files import RowFiles, map_array, write_array
+from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.vectors import exact_similarities
+from curation.stage import Engine
+
+_TILE = 1 << 12
+
+
+@dataclass(frozen=True)
+class Join:
+    """A self-join of arranged rows above a threshold."""
+
+    files: RowFiles
+    threshold: float
+    folder: str
+    products: Products = FLOAT32
+    active: str | None = None
+    """File of (N,) bool by position: which rows take part; all where it is None."""
+
+    def active_rows(self, partition: int) -> np.ndarray:
+        """(N,) bool: rows of one partition that take part."""
+        size = self.files.size(partition)
+        if self.active is None:
+            return np.ones(size, bool)
+        return map_array(self.active, "bool", self.files.starts[partition], (size,))
+
+    def stand_ins(self, partition: int) -> np.ndarray:
+        """(N,) int64: for each active row the first identical active one; -1 elsewhere."""
+        first = np.asarray(self.files.rows(partition)["first"])
+        return first_among(first, self.active_rows(partition))
+
+    def met_path(self, kind: str, item: int) -> str:
+        """File of one `Meet` task: "edges" or "candidates"."""
+        return storage.join(self.folder, "met", f"{kind}-{item:06d}.bin")
+
+    def settled_path(self, kind: str, partition: int) -> str:
+        """File of one `Settle` task: "edges", "twins" or "similarities"."""
+        return storage.join(self.folder, "settled", f"{kind}-{partition:06d}.bin")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a join found, as files."""
+
+    join: Join
+    num_met: int
+    """`Meet` tasks."""
+    num_pairs: int
+    """Pairs above the threshold that were met; a pair may be met more than once."""
+
+    def edges(self) -> Iterator[np.ndarray]:
+        """Spanning edges of the threshold graph in shards of (E, 2) int64 positions."""
+        paths = [self.join.met_path("edges", item) for item in range(self.num_met)]
+        partitions = range(self.join.files.num_partitions)
+        paths += [self.join.settled_path("edges", partition) for partition in partitions]
+        for path in paths:
+            yield np.frombuffer(storage.read_bytes(path), np.int64).reshape(-1, 2)
+
+    def best(self, partition: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and cosines of the most similar other rows above the threshold.
+
+        Gives (N,) int64, -1 where there is none, and (N,) float32, NaN where there is none.
+        """
+        shape = (self.join.files.size(partition),)
+        twins = map_array(self.join.settled_path("twins", partition), "int64", 0, shape)
+        path = self.join.settled_path("similarities", partition)
+        return twins, map_array(path, "float32", 0, shape)
+
+
+def join_exhaustively(join: Join, engine: Engine) -> Joined:
+    """Compare every active row with every other: the exact reference, for small inputs."""
+    count = join.files.num_partitions
+    pairs = tuple((a, b) for a in range(count) for b in range(a, count))
+    return finish_join(join, _MeetAll(join, pairs), len(pairs), engine)
+
+
+def finish_join(join: Join, meet: Work, num_met: int, engine: Engine) -> Joined:
+    """Run the `Meet` tasks of a join, then settle every partition."""
+    facts = run_steps(engine, meet, num_met, storage.join(join.folder, "met"), "compare")
+    settle = _Settle(join, num_met)
+    folder = storage.join(join.folder, "settled")
+    run_steps(engine, settle, join.files.num_partitions, folder, "settle the most similar")
+    return Joined(join, num_met, sum(fact["pairs"] for fact in facts))
+
+
+@dataclass(frozen=True)
+class _MeetAll(Work):
+    """All pairs between two partitions, or inside one."""
+
+    join: Join
+    pairs: tuple[tuple[int, int], ...]
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        first, second = self.pairs[item]
+        positions, raw = unique_rows(self.join, first)
+        split = 0
+        if first != second:
+            split = len(positions)
+            more, more_raw = unique_rows(self.join, second)
+            positions, raw = np.concatenate([positions, more]), np.concatenate([raw, more_raw])
+        collector = PairCollector(len(raw), self.join.threshold, raw.__getitem__)
+        products = self.join.products
+        meet_blocks(collector, products, products.prepare(raw), split)
+        return write_met(self.join, item, positions, collector)
+
+
+def meet_blocks(collector: PairCollector, products: Products, rows: Any, split: int) -> None:
+    """Compare rows before `split` with those from it on, or all with all where it is 0.
+
+    rows: (M, D), prepared.
+    """
+    band = products.band(rows.shape[1])
+    end = split or len(rows)
+    for left in range(0, end, _TILE):
+        for right in range(split or left, len(rows), _TILE):
+            block = rows[left : min(left + _TILE, end)]
+            found = products.above(block, rows[right : right + _TILE], collector.bound(band))
+            a, b, scores = found[0] + left, found[1] + right, found[2]
+            if left == right:
+                a, b, scores = (values[found[0] < found[1]] for values in (a, b, scores))
+            collector.add(a, b, scores, band)
+
+
+def unique_rows(join: Join, partition: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and vectors of a partition's active rows, of identical ones only the first."""
+    stand_ins = join.stand_ins(partition)
+    rows = np.flatnonzero(stand_ins == np.arange(len(stand_ins)))
+    return rows + join.files.starts[partition], join.files.vectors(partition)[rows]
+
+
+def write_met(join: Join, item: int, positions: np.ndarray, collector: PairCollector) -> Done:
+    """Write what a task found. positions: (M,) int64 of the rows that it held."""
+    edges = positions[collector.edges()]
+    write_array(join.met_path("edges", item), edges)
+    found = collector.candidates()
+    rows = positions[found.rows]
+    order = np.argsort(rows, kind="stable")
+    bounds = np.searchsorted(rows[order], join.files.starts).astype(np.int64)  # (P + 1,)
+    write_array(
+        join.met_path("candidates", item),
+        *(bounds, rows[order], positions[found.twins][order]),
+        *(found.scores[order], found.bands[order]),
+    )
+    paths = [join.met_path(kind, item) for kind in ("edges", "candidates")]
+    return Done(paths, {"pairs": collector.num_pairs})
+
+
+def read_candidates(join: Join, items: Sequence[int], partition: int) -> Candidates:
+    """Candidates of one partition's rows from all `Meet` tasks; rows and twins are positions."""
+    parts = [Candidates.empty()]
+    for item in items:
+        path = join.met_path("candidates", item)
+        head = 8 * (join.files.num_partitions + 1)
+        bounds = map_array(path, "int64", 0, (head // 8,))
+        start, count, total = bounds[partition], bounds[partition + 1], bounds[-1]
+        count = int(count - start)
+        if not count:
+            continue
+        shape, start, total = (count,), int(start), int(total)
+        parts.append(
+            Candidates(
+                map_array(path, "int64", head + 8 * start, shape),
+                map_array(path, "int64", head + 8 * (total + start), shape),
+                map_array(path, "float32", head + 16 * total + 4 * start, shape),
+                map_array(path, "float32", head + 20 * total + 4 * start, shape),
+            )
+        )
+    return Candidates.joined(parts)
+
+
+@dataclass(frozen=True)
+class _Settle(Work):
+    """The most similar other row of every row of one partition, scored exactly."""
+
+    join: Join
+    num_met: int
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        stand_ins = self.join.stand_ins(item)
+        start = self.join.files.starts[item]
+        best = self._best_strangers(item, len(stand_ins), start)
+        copies, firsts = _copies(self.join, stand_ins)
+        twins, similarities = _with_copies(self.join, best, stand_ins, start)
+        edges = np.stack([firsts, copies], axis=1) + start
+        write_array(self.join.settled_path("edges", item), edges)
+        write_array(self.join.settled_path("twins", item), twins)
+        write_array(self.join.settled_path("similarities", item), similarities)
+        kinds = ("edges", "twins", "similarities")
+        return Done([self.join.settled_path(kind, item) for kind in kinds])
+
+    def _best_strangers(self, item: int, size: int, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each row the best candidate that is not its copy: (N,) int64 and (N,) float32."""
+        found = read_candidates(self.join, range(self.num_met), item)
+        local = Candidates(found.rows - start, found.twins, found.scores, found.bands)
+        local = local.possible(size)
+        files = self.join.files
+        exact = exact_similarities(
+            files.gather("vectors", local.rows + start), files.gather("vectors", local.twins)
+        )
+        return best_of_each(files, size, local.rows, local.twins, exact)
+
+
+def best_of_each(
+    files: RowFiles, size: int, rows: np.ndarray, twins: np.ndarray, exact: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The twin with the highest cosine, of equals the smallest id, for each of `size` rows.
+
+    rows: (H,) numbers below `size`; twins: (H,) positions; exact: (H,) float32.
+    """
+    top = np.full(size, -np.inf, np.float32)
+    np.maximum.at(top, rows, exact)
+    finalists = np.flatnonzero(exact >= top[rows])
+    rows, twins, exact = rows[finalists], twins[finalists], exact[finalists]
+    ids = files.gather("ids", twins).view(">u8")  # (H, 2)
+    order = np.lexsort((ids[:, 1], ids[:, 0], rows))
+    _, firsts = np.unique(rows[order], return_index=True)
+    chosen = order[firsts]
+    best, similarities = np.full(size, -1, np.int64), np.full(size, np.nan, np.float32)
+    best[rows[chosen]], similarities[rows[chosen]] = twins[chosen], exact[chosen]
+    return best, similarities
+
+
+def _copies(join: Join, stand_ins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that are identical to an earlier one, and that one."""
+    if join.threshold >= 1:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    copies = np.flatnonzero((stand_ins >= 0) & (stand_ins != np.arange(len(stand_ins))))
+    return copies, stand_ins[copies]
+
+
+def _with_copies(
+    join: Join, best: tuple[np.ndarray, np.ndarray], stand_ins: np.ndarray, start: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Let identical rows share their best stranger, and be each other's best where none is."""
+    copies, firsts = _copies(join, stand_ins)
+    if not len(copies):
+        return best
+    groups, second = np.unique(firsts, return_index=True)  # copies ascend: the first is smallest
+    rows = np.concatenate([copies, groups, copies])
+    twins = np.concatenate([firsts, copies[second], best[0][firsts] - start]) + start
+    exact = np.concatenate([np.ones(len(copies) + len(groups)), best[1][firsts]])
+    known = ~np.isnan(exact)
+    own = np.flatnonzero(best[0] >= 0)
+    return best_of_each(
+        join.files,
+        len(stand_ins),
+        np.concatenate([rows[known], own]),
+        np.concatenate([twins[known], best[0][own]]),
+        np.concatenate([exact[known], best[1][own]]).astype(np.float32),
+    )

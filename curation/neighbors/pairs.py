@@ -1,0 +1,135 @@
+"""Pairs above a threshold, boiled down while they are found.
+
+Of all pairs that a task meets it keeps two things: spanning edges of the threshold graph, and for
+each row the pairs that may hold its most similar other row. Both stay linear in the rows.
+M rows held by the task, H pairs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from curation.components import spanning_edges
+from curation.neighbors.vectors import exact_similarities
+
+_PENDING = 1 << 22
+"""Pairs held before they are boiled down."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Rows, other rows that may be their most similar, and what is known of the cosine."""
+
+    rows: np.ndarray
+    twins: np.ndarray
+    scores: np.ndarray
+    """(H,) float32: approximate cosines."""
+    bands: np.ndarray
+    """(H,) float32: their largest possible errors."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def empty(cls) -> "Candidates":
+        """No candidates."""
+        none = np.empty(0, np.int64)
+        return cls(none, none, none.astype(np.float32), none.astype(np.float32))
+
+    @classmethod
+    def joined(cls, parts: list["Candidates"]) -> "Candidates":
+        """All candidates of some parts."""
+        names = ("rows", "twins", "scores", "bands")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def take(self, which: np.ndarray) -> "Candidates":
+        """Some of the candidates, by mask or number."""
+        return Candidates(
+            self.rows[which], self.twins[which], self.scores[which], self.bands[which]
+        )
+
+    def possible(self, num_rows: int) -> "Candidates":
+        """Those that may be the best of their row, given the errors. rows: below `num_rows`."""
+        surely = np.full(num_rows, -np.inf, np.float32)
+        np.maximum.at(surely, self.rows, self.scores - self.bands)
+        return self.take(self.scores + self.bands >= surely[self.rows])
+
+
+class PairCollector:
+    """Takes approximate pairs of numbered rows, block by block."""
+
+    def __init__(
+        self, num_rows: int, threshold: float, vectors: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
+        self._num_rows = num_rows
+        self._threshold = np.float32(threshold)
+        self._vectors = vectors
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._held = 0
+        self._candidates: list[Candidates] = []
+        self._edges = np.empty((0, 2), np.int64)
+        self.num_pairs = 0
+
+    def bound(self, band: float) -> float:
+        """Approximate cosines below this are surely not above the threshold."""
+        return float(self._threshold) - band
+
+    def add(self, left: np.ndarray, right: np.ndarray, scores: np.ndarray, band: float) -> None:
+        """Take pairs whose approximate cosine lies above the threshold less the band.
+
+        left, right: (H,) row numbers; scores: (H,) float32.
+        """
+        sure = np.abs(scores - self._threshold) > band
+        near = np.flatnonzero(~sure)
+        if len(near):
+            exact = exact_similarities(self._vectors(left[near]), self._vectors(right[near]))
+            sure[near] = exact > self._threshold
+            left, right, scores = left[sure], right[sure], scores[sure]
+        if not len(left):
+            return
+        self.num_pairs += len(left)
+        self._pending.append((left, right))
+        bands = np.full(2 * len(left), band, np.float32)
+        self._candidates.append(
+            Candidates(
+                np.concatenate([left, right]),
+                np.concatenate([right, left]),
+                np.concatenate([scores, scores]),
+                bands,
+            )
+        )
+        self._held += len(left)
+        if self._held > _PENDING:
+            self._boil_down()
+
+    def edges(self) -> np.ndarray:
+        """(E, 2) int64: spanning edges, fewer than rows."""
+        self._boil_down()
+        return self._edges
+
+    def candidates(self) -> Candidates:
+        """What may be the most similar other row of each row that has a pair."""
+        self._boil_down()
+        return self._candidates[0] if self._candidates else Candidates.empty()
+
+    def _boil_down(self) -> None:
+        if self._pending:
+            left, right = (np.concatenate(side) for side in zip(*self._pending, strict=True))
+            pairs = np.stack([left, right], axis=1).astype(np.int64)
+            self._edges = spanning_edges(np.concatenate([self._edges, pairs]))
+            found = Candidates.joined(self._candidates).possible(self._num_rows)
+            if len(found) > 8 * self._num_rows:
+                found = self._settled(found)
+            self._candidates = [found]
+            self._pending, self._held = [], 0
+
+    def _settled(self, found: Candidates) -> Candidates:
+        """In a crowd of near-copies: score exactly, so that few candidates remain."""
+        scores = np.empty(len(found), np.float32)
+        for start in range(0, len(found), _PENDING):
+            some = slice(start, start + _PENDING)
+            left, right = self._vectors(found.rows[some]), self._vectors(found.twins[some])
+            scores[some] = exact_similarities(left, right)
+        exact = Candidates(found.rows, found.twins, scores, np.zeros(len(found), np.float32))
+        return exact.possible(self._num_rows)

@@ -1,0 +1,123 @@
+"""Rows of several pools, laid out once in the order of their lists, as files for range reads.
+
+A row's position is its rank by (list, id, set). That order depends on the rows alone, so nothing
+that is computed over positions depends on shards, their order, or the number of workers.
+N rows, D width, P partitions, V visits of a row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from curation import storage
+from curation.errors import StorageError
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """The files of an arranged inverted file; small enough to be sent with every task."""
+
+    folder: str
+    width: int
+    dtype: str
+    """Of the vectors as stored: float16 or float32."""
+    starts: tuple[int, ...]
+    """(P + 1,): first position of each partition, then the number of rows."""
+    list_starts: tuple[int, ...]
+    """(P + 1,): first list of each partition, then the number of lists."""
+    num_visits: int = 0
+    """Lists that each row visits beside its own."""
+
+    @property
+    def num_partitions(self) -> int:
+        """Number of partitions."""
+        return len(self.starts) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all partitions."""
+        return self.starts[-1]
+
+    def path(self, kind: str, partition: int) -> str:
+        """File of one kind ("vectors", "ids", "rows", "visits") of one partition."""
+        return storage.join(self.folder, f"{kind}-{partition:06d}.bin")
+
+    def vectors(self, partition: int) -> np.ndarray:
+        """(N, D): vectors of one partition, mapped where the file is local."""
+        return self._array("vectors", partition, self.dtype, self.width)
+
+    def ids(self, partition: int) -> np.ndarray:
+        """(N, 16) uint8: ids of one partition."""
+        return self._array("ids", partition, "uint8", 16)
+
+    def rows(self, partition: int) -> pa.Table:
+        """Where the rows came from: set, shard, row, list, first (identical row), attributes."""
+        with storage.open_read(self.path("rows", partition)) as file:
+            return pa.ipc.open_file(file).read_all()
+
+    def size(self, partition: int) -> int:
+        """Rows of one partition."""
+        return self.starts[partition + 1] - self.starts[partition]
+
+    def gather(self, kind: str, positions: np.ndarray) -> np.ndarray:
+        """(N, D) vectors or (N, 16) ids of any rows, each partition read in file order."""
+        width, dtype = (self.width, self.dtype) if kind == "vectors" else (16, "uint8")
+        found = np.empty((len(positions), width), dtype)
+        for partition, where in self.by_partition(positions):
+            source = self._array(kind, partition, dtype, width)
+            found[where] = source[positions[where] - self.starts[partition]]
+        return found
+
+    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and row of each position: (N,) int32 both."""
+        shards, rows = np.empty(len(positions), np.int32), np.empty(len(positions), np.int32)
+        for partition, where in self.by_partition(positions):
+            local = pa.array(positions[where] - self.starts[partition])
+            table = self.rows(partition).select(["shard", "row"]).take(local)
+            shards[where], rows[where] = np.asarray(table["shard"]), np.asarray(table["row"])
+        return shards, rows
+
+    def by_partition(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Partitions that hold some of the positions, and which of them, in file order."""
+        order = np.argsort(positions, kind="stable")
+        bounds = np.searchsorted(positions[order], self.starts)
+        for partition in np.flatnonzero(np.diff(bounds)):
+            yield int(partition), order[bounds[partition] : bounds[partition + 1]]
+
+    def _array(self, kind: str, partition: int, dtype: str, width: int) -> np.ndarray:
+        shape = (self.size(partition), width)
+        return map_array(self.path(kind, partition), dtype, 0, shape)
+
+
+def write_array(path: str, *arrays: np.ndarray) -> None:
+    """Write arrays one after the other, as raw bytes, whole or not at all."""
+    with storage.open_whole(path) as file:
+        for array in arrays:
+            file.write(
+                np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
+            )
+
+
+def map_array(path: str, dtype: str, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Part of a raw file as an array: mapped where local, else read by range.
+
+    Raises:
+        StorageError: the file is missing or too short.
+    """
+    kind = np.dtype(dtype)
+    count = int(np.prod(shape))
+    if count == 0:
+        return np.empty(shape, kind)
+    if storage.is_local(path):
+        try:
+            return np.memmap(path.removeprefix("file://"), kind, "r", offset, shape)
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{path}: cannot be read: {error}; run the stage again") from error
+    with storage.open_read(path) as file:
+        file.seek(offset)
+        data = file.read(count * kind.itemsize)
+    if len(data) != count * kind.itemsize:
+        raise StorageError(f"{path}: is too short; run the stage again")
+    return np.frombuffer(data, kind).reshape(shape)

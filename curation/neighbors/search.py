@@ -1,0 +1,202 @@
+"""The k nearest rows of each query, with exact scores (ties: smallest id).
+
+`Look` tasks compare the queries of one partition with the rows of another and keep what may be
+among the k nearest; `Rank` tasks, one a partition of queries, score those exactly and choose.
+Q queries, N rows, D width, K neighbours, H candidates.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from curation import storage
+from curation.neighbors.products import FLOAT32, Products
+from curation.neighbors.row_files import RowFiles, map_array, write_array
+from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.vectors import exact_similarities
+from curation.stage import Engine
+
+_QUERIES = 1 << 10
+_TILE = 1 << 13
+_CROWD = 64
+"""Candidates a query, beyond four times k, from which on they are thinned out exactly."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search of arranged queries in the arranged rows of a pool."""
+
+    rows: RowFiles
+    queries: RowFiles
+    k: int
+    folder: str
+    products: Products = FLOAT32
+
+    def looked_path(self, item: int) -> str:
+        """File of one `Look` task."""
+        return storage.join(self.folder, "looked", f"{item:06d}.bin")
+
+    def ranked_path(self, kind: str, partition: int) -> str:
+        """File of one `Rank` task: "positions" or "similarities"."""
+        return storage.join(self.folder, "ranked", f"{kind}-{partition:06d}.bin")
+
+    def nearest(self, partition: int) -> tuple[np.ndarray, np.ndarray]:
+        """(Q, K) int64 positions, -1 where there are fewer, and (Q, K) float32 cosines."""
+        shape = (self.queries.size(partition), self.k)
+        positions = map_array(self.ranked_path("positions", partition), "int64", 0, shape)
+        path = self.ranked_path("similarities", partition)
+        return positions, map_array(path, "float32", 0, shape)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Candidates of queries."""
+
+    queries: np.ndarray
+    """(H,) int64: number of the query in its partition."""
+    positions: np.ndarray
+    """(H,) int64: position of the row."""
+    scores: np.ndarray
+    """(H,) float32: cosines."""
+
+    @classmethod
+    def joined(cls, parts: list["Found"]) -> "Found":
+        """All candidates of some parts."""
+        none = np.empty(0, np.int64)
+        parts = [cls(none, none, none.astype(np.float32)), *parts]
+        names = ("queries", "positions", "scores")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def take(self, which: np.ndarray) -> "Found":
+        """Some of the candidates, by mask or number."""
+        return Found(self.queries[which], self.positions[which], self.scores[which])
+
+    def possible(self, k: int, band: float) -> "Found":
+        """Those that may be among the k nearest of their query, given the largest error."""
+        order = np.lexsort((-self.scores, self.queries))
+        found = self.take(order)
+        ranks = ranks_within(found.queries)
+        floor = np.full(int(found.queries.max(initial=-1)) + 1, -np.inf, np.float32)
+        kth = ranks == k - 1
+        floor[found.queries[kth]] = found.scores[kth]
+        return found.take(found.scores >= floor[found.queries] - np.float32(2 * band))
+
+
+def search_exhaustively(search: Search, engine: Engine) -> Search:
+    """Compare every query with every row: the exact reference, for small inputs."""
+    shape = (search.queries.num_partitions, search.rows.num_partitions)
+    pairs = tuple((int(a), int(b)) for a, b in np.ndindex(*shape))
+    looked = storage.join(search.folder, "looked")
+    run_steps(engine, _Look(search, pairs), len(pairs), looked, "look for neighbours")
+    items = tuple(
+        tuple(item for item, pair in enumerate(pairs) if pair[0] == partition)
+        for partition in range(shape[0])
+    )
+    ranked = storage.join(search.folder, "ranked")
+    run_steps(engine, _Rank(search, items), shape[0], ranked, "rank neighbours")
+    return search
+
+
+@dataclass(frozen=True)
+class _Look(Work):
+    """Candidates for the queries of one partition among the rows of another."""
+
+    search: Search
+    pairs: tuple[tuple[int, int], ...]
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        of_queries, of_rows = self.pairs[item]
+        products = self.search.products
+        queries = products.prepare(self.search.queries.vectors(of_queries))
+        rows = products.prepare(self.search.rows.vectors(of_rows))
+        start = self.search.rows.starts[of_rows]
+        parts = []
+        for first in range(0, len(queries), _QUERIES):
+            found = self._look(queries[first : first + _QUERIES], rows)
+            found = Found(found.queries + first, found.positions + start, found.scores)
+            parts.append(self._thinned(found, of_queries))
+        found = Found.joined(parts)
+        path = self.search.looked_path(item)
+        write_array(path, found.queries, found.positions, found.scores)
+        return Done([path], {"candidates": len(found.queries)})
+
+    def _look(self, queries: Any, rows: Any) -> Found:
+        """Candidates of a block of queries among all rows of a partition."""
+        products, k = self.search.products, self.search.k
+        band = products.band(queries.shape[1])
+        found = Found.joined([])
+        floor = np.full(len(queries), -np.inf, np.float32)
+        for first in range(0, len(rows), _TILE):
+            scores = products.scores(queries, rows[first : first + _TILE])  # (Q, N)
+            if scores.shape[1] >= k:
+                kth = np.partition(scores, -k, axis=1)[:, -k]
+                floor = np.maximum(floor, kth)
+            near = np.nonzero(scores >= (floor - np.float32(2 * band))[:, None])
+            part = Found(near[0], near[1] + first, scores[near])
+            found = Found.joined([found, part]).possible(k, band)
+        return found
+
+    def _thinned(self, found: Found, partition: int) -> Found:
+        """In a crowd of equals: keep exactly the k nearest, so that few candidates remain."""
+        counts = np.bincount(found.queries, minlength=1)
+        if counts.max() <= 4 * self.search.k + _CROWD:
+            return found
+        return exactly_nearest(self.search, partition, found)
+
+
+@dataclass(frozen=True)
+class _Rank(Work):
+    """The k nearest rows of the queries of one partition."""
+
+    search: Search
+    items: tuple[tuple[int, ...], ...]
+    """`Look` tasks of each partition of queries."""
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        search = self.search
+        found = Found.joined([read_found(search.looked_path(one)) for one in self.items[item]])
+        band = search.products.band(search.rows.width)
+        found = exactly_nearest(search, item, found.possible(search.k, band))
+        shape = (search.queries.size(item), search.k)
+        positions, similarities = np.full(shape, -1, np.int64), np.full(shape, np.nan, np.float32)
+        ranks = ranks_within(found.queries)
+        positions[found.queries, ranks] = found.positions
+        similarities[found.queries, ranks] = found.scores
+        write_array(search.ranked_path("positions", item), positions)
+        write_array(search.ranked_path("similarities", item), similarities)
+        return Done([search.ranked_path(kind, item) for kind in ("positions", "similarities")])
+
+
+def exactly_nearest(search: Search, partition: int, found: Found) -> Found:
+    """The k nearest of the candidates, scored exactly, sorted by query and rank."""
+    exact = np.empty(len(found.queries), np.float32)
+    base = search.queries.starts[partition]
+    for start in range(0, len(exact), 1 << 15):
+        some = slice(start, start + (1 << 15))
+        queries = search.queries.gather("vectors", found.queries[some] + base)
+        rows = search.rows.gather("vectors", found.positions[some])
+        exact[some] = exact_similarities(queries, rows)
+    ids = search.rows.gather("ids", found.positions).view(">u8")  # (H, 2)
+    order = np.lexsort((ids[:, 1], ids[:, 0], -exact, found.queries))
+    best = Found(found.queries, found.positions, exact).take(order)
+    return best.take(ranks_within(best.queries) < search.k)
+
+
+def read_found(path: str) -> Found:
+    """Candidates that a `Look` task wrote."""
+    data = storage.read_bytes(path)
+    count = len(data) // 20
+    return Found(
+        np.frombuffer(data, np.int64, count),
+        np.frombuffer(data, np.int64, count, 8 * count),
+        np.frombuffer(data, np.float32, count, 16 * count),
+    )
+
+
+def ranks_within(groups: np.ndarray) -> np.ndarray:
+    """(H,) int64: 0, 1, … inside each run of equal numbers. groups: (H,) sorted."""
+    numbers = np.arange(len(groups))
+    new = np.ones(len(groups), bool)
+    new[1:] = groups[1:] != groups[:-1]
+    return numbers - np.maximum.accumulate(np.where(new, numbers, 0))

@@ -1,0 +1,183 @@
+"""Embeddings as arrays: read from side-cars, checked for their space, scored exactly.
+
+N rows, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.dataset import Dataset
+from curation.errors import ConfigError, SchemaError, SpaceError
+from curation.pool import Pool
+from curation.schema import ID, ids_to_bytes
+
+
+@dataclass(frozen=True)
+class VectorSource:
+    """Where the vectors of one pool or set lie."""
+
+    pool: Pool
+    layer: str
+    column: str = "embedding"
+
+    @property
+    def dataset(self) -> Dataset:
+        """The side-car of the embeddings.
+
+        Raises:
+            SchemaError: the pool has no such side-car, or the side-car no such column.
+        """
+        dataset = self.pool.only(self.layer).layers[self.layer]
+        if self.column not in dataset.columns:
+            raise SchemaError(
+                f"{dataset.path}: column '{self.column}' is missing; "
+                f"found: {', '.join(dataset.columns)}"
+            )
+        return dataset
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and vectors of the live rows of one shard: (N, 16) uint8, (N, D) float16 or 32."""
+        table = self.pool.only(self.layer).read(index, [self.column])
+        vectors = vectors_of(table[self.column], self.dataset.shard_path(index))
+        return ids_to_bytes(table[ID]), vectors
+
+
+def vectors_of(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Turn a list column into (N, D) float16 or float32; a null row becomes NaN.
+
+    Raises:
+        SchemaError: not a column of lists of numbers.
+        SpaceError: rows of different widths.
+    """
+    if not _holds_lists(column.type):
+        raise SchemaError(f"{where}: embeddings are {column.type}; allowed: lists of floats")
+    valid = np.asarray(pc.is_valid(column))  # (N,)
+    width = _width_of(column, where)
+    values = pc.list_flatten(column).combine_chunks()
+    if isinstance(values, pa.ChunkedArray):
+        values = pa.concat_arrays(values.chunks)
+    kind = np.float16 if values.type == pa.float16() else np.float32
+    flat: np.ndarray = values.to_numpy(zero_copy_only=False).astype(kind, copy=False)
+    if valid.all():
+        return flat.reshape(len(valid), width)  # (N, D)
+    vectors = np.full((len(valid), width), np.nan, kind)
+    vectors[valid] = flat.reshape(-1, width)
+    return vectors
+
+
+def bad_rows(vectors: np.ndarray) -> np.ndarray:
+    """(N,) bool: rows that are all zero, or hold NaN or Inf; they have no direction."""
+    if vectors.shape[1] == 0:
+        return np.ones(len(vectors), bool)
+    top = np.abs(vectors).max(axis=1)  # (N,)  NaN and Inf survive a maximum
+    return np.asarray(~(np.isfinite(top) & (top > 0)))
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """(N, D) float64, every row divided by its length."""
+    rows: np.ndarray = vectors.astype(np.float64)
+    rows /= np.abs(rows).max(axis=1, keepdims=True)  # squares of float32 extremes stay finite
+    rows /= np.sqrt(np.einsum("nd,nd->n", rows, rows))[:, None]
+    return rows
+
+
+def exact_similarities(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(N,) float32: cosines of row pairs, summed in float64 and rounded once (guarantee 3).
+
+    left, right: (N, D) float16 or float32, not necessarily unit rows.
+    """
+    found = np.empty(len(left), np.float32)
+    for start in range(0, len(left), _PAIRS_AT_ONCE):
+        some = slice(start, start + _PAIRS_AT_ONCE)
+        found[some] = np.einsum("nd,nd->n", unit_rows(left[some]), unit_rows(right[some]))
+    return found
+
+
+def exact_matrix(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(N, M) float32: cosines of all rows of two small blocks, summed in float64."""
+    return np.asarray(unit_rows(left) @ unit_rows(right).T, np.float32)
+
+
+def storage_dtype(sources: Sequence[VectorSource]) -> str:
+    """float16 where all sources hold float16, else float32."""
+    kinds = [source.dataset.manifest.columns[source.column] for source in sources]
+    return "float16" if all("halffloat" in kind for kind in kinds) else "float32"
+
+
+def check_spaces(sources: Sequence[VectorSource], *, assume_same_space: bool) -> None:
+    """Refuse to compare embeddings of different spaces.
+
+    Raises:
+        SpaceError: two sources name different spaces, or one names none.
+    """
+    if assume_same_space or len(sources) < 2:
+        return
+    first = sources[0].dataset
+    for source in sources[1:]:
+        mine, other = first.attributes.get("space"), source.dataset.attributes.get("space")
+        if mine != other or mine is None:
+            raise SpaceError(
+                f"{source.dataset.path}: embedding space {other or 'unknown'}, but {first.path} "
+                f"has {mine or 'unknown'}; embed both alike (curate embed --like), or pass "
+                "--assume-same-space if you know that they are"
+            )
+
+
+def check_widths(found: Sequence[tuple[str, int]]) -> int:
+    """Give the one width of all vectors; 0 where there are none. found: (path, width) pairs.
+
+    Raises:
+        SpaceError: two widths; names both.
+    """
+    widths = [(where, width) for where, width in found if width]
+    for where, width in widths[1:]:
+        if width != widths[0][1]:
+            raise SpaceError(
+                f"{where}: vectors of width {width}, but {widths[0][0]} has width {widths[0][1]}; "
+                "all embeddings must come from one encoder"
+            )
+    return widths[0][1] if widths else 0
+
+
+def default_threshold(source: VectorSource, given: float | None, purpose: str) -> float:
+    """The threshold given, or the encoder's own for a purpose ("dedup" or "leak").
+
+    Raises:
+        ConfigError: none given, and the embeddings record none.
+    """
+    own = source.dataset.attributes.get("thresholds") or {}
+    threshold = own.get(purpose) if given is None else given
+    if threshold is None:
+        raise ConfigError(
+            f"{source.dataset.path}: records no '{purpose}' threshold of its encoder; set one "
+            "(the paper's are 0.6 for duplicates and 0.45 for leaks, on SSCD)"
+        )
+    return float(threshold)
+
+
+_PAIRS_AT_ONCE = 1 << 13
+
+
+def _holds_lists(kind: pa.DataType) -> bool:
+    nested = (
+        pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    )
+    return bool(
+        nested and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+    )
+
+
+def _width_of(column: pa.ChunkedArray, where: str) -> int:
+    if pa.types.is_fixed_size_list(column.type):
+        return int(column.type.list_size)
+    bounds = pc.min_max(pc.list_value_length(column)).as_py()
+    if bounds["min"] != bounds["max"]:
+        raise SpaceError(
+            f"{where}: vectors of width {bounds['min']} and of width {bounds['max']}; "
+            "all rows must have one width"
+        )
+    return int(bounds["max"] or 0)

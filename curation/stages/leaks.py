@@ -1,0 +1,81 @@
+"""Drops what leaks from benchmarks: whole components that hold a benchmark image (paper, A.3)."""
+
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from curation import storage
+from curation.neighbors.judges import DropLeaks
+from curation.neighbors.layout import lay_out, self_join, sources_of
+from curation.neighbors.review import Reviewed, connect, review
+from curation.neighbors.row_files import RowFiles
+from curation.neighbors.vectors import default_threshold
+from curation.neighbors.verdicts import Verdicts, decide_shards
+from curation.schema import schema_of
+from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
+
+
+class Leaks(DatasetStage):
+    """Drops every component of the leak graph that holds a benchmark image."""
+
+    reasons = ("leak:NAME", "bad_vector")
+    on_sets = True
+
+    embeddings: str
+    """Name of the side-car with the vectors."""
+    embedding_column: str = "embedding"
+    """Its column of vectors."""
+    threshold: float | None = Field(default=None, ge=-1, le=1)
+    """Cosine above which two rows are joined; the encoder's own where left out."""
+    against: tuple[str, ...] = Field(min_length=1)
+    """Names of the benchmarks."""
+    assume_same_space: bool = False
+    """Compare embeddings whose spaces are unknown or differ."""
+
+    def needs(self) -> tuple[str, ...]:
+        """Columns that the stage reads."""
+        return (self.embedding_column,)
+
+    def set_names(self) -> tuple[str, ...]:
+        """Names of the sets that the stage reads."""
+        return self.against
+
+    def extras(self) -> pa.Schema:
+        """The nearest benchmark image of a leak, and whether it leaks directly or by a chain."""
+        return schema_of(["twin", "twin_set", "similarity", "path"])
+
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+        """Join the survivors and the benchmarks, and drop the components that leak."""
+        sources = sources_of(
+            inputs,
+            self.against,
+            self.embeddings,
+            self.embedding_column,
+            assume_same_space=self.assume_same_space,
+        )
+        threshold = default_threshold(sources[0], self.threshold, "leak")
+        rows = storage.join(folder.scratch, "rows")
+        files = lay_out(sources, rows, engine)
+        leaks, figures = find_leaks(
+            files, threshold, storage.join(folder.scratch, "leaks"), inputs, engine
+        )
+        verdicts = Verdicts(rows, threshold, leaks=leaks, set_names=self.against)
+        decide_shards(self, inputs.pool, folder, verdicts, engine)
+        return {"threshold": threshold, **figures}
+
+
+def find_leaks(
+    files: RowFiles,
+    threshold: float,
+    folder: str,
+    inputs: StageInputs,
+    engine: Engine,
+    active: str | None = None,
+) -> tuple[Reviewed, dict[str, Any]]:
+    """Verdicts on the rows that leak, and figures. active: file of the rows that take part."""
+    joined = self_join(files, threshold, folder, engine, active)
+    graph, _ = connect(joined, storage.join(folder, "labels.bin"))
+    leaks = review(graph, DropLeaks(threshold), folder, inputs.pool.num_shards, engine)
+    leaking = sum(fact["leaking_components"] for fact in leaks.facts)
+    return leaks, {"leaking_components": leaking}

@@ -1,0 +1,75 @@
+"""Retrieves from the pool what is like the seed sets (paper, §3 and A.4).
+
+rule sample: the k nearest images of every seed. rule cluster: images of every cluster that holds
+at least `min_hits` seeds. One row a hit goes to `hits`; rows of the pool without one are dropped.
+"""
+
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from curation import storage
+from curation.neighbors.hits import HITS, HitFiles, Retrieval, SeedRule, write_hits
+from curation.neighbors.layout import lay_out, lay_out_queries, sources_of
+from curation.schema import schema_of
+from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
+
+
+class Retrieve(DatasetStage):
+    """Keeps the images of the pool that seed sets retrieve."""
+
+    reasons = ("not_retrieved",)
+
+    embeddings: str
+    """Name of the side-car with the vectors, in the pool and in every seed set."""
+    embedding_column: str = "embedding"
+    """Its column of vectors."""
+    seeds: tuple[SeedRule, ...] = Field(min_length=1)
+    """Seed sets and their rules."""
+    clusters: int = Field(default=100_000, ge=1)
+    """Clusters of the pool for rule cluster; fewer where the pool has fewer rows."""
+    on_collision: Literal["keep", "next"] = "keep"
+    """sample: keep: an image may be hit by several seeds. next: take the next nearest free one."""
+    assume_same_space: bool = False
+    """Compare embeddings whose spaces are unknown or differ."""
+
+    @model_validator(mode="after")
+    def _one_rule_a_set(self) -> "Retrieve":
+        names = [rule.set for rule in self.seeds]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"set '{twice[0]}' has two rules; allowed is one a set")
+        return self
+
+    def needs(self) -> tuple[str, ...]:
+        """Columns that the stage reads."""
+        return (self.embedding_column,)
+
+    def extras(self) -> pa.Schema:
+        """The best hit of each retrieved image."""
+        return schema_of(["seed_set", "rule", "seed_id", "rank", "similarity", "cluster"])
+
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+        """Search, cluster, write the hits, and decide on the shards of the pool."""
+        names = [rule.set for rule in self.seeds]
+        sources = sources_of(
+            inputs,
+            names,
+            self.embeddings,
+            self.embedding_column,
+            assume_same_space=self.assume_same_space,
+        )
+        pool = lay_out(sources[:1], storage.join(folder.scratch, "rows"), engine)
+        queries = tuple(
+            lay_out_queries(source, pool, storage.join(folder.scratch, f"seeds-{name}"), engine)
+            for name, source in zip(names, sources[1:], strict=True)
+        )
+        retrieval = Retrieval(
+            self.seeds, pool, queries, self.clusters, self.on_collision, inputs.seed, folder.scratch
+        )
+        hits = HitFiles.planned(retrieval, inputs.pool.num_shards)
+        figures = retrieval.run(hits, engine)
+        write_hits(hits, folder.output(HITS), engine, {"stage": folder.stage})
+        hits.decide(self, inputs.pool, folder, engine)
+        return figures
