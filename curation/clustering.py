@@ -16,6 +16,8 @@ from curation.neighbors.vectors import unit_rows
 from curation.stage import Engine
 
 _ROWS_AT_ONCE = 1 << 13
+_SPREAD_UP_TO = 512
+"""Centroids up to which k-means++ chooses the first ones; it costs a pass a centroid."""
 
 
 @dataclass(frozen=True)
@@ -143,5 +145,24 @@ def spherical_kmeans(rows: np.ndarray, count: int, iterations: int, seed: int) -
         min_points_per_centroid=1,
         max_points_per_centroid=1 << 30,
     )
-    trained.train(np.ascontiguousarray(rows))
+    start = None
+    if count <= _SPREAD_UP_TO:
+        start = spread_rows(rows[: 16 * count], count, np.random.default_rng(seed))
+    trained.train(np.ascontiguousarray(rows), init_centroids=start)
     return np.asarray(trained.centroids)
+
+
+def spread_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(C, D): rows far from each other, drawn as k-means++ does: by squared distance.
+
+    rows: (N, D) float32, unit rows, N at least `count`.
+    """
+    chosen = [int(rng.integers(len(rows)))]
+    squared = np.full(len(rows), np.inf)  # (N,) distances to the nearest chosen row
+    for _ in range(count - 1):
+        squared = np.minimum(squared, np.maximum(0, 2 - 2 * (rows @ rows[chosen[-1]])))
+        squared[chosen[-1]] = 0
+        total = squared.sum()
+        weights = squared / total if total > 0 else np.full(len(rows), 1 / len(rows))
+        chosen.append(int(rng.choice(len(rows), p=weights)))
+    return np.ascontiguousarray(rows[chosen])

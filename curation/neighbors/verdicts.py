@@ -20,8 +20,10 @@ class Verdicts:
 
     bad_folder: str
     """Where the rows without direction are listed."""
-    threshold: float
+    threshold: float = 0.0
+    """Of duplicates."""
     duplicates: Reviewed | None = None
+    leak_threshold: float = 0.0
     leaks: Reviewed | None = None
     set_names: tuple[str, ...] = ()
     """Names of the sets, in the order of their numbers from 1."""
@@ -43,12 +45,15 @@ class _DecideShard(Task[int, Receipt]):
         notes = _Notes(shard, bad)
         reject(shard, bad, "bad_vector")
         if self.verdicts.duplicates is not None:
-            notes.add_duplicates(self.verdicts.duplicates.read(item))
+            notes.add_duplicates(self.verdicts.duplicates.read(item), self.verdicts.threshold)
         if self.verdicts.leaks is not None:
-            notes.add_leaks(self.verdicts.leaks.read(item), self.verdicts.set_names)
+            notes.add_leaks(
+                self.verdicts.leaks.read(item),
+                self.verdicts.set_names,
+                self.verdicts.leak_threshold,
+            )
         for field in self.stage.extras():
             shard.note(field.name, notes.columns[field.name])
-        shard.judge(notes.columns["similarity"], self.verdicts.threshold)
         return commit_shard(self.stage, self.folder, shard)
 
 
@@ -78,7 +83,7 @@ class _Notes:
             "path": none.copy(),
         }
 
-    def add_duplicates(self, verdicts: pa.Table) -> None:
+    def add_duplicates(self, verdicts: pa.Table, threshold: float) -> None:
         """Take component, twin and cosine of the members of components; drop who must go."""
         rows = np.asarray(verdicts["row"])
         dropped = np.zeros(self._shard.num_rows, bool)
@@ -87,12 +92,19 @@ class _Notes:
         self._set(rows, "component_size", verdicts["component_size"].to_pylist())
         self._set(rows, "twin", _hex(verdicts["twin"]))
         self.columns["similarity"][rows] = np.asarray(verdicts["similarity"])
+        self._shard.judge(self.columns["similarity"], threshold)
         reject(self._shard, dropped, "near_duplicate")
 
-    def add_leaks(self, verdicts: pa.Table, set_names: tuple[str, ...]) -> None:
+    def add_leaks(self, verdicts: pa.Table, set_names: tuple[str, ...], threshold: float) -> None:
         """Drop leaks, each for the set of its nearest benchmark image, which becomes the twin."""
         rows = np.asarray(verdicts["row"])
         numbers = np.asarray(verdicts["twin_set"])
+        self.columns["similarity"][rows] = np.asarray(verdicts["similarity"])
+        thresholds = self._shard.thresholds.copy()
+        thresholds[rows] = threshold
+        scores = self._shard.scores.copy()
+        scores[rows] = self.columns["similarity"][rows]
+        self._shard.judge(scores, thresholds)
         for number, name in enumerate(set_names, start=1):
             leaked = np.zeros(self._shard.num_rows, bool)
             leaked[rows[numbers == number]] = True
@@ -101,7 +113,6 @@ class _Notes:
         self._set(rows, "twin_set", [set_names[number - 1] for number in numbers])
         direct = verdicts["direct"].to_pylist()
         self._set(rows, "path", ["direct" if one else "chain" for one in direct])
-        self.columns["similarity"][rows] = np.asarray(verdicts["similarity"])
 
     def _set(self, rows: np.ndarray, column: str, values: list[Any]) -> None:
         self.columns[column][rows] = np.array(values, object)

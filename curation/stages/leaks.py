@@ -41,6 +41,10 @@ class Leaks(DatasetStage):
         """Names of the sets that the stage reads."""
         return self.against
 
+    def set_names(self) -> tuple[str, ...]:
+        """The benchmarks."""
+        return self.against
+
     def extras(self) -> pa.Schema:
         """The nearest benchmark image of a leak, and whether it leaks directly or by a chain."""
         return schema_of(["twin", "twin_set", "similarity", "path"])
@@ -60,7 +64,7 @@ class Leaks(DatasetStage):
         leaks, figures = find_leaks(
             files, threshold, storage.join(folder.scratch, "leaks"), inputs, engine
         )
-        verdicts = Verdicts(rows, threshold, leaks=leaks, set_names=self.against)
+        verdicts = Verdicts(rows, leaks=leaks, leak_threshold=threshold, set_names=self.against)
         decide_shards(self, inputs.pool, folder, verdicts, engine)
         return {"threshold": threshold, **figures}
 

@@ -53,6 +53,10 @@ class NearDedup(DatasetStage):
         """Names of the sets that the stage reads."""
         return self.against
 
+    def set_names(self) -> tuple[str, ...]:
+        """The benchmarks."""
+        return self.against
+
     def extras(self) -> pa.Schema:
         """Component, twin and cosine of every row."""
         return schema_of(["component", "component_size", "twin", "twin_set", "similarity", "path"])
@@ -87,7 +91,7 @@ class NearDedup(DatasetStage):
             leaks, found = find_leaks(
                 files, limit, storage.join(folder.scratch, "leaks"), inputs, engine, survivors
             )
-            verdicts = replace(verdicts, leaks=leaks, set_names=self.against)
+            verdicts = replace(verdicts, leaks=leaks, leak_threshold=limit, set_names=self.against)
             figures |= {"against_threshold": limit, **found}
         decide_shards(self, inputs.pool, folder, verdicts, engine)
         return figures

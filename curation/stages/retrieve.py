@@ -46,6 +46,10 @@ class Retrieve(DatasetStage):
         """Columns that the stage reads."""
         return (self.embedding_column,)
 
+    def set_names(self) -> tuple[str, ...]:
+        """The seed sets."""
+        return tuple(rule.set for rule in self.seeds)
+
     def extras(self) -> pa.Schema:
         """The best hit of each retrieved image."""
         return schema_of(["seed_set", "rule", "seed_id", "rank", "similarity", "cluster"])
