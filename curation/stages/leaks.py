@@ -41,10 +41,6 @@ class Leaks(DatasetStage):
         """Names of the sets that the stage reads."""
         return self.against
 
-    def set_names(self) -> tuple[str, ...]:
-        """The benchmarks."""
-        return self.against
-
     def extras(self) -> pa.Schema:
         """The nearest benchmark image of a leak, and whether it leaks directly or by a chain."""
         return schema_of(["twin", "twin_set", "similarity", "path"])

@@ -53,10 +53,6 @@ class NearDedup(DatasetStage):
         """Names of the sets that the stage reads."""
         return self.against
 
-    def set_names(self) -> tuple[str, ...]:
-        """The benchmarks."""
-        return self.against
-
     def extras(self) -> pa.Schema:
         """Component, twin and cosine of every row."""
         return schema_of(["component", "component_size", "twin", "twin_set", "similarity", "path"])
