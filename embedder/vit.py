@@ -31,7 +31,7 @@ SIZES = {
 """Width, depth and heads by letter; t is ours, for small machines."""
 
 MAX_SCORES = 2**27
-"""Attention scores held at once when they are computed by plain products (512 MiB in float32)."""
+"""Attention scores held at once when they are computed by plain products (256 MiB in bfloat16)."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Map packed tokens (T, D) to (T, D)."""
+    def forward(self, x: Tensor, layout: Layout, gamma: Tensor | None) -> Tensor:
+        """Map packed tokens (T, D) to (T, D), times gamma (D,)."""
         parts = self.qkv(x).split([images * tokens for images, tokens in layout])  # G x (BN, 3D)
         mixed = [self._mix(part, *shape) for part, shape in zip(parts, layout, strict=True)]
-        return self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))  # type: ignore[no-any-return]
+        return scaled_linear(mixed[0] if len(mixed) == 1 else torch.cat(mixed), self.proj, gamma)
 
     def _mix(self, qkv: Tensor, images: int, tokens: int) -> Tensor:
         qkv = qkv.view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -161,11 +161,11 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of q, k, v (B, H, N, d), by the way that is fastest on the device.
 
-    On CPUs plain products beat torch's fused kernel (see docs/pretraining.md) while their scores
-    fit; elsewhere the fused kernel is used.
+    On CPUs plain products beat torch's fused kernel in bfloat16 (see docs/pretraining.md) while
+    their scores fit; elsewhere the fused kernel is used.
     """
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    if q.device.type != "cpu" or scores > MAX_SCORES:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or scores > MAX_SCORES:
         return F.scaled_dot_product_attention(q, k, v)
     weights: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
     return weights.softmax(-1, dtype=weights.dtype) @ v  # (B, H, N, d)
@@ -179,9 +179,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (T, D) to (T, D)."""
-        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, gamma: Tensor | None) -> Tensor:
+        """Map (T, D) to (T, D), times gamma (D,)."""
+        return scaled_linear(F.gelu(self.fc1(x)), self.fc2, gamma)
 
 
 class SwiGLU(nn.Module):
@@ -193,23 +193,28 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (T, D) to (T, D)."""
+    def forward(self, x: Tensor, gamma: Tensor | None) -> Tensor:
+        """Map (T, D) to (T, D), times gamma (D,)."""
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)  # type: ignore[no-any-return]
+        return scaled_linear(F.silu(gate) * value, self.w3, gamma)
 
 
 class LayerScale(nn.Module):
-    """Multiply each channel by a learnt gamma."""
+    """A learnt factor for each channel of a branch; the branch's last layer applies it."""
 
     def __init__(self, width: int, init: float) -> None:
         super().__init__()
-        self.init = init
         self.gamma = nn.Parameter(torch.full((width,), init))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (T, D) to (T, D)."""
-        return x * self.gamma
+
+def scaled_linear(x: Tensor, layer: nn.Linear, gamma: Tensor | None) -> Tensor:
+    """Give gamma * layer(x).
+
+    Scaling the D x D weight instead of the T x D result spares several passes over all tokens.
+    """
+    if gamma is None:
+        return layer(x)  # type: ignore[no-any-return]
+    return F.linear(x, layer.weight * gamma[:, None], layer.bias * gamma)
 
 
 class Block(nn.Module):
@@ -229,16 +234,25 @@ class Block(nn.Module):
         self, x: Tensor, layout: Layout, kept: tuple[Subset | None, Subset | None]
     ) -> Tensor:
         """Map packed tokens (T, D) to (T, D); `kept` holds the subsets of the two branches."""
-        part, part_layout = (x, layout) if kept[0] is None else (x[kept[0].rows], kept[0].layout)
-        x = _add(x, self.ls1(self.attn(self.norm1(part), part_layout)), kept[0])
-        part = x if kept[1] is None else x[kept[1].rows]
-        return _add(x, self.ls2(self.mlp(self.norm2(part))), kept[1])
+        part = _select(x, kept[0])
+        part_layout = layout if kept[0] is None else kept[0].layout
+        x = _add(x, self.attn(self.norm1(part), part_layout, _gamma(self.ls1)), kept[0])
+        part = _select(x, kept[1])
+        return _add(x, self.mlp(self.norm2(part), _gamma(self.ls2)), kept[1])
 
 
 def _layerscale(config: ViTConfig) -> nn.Module:
     if config.layerscale is None:
         return nn.Identity()
     return LayerScale(config.width, config.layerscale)
+
+
+def _gamma(layerscale: nn.Module) -> Tensor | None:
+    return layerscale.gamma if isinstance(layerscale, LayerScale) else None
+
+
+def _select(x: Tensor, subset: Subset | None) -> Tensor:
+    return x if subset is None else x.index_select(0, subset.rows)
 
 
 def _add(x: Tensor, residual: Tensor, subset: Subset | None) -> Tensor:

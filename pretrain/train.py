@@ -130,7 +130,13 @@ class Trainer:
         self.method.update_teacher(self.momentum(self.step))
         self.step += 1
         self.position += self.config.effective_batch(world_size())
-        return {"step": self.step, **losses, "grad_norm": {k: float(v) for k, v in norms.items()}}
+        loss = losses.pop("total_loss")
+        return {
+            "step": self.step,
+            "loss": loss,
+            **losses,
+            "grad_norm": {k: float(v) for k, v in norms.items()},
+        }
 
     def save(self) -> Path:
         """Write a checkpoint and remove those that are no longer kept."""

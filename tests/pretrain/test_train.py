@@ -24,7 +24,7 @@ LOSSES = (
     "dino_local_crops_loss",
     "ibot_loss",
     "koleo_loss",
-    "total_loss",
+    "loss",
 )
 
 
@@ -50,7 +50,7 @@ def test_run__leaves_backbone_log_and_checkpoint(images: str, tmp_path: Path) ->
     assert result.finished
     assert result.steps == 6
     assert [record["step"] for record in read_lines(result.log)] == [1, 2, 3, 4, 5, 6]
-    assert result.first["total_loss"] != result.last["total_loss"]
+    assert result.first["loss"] != result.last["loss"]
     backbone = load_backbone(result.backbone)
     assert backbone.config.image_size == 56
     state, about = checkpoint.load(tmp_path, 6)
@@ -109,7 +109,7 @@ def test_take_step__losses_fall_on_one_repeated_batch(
     batch = Batches(trainer.source, config)[Part(0, 4, 0, 4)].to(trainer.device)
     for _ in range(60):  # a fresh centre lags, which moves the loss more than learning does
         trainer.method.targets([batch], 0.04)
-    totals = [trainer.take_step([batch])["total_loss"] for _ in range(60)]
+    totals = [trainer.take_step([batch])["loss"] for _ in range(60)]
     assert sum(totals[-5:]) < 0.8 * sum(totals[:5])
 
 
