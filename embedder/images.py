@@ -368,7 +368,7 @@ def _changes_little(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 def _lay_on_white(image: Image.Image) -> Image.Image:
     if image.mode not in ("LA", "RGBA"):
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     white = Image.new("RGB", image.size, (255, 255, 255))
     white.paste(image.convert("RGB"), mask=image.getchannel("A"))
     return white

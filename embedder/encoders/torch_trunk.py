@@ -1,0 +1,261 @@
+"""Encoders that are torch modules: how they see pixels, where they run, in which precision.
+
+Legend: B images, H W positions, D width.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from embedder.encoder import LoadOptions, Thresholds
+from embedder.errors import EncoderError
+from embedder.images import Pixels, center_crop, resize, resize_short_side
+from embedder.whitening import unit_rows
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+ResizeKind = Literal["squash", "short_side"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Pixels to a fixed-size uint8 input; the device then subtracts `mean` and divides by `std`."""
+
+    size: int
+    """Side of the square input, in pixels."""
+    resize: ResizeKind
+    """Both sides to `size`, or the short side to `resize_to` and the middle cut out."""
+    resize_to: int
+    filter: str
+    """bilinear, bicubic, lanczos or box; antialiased."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Of a pixel range of 0 to 1."""
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __call__(self, pixels: Pixels) -> Pixels:
+        """(H, W, 3) to (size, size, 3)."""
+        if self.resize == "squash":
+            return resize(pixels, self.size, self.size, self.filter)
+        scaled = resize_short_side(pixels, self.resize_to, self.filter)
+        return center_crop(scaled, self.size, self.size)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a module runs and how it multiplies."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def precision(self) -> str:
+        """float32, bfloat16 or float16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def batch_size(self) -> int:
+        """Images a forward pass takes, fixed for each kind of device."""
+        return 256 if self.device.type == "cuda" else 16
+
+
+def place(options: LoadOptions) -> Placement:
+    """Choose the device and precision that the options leave open.
+
+    Raises: EncoderError where the device is not there.
+    """
+    wanted = options.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+        raise EncoderError(f"unknown device {wanted!r}; known are auto, cpu, cuda, cuda:N")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise EncoderError(f"device {wanted!r}: torch sees no CUDA device here")
+    precision = options.precision
+    if precision == "auto":
+        precision = "bfloat16" if _gains_by_bfloat16(wanted) else "float32"
+    return Placement(torch.device(wanted), getattr(torch, precision))
+
+
+def _gains_by_bfloat16(device: str) -> bool:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return _cpu_multiplies_bfloat16()
+
+
+@lru_cache(maxsize=1)
+def _cpu_multiplies_bfloat16() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text()) is not None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let one thread compute: several would share the sums out, and change the bits."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class TorchTrunk:
+    """A torch module with its preprocessing, on a device."""
+
+    def __init__(
+        self, module: nn.Module, preprocessing: Preprocessing, placement: Placement, weights: str
+    ) -> None:
+        """weights: digest of the module's weights."""
+        self._module = module.eval().to(placement.device)
+        self.preprocessing = preprocessing
+        self.placement = placement
+        self.key = digest_of(
+            weights=weights, preprocessing=asdict(preprocessing), precision=placement.precision
+        )
+        self._mean = 255 * torch.tensor(preprocessing.mean, device=placement.device)[:, None, None]
+        self._std = 255 * torch.tensor(preprocessing.std, device=placement.device)[:, None, None]
+
+    @property
+    def batch_size(self) -> int:
+        """B, fixed."""
+        return self.placement.batch_size
+
+    def preprocess(self, pixels: Pixels) -> Pixels:
+        """(H, W, 3) uint8 to (size, size, 3) uint8."""
+        return self.preprocessing(pixels)
+
+    def features(self, batch: NDArray[Any]) -> Tensor:
+        """(B, size, size, 3) uint8 to the module's output, in float32 and on its device."""
+        with one_thread(), torch.inference_mode(), self._autocast():
+            images = self._to_device(torch.from_numpy(batch)).permute(0, 3, 1, 2)
+            output: Tensor = self._module((images.float() - self._mean) / self._std)
+            return output.float()
+
+    def _to_device(self, batch: Tensor) -> Tensor:
+        if self.placement.device.type == "cpu":
+            return batch
+        return batch.pin_memory().to(self.placement.device, non_blocking=True)
+
+    def _autocast(self) -> Any:
+        if self.placement.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.placement.device.type, self.placement.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class TrunkEncoder:
+    """A trunk and the head that makes unit rows of its features."""
+
+    name: str
+    trunk: TorchTrunk
+    width: int
+    licence: str
+    thresholds: Thresholds | None = None
+    pool: Callable[[Tensor], NDArray[Any]] | None = None
+    """Features to (B, D) vectors; None where they are so already."""
+    head_digest: str = ""
+    """What tells this head from others on the same trunk."""
+
+    @property
+    def space(self) -> str:
+        """Hex digest of weights, preprocessing, precision and head."""
+        return digest_of(trunk=self.trunk.key, head=self.head_digest)
+
+    @property
+    def precision(self) -> str:
+        """float32, bfloat16 or float16."""
+        return self.trunk.placement.precision
+
+    @property
+    def batch_size(self) -> int:
+        """B, fixed."""
+        return self.trunk.batch_size
+
+    def preprocess(self, pixels: Pixels) -> Pixels:
+        """(H, W, 3) uint8 to (size, size, 3) uint8."""
+        return self.trunk.preprocess(pixels)
+
+    def head(self, features: Tensor) -> NDArray[np.float32]:
+        """Features of B images to (B, D) unit rows."""
+        return unit_rows(features.cpu().numpy() if self.pool is None else self.pool(features))
+
+    def encode(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """(B, size, size, 3) uint8 to (B, D) unit rows."""
+        return self.head(self.trunk.features(batch))
+
+
+def digest_of(**parts: Any) -> str:
+    """Hex digest of named JSON values."""
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Hex digest of a module's weights, by name, shape, type and value."""
+    content = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        content.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def existing_file(name: str, path: str) -> Path:
+    """Return the path of a weights file.
+
+    Raises: EncoderError where there is none.
+    """
+    if not Path(path).is_file():
+        raise EncoderError(f"encoder {name!r}: no file {path}")
+    return Path(path)
+
+
+def output_width(name: str, trunk: TorchTrunk) -> int:
+    """Return D, found by one image.
+
+    Raises: EncoderError where the module gives no (B, D) vectors.
+    """
+    side = trunk.preprocessing.size
+    try:
+        output = trunk.features(np.zeros((1, side, side, 3), np.uint8))
+    except (RuntimeError, AttributeError) as error:
+        first = str(error).strip().splitlines()[-1]
+        raise EncoderError(f"encoder {name!r} fails on a {side}x{side} image: {first}") from error
+    if output.ndim != 2:
+        raise EncoderError(f"encoder {name!r} gives {tuple(output.shape)}, expected (1, D)")
+    return output.shape[1]
+
+
+RANDOM = "random"
+"""Where a file is expected: weights drawn from a fixed seed, for tests and measuring speed."""
+
+
+@contextmanager
+def seeded_weights() -> Iterator[None]:
+    """Let modules that are built inside draw the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def refuse_hub(name: str, options: LoadOptions, lacking: str) -> None:
+    """Raise EncoderError unless weights may be fetched."""
+    if not options.allow_hub:
+        raise EncoderError(f"encoder {name!r}: {lacking}; give a file or allow the hub")

