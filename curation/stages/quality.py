@@ -88,7 +88,8 @@ def _judge(shard: Shard, scores: np.ndarray, lowest: float | None, reason: str) 
 
 def _aspect(shard: Shard) -> np.ndarray:
     sides = np.stack([shard.array("original_width"), shard.array("original_height")])  # (2, N)
-    return np.divide(sides.max(axis=0), np.maximum(sides.min(axis=0), 1))
+    ratios: np.ndarray = sides.max(axis=0) / np.maximum(sides.min(axis=0), 1)
+    return ratios
 
 
 def _statistics(pixels: Pixels) -> tuple[float, float, float]:
