@@ -63,7 +63,8 @@ def parse_settings(model: type[S], values: Any, where: str) -> S:
 
 def describe_validation_error(model: type[BaseModel], error: ValidationError, where: str) -> str:
     """Put the first of pydantic's errors, and the number of the others, into one line."""
-    first = error.errors()[0]
+    # A misspelt key is both unknown and missing: say the former.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"]) or "(top level)"
     others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

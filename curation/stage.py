@@ -232,6 +232,11 @@ class Stage(Settings, ABC):
         """The stage's own columns in its decisions."""
         return pa.schema([])
 
+    def makes(self) -> dict[str, tuple[str, ...]]:
+        """Names of the columns of each output, known without opening any model."""
+        made = {name: tuple(schema.names) for name, schema in self.outputs().items()}
+        return {**made, DECISIONS: tuple(self.extras().names)}
+
     def varying_outputs(self) -> tuple[str, ...]:
         """Outputs that differ from run to run (fetch times): not inputs of any key."""
         return ()

@@ -1,8 +1,10 @@
 """The demo's web: sample photos of installed packages, with planted troubles, on loopback.
 
-The photos are cut into tiles. Some become the pool's innocents, some benchmarks, seed sets and a
-labelled set; copies of innocents and benchmarks, and files that are no good images, are planted
-among the URLs. `truth.parquet` remembers what each URL is, so that the run can be marked.
+A dozen photos must become a few hundred different images: each is a pair of crops from two photos,
+turned and recoloured, with shapes drawn on top. Some become the pool's innocents, some benchmarks,
+seed sets and sets taken as they are; copies of innocents and benchmarks, and files that are no good
+images, are planted among the URLs. `truth.parquet` remembers what each URL is, so that the run can
+be marked.
 """
 
 import contextlib
@@ -19,18 +21,30 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from curation.config import Settings
 from curation.errors import ConfigError
 from embedder.edits import EDITS
-from embedder.images import Pixels, encode_jpeg
+from embedder.images import Pixels, encode_jpeg, resize
 
-TILE = 128
+SIDE = 192
+"""Width and height of the images, in pixels."""
 INNOCENT = "innocent"
 _LISTED_TWICE = 100
 """Which innocent's URL is listed a second time, spelt in another way."""
 _TRUTH = pa.schema([(name, pa.string()) for name in ("url", "kind", "twin_url", "expected")])
+_PHOTOS = (
+    *("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png"),
+    *("motorcycle_left.png", "retina.jpg", "rocket.jpg", "coins.png", "camera.png"),
+    *("images/china.jpg", "images/flower.jpg"),
+)
+_VARIED = (
+    *("astronaut", "chelsea", "coffee", "ihc", "motorcycle_left", "rocket", "camera"),
+    *("china", "flower"),
+)
+"""Photos whose parts look different; the others are one texture all over."""
+EASY_EDITS = ("jpeg_q30", "half_size", "flip", "brightness", "text")
 _TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
 
 
@@ -78,24 +92,19 @@ def build_site(site: DemoSite, folder: Path) -> None:
     for name in ("www", "benchmark", "seeds_sample", "seeds_cluster", "as_is"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     plan = _Plan(folder, f"http://127.0.0.1:{site.port}", np.random.default_rng(0))
-    tiles = _shuffled_tiles(plan.rng)
-    benchmark = _write_set(folder / "benchmark", tiles[:20])
-    _write_set(folder / "seeds_sample", tiles[20:36])
-    _write_set(folder / "seeds_cluster", tiles[36:60])
-    _write_set(folder / "as_is", tiles[60:72])
-    _write_labelled(folder / "labelled", tiles[: 60 + 12])
-    innocents = _plant_innocents(plan, tiles[72 : 72 + site.innocents])
+    photos = dict(_photos())
+    scenes = _Scenes([photos[name] for name in _VARIED], plan.rng)
+    benchmark = _write_set(folder / "benchmark", scenes.draw(20))
+    _write_set(folder / "seeds_sample", scenes.draw(16))
+    _write_set(folder / "seeds_cluster", scenes.draw(24))
+    _write_set(folder / "as_is", scenes.draw(12))
+    _write_labelled(folder / "labelled", photos)
+    innocents = _plant_innocents(plan, scenes.draw(site.innocents))
     _plant_copies(plan, innocents)
     _plant_leaks(plan, benchmark)
     _plant_bad_files(plan)
     _write_lists(plan)
     done.touch()
-
-
-def _shuffled_tiles(rng: np.random.Generator) -> list[tuple[str, Pixels]]:
-    """(photo, pixels) of all tiles with some detail, in a fixed random order."""
-    tiles = [(name, tile) for name, photo in _photos() for tile in _cut(photo)]
-    return [tiles[i] for i in rng.permutation(len(tiles))]
 
 
 def _photos() -> Iterator[tuple[str, Pixels]]:
@@ -108,52 +117,93 @@ def _photos() -> Iterator[tuple[str, Pixels]]:
             "missing: pip install 'lvd-curate[demo]'"
         ) from error
     folders = [Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets"]
-    names = (
-        *("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png"),
-        *("motorcycle_left.png", "retina.jpg", "rocket.jpg", "coins.png", "camera.png"),
-        *("images/china.jpg", "images/flower.jpg"),
-    )
-    for name in names:
+    for name in _PHOTOS:
         path = next(folder / name for folder in folders if (folder / name).is_file())
         with Image.open(path) as image:
             yield path.stem, np.asarray(image.convert("RGB"))
 
 
-def _cut(photo: Pixels) -> Iterator[Pixels]:
-    """Tiles that do not overlap and are not nearly flat."""
-    height, width = photo.shape[:2]
-    for top in range(0, height - TILE + 1, TILE):
-        for left in range(0, width - TILE + 1, TILE):
-            tile = photo[top : top + TILE, left : left + TILE]
-            if tile.std() > 18:
-                yield np.ascontiguousarray(tile)
+@dataclass(frozen=True)
+class _Scenes:
+    """Draws images that differ from each other: random choices from a generator."""
+
+    photos: list[Pixels]
+    rng: np.random.Generator
+
+    def draw(self, count: int) -> list[Pixels]:
+        """Different images, each (SIDE, SIDE, 3)."""
+        return [self._scene(number % 2 == 0) for number in range(count)]
+
+    def _scene(self, side_by_side: bool) -> Pixels:
+        """Crops of two photos beside or above each other, with shapes on top."""
+        first, second = self.rng.permutation(len(self.photos))[:2]
+        width, height = (SIDE // 2, SIDE) if side_by_side else (SIDE, SIDE // 2)
+        halves = [self._crop(self.photos[i], width, height) for i in (first, second)]
+        return self._with_shapes(np.concatenate(halves, axis=1 if side_by_side else 0))
+
+    def _crop(self, photo: Pixels, width: int, height: int) -> Pixels:
+        """A square of a photo with some detail in it, recoloured and turned."""
+        while True:
+            side = int(self.rng.integers(110, min(*photo.shape[:2], 300) + 1))
+            top = int(self.rng.integers(photo.shape[0] - side + 1))
+            left = int(self.rng.integers(photo.shape[1] - side + 1))
+            crop = photo[top : top + side, left : left + side]
+            if crop.std() > 35:
+                break
+        crop = np.rot90(crop[..., self.rng.permutation(3)], int(self.rng.integers(4)))
+        crop = 255 - crop if self.rng.random() < 0.5 else crop
+        return resize(np.ascontiguousarray(crop), width, height)
+
+    def _with_shapes(self, pixels: Pixels) -> Pixels:
+        image = Image.fromarray(pixels)
+        draw = ImageDraw.Draw(image)
+        for _ in range(4):
+            colour = tuple(int(value) for value in self.rng.integers(0, 256, 3))
+            points = [tuple(int(v) for v in self.rng.integers(0, SIDE, 2)) for _ in range(4)]
+            left, top, width, height = (int(v) for v in self.rng.integers(20, SIDE // 2, 4))
+            shape = int(self.rng.integers(4))
+            if shape == 0:
+                draw.ellipse((left, top, left + width, top + height), fill=colour)
+            elif shape == 1:
+                draw.rectangle((left, top, left + width, top + height), fill=colour)
+            elif shape == 2:
+                draw.polygon(points[:3], fill=colour)
+            else:
+                draw.line(points, fill=colour, width=8)
+        return np.asarray(image)
 
 
-def _write_set(folder: Path, tiles: list[tuple[str, Pixels]]) -> list[Pixels]:
-    for number, (name, tile) in enumerate(tiles):
-        (folder / f"{number:03d}-{name}.jpg").write_bytes(encode_jpeg(tile))
-    return [tile for _, tile in tiles]
+def _write_set(folder: Path, images: list[Pixels]) -> list[Pixels]:
+    for number, pixels in enumerate(images):
+        (folder / f"{number:03d}.jpg").write_bytes(encode_jpeg(pixels))
+    return images
 
 
-def _write_labelled(folder: Path, tiles: list[tuple[str, Pixels]]) -> None:
-    """Two thirds to train, one third to test; the class of a tile is its photo."""
-    for number, (name, tile) in enumerate(tiles):
-        target = folder / ("test" if number % 3 == 2 else "train") / name
-        target.mkdir(parents=True, exist_ok=True)
-        (target / f"{number:03d}.jpg").write_bytes(encode_jpeg(tile))
+def _write_labelled(folder: Path, photos: dict[str, Pixels]) -> None:
+    """A class a photo: its tiles, two thirds to train and one third to test."""
+    side = 96
+    for name, photo in photos.items():
+        tops = range(0, photo.shape[0] - side + 1, side)
+        lefts = range(0, photo.shape[1] - side + 1, side)
+        corners = [(top, left) for top in tops for left in lefts][:24]
+        for number, (top, left) in enumerate(corners):
+            target = folder / ("test" if number % 3 == 2 else "train") / name
+            target.mkdir(parents=True, exist_ok=True)
+            tile = np.ascontiguousarray(photo[top : top + side, left : left + side])
+            (target / f"{number:03d}.jpg").write_bytes(encode_jpeg(tile))
 
 
-def _plant_innocents(plan: _Plan, tiles: list[tuple[str, Pixels]]) -> list[tuple[str, Pixels]]:
+def _plant_innocents(plan: _Plan, images: list[Pixels]) -> list[tuple[str, Pixels]]:
     planted = []
-    for number, (name, tile) in enumerate(tiles):
-        data = encode_jpeg(tile)
-        url = plan.plant(f"{name}/{number:03d}.jpg".replace("/", "-"), data, INNOCENT, "")
+    for number, pixels in enumerate(images):
+        data = encode_jpeg(pixels)
+        url = plan.plant(f"photo-{number:03d}.jpg", data, INNOCENT, "")
         planted.append((url, np.asarray(Image.open(io.BytesIO(data)))))
     return planted
 
 
 def _plant_copies(plan: _Plan, innocents: list[tuple[str, Pixels]]) -> None:
-    """Copies of innocents: the same bytes, the same pixels, and edited ones."""
+    """Copies of innocents: the same bytes, the same pixels, easy edits, and harder ones."""
     for number, (url, _) in enumerate(innocents[:10]):
         data = (plan.root / "www" / url.rpartition("/")[2]).read_bytes()
         plan.plant(f"mirror-{number}.jpg", data, "exact copy", "duplicate_bytes", url)
@@ -161,14 +211,15 @@ def _plant_copies(plan: _Plan, innocents: list[tuple[str, Pixels]]) -> None:
         plan.plant(f"saved-{number}.png", _png(pixels), "pixel copy", "duplicate_pixels", url)
     for number, (url, pixels) in enumerate(innocents[16:58]):
         name = list(EDITS)[number % len(EDITS)]
+        kind = "edited copy" if name in EASY_EDITS else "edited copy, harder"
         data = encode_jpeg(EDITS[name](pixels, plan.rng), 90)
-        plan.plant(f"edited-{number}-{name}.jpg", data, "edited copy", "near_duplicate", url)
+        plan.plant(f"edited-{number}-{name}.jpg", data, kind, "near_duplicate", url)
 
 
 def _plant_leaks(plan: _Plan, benchmark: list[Pixels]) -> None:
     """Benchmark images on the web: as they are, and edited."""
     for number, tile in enumerate(benchmark):
-        name = "same" if number < 6 else list(EDITS)[number % len(EDITS)]
+        name = "same" if number < 6 else EASY_EDITS[number % len(EASY_EDITS)]
         pixels = tile if name == "same" else EDITS[name](tile, plan.rng)
         plan.plant(f"leak-{number}-{name}.jpg", encode_jpeg(pixels, 90), "leak", "leak:benchmark")
 

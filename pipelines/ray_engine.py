@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from curation.errors import ConfigError
+from curation.errors import ConfigError, EngineError
 from curation.stage import Engine, Item, Resources, Result, Task
 from pipelines.attempts import Attempts, describe
 
@@ -101,13 +101,16 @@ def _connect(workers: int | None, address: str | None) -> None:
 
 
 class _Worker:
-    """Runs inside an actor: opens the task once, then works on items."""
+    """Runs inside an actor: opens the task with its first item, then works on items."""
 
     def __init__(self, task: Task[Any, Any]) -> None:
         self._task = task
-        self._opened = task.open()
+        self._is_open = False
+        self._opened: Any = None
 
     def run(self, item: Any) -> Any:
+        if not self._is_open:
+            self._opened, self._is_open = self._task.open(), True
         return self._task(item, self._opened)
 
 
@@ -165,7 +168,13 @@ class _ActorPool:
     def _replace(
         self, slot: int, waiting: list[Any], attempts: Attempts, item: Any, error: Exception
     ) -> None:
-        """Start an actor anew; what it had not finished goes back."""
+        """Start an actor anew; what it had not finished goes back.
+
+        Raises:
+            EngineError: it could not even start: the others would not either.
+        """
+        if getattr(error, "actor_init_failed", False):
+            raise EngineError(f"Ray workers cannot start: {' '.join(str(error).split())[:500]}")
         logger.warning("a worker died on shard %s: %s", describe(item), str(error).split("\n")[0])
         lost = [item]
         for reference in [ref for ref, (where, _) in self._running.items() if where == slot]:

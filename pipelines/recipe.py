@@ -1,7 +1,6 @@
 """Recipes: YAML -> stages, checked end to end before the first row."""
 
 import difflib
-import importlib.resources
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -116,9 +115,21 @@ class CheckedRecipe(Settings):
             rows_per_shard=self.recipe.rows_per_shard,
         )
         wanted = [stage for stage in self.stages if stage.on_sets or self._fetches(stage, source)]
-        if name in self.benchmarks():
-            wanted = [stage for stage in wanted if not stage.set_names()]
-        return [ingest, *wanted]
+        compared = (self._compared_for_sets(stage) for stage in wanted)
+        is_benchmark = name in self.benchmarks()
+        kept = (stage for stage in compared if stage and not (is_benchmark and stage.set_names()))
+        return [ingest, *kept]
+
+    def _compared_for_sets(self, stage: Stage) -> Stage | None:
+        """The stage as sets pass it: compared with benchmarks that are nothing else.
+
+        A training split that is a seed set and must not leak from the pool is no leak of itself.
+        """
+        if not stage.set_names():
+            return stage
+        roles = self.roles()
+        pure = tuple(n for n in stage.set_names() if roles[n] <= {"leaks", "near_dedup"})
+        return stage.replace(against=pure) if pure else None
 
     @staticmethod
     def _fetches(stage: Stage, source: SetSource) -> bool:
@@ -156,7 +167,7 @@ def find_config(kind: str, name: str) -> Path:
     given = Path(name)
     if given.suffix in (".yaml", ".yml"):
         return given
-    folder = Path(str(importlib.resources.files("configs"))) / kind
+    folder = Path(__file__).resolve().parents[1] / "configs" / kind
     shipped = folder / f"{name}.yaml"
     if not shipped.is_file():
         names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
@@ -180,10 +191,9 @@ def check_columns(checked: CheckedRecipe) -> None:
         sides: set[str] = set()
         for stage in its_stages:
             _check_stage(stage, present, sides, f"{checked.where}: {flow}")
-            for output, schema in stage.outputs().items():
-                present.update(schema.names)
+            for output, names in stage.makes().items():
+                present.update(names)
                 sides.add(output)
-            present.update(stage.extras().names)
 
 
 def _check_stage(stage: Stage, present: set[str], sides: set[str], where: str) -> None:
@@ -257,3 +267,33 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return (
         f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(known) or 'none'}"
     )
+
+
+def expected_counts(checked: CheckedRecipe) -> dict[str, int]:
+    """Images that each rule should give, before collisions: "SET RULE" -> count.
+
+    k x |Q| for sample rules, the cap (or what the clusters hold) for cluster rules, |Q| for sets
+    taken as they are.
+
+    Raises:
+        ConfigError: a set lacks expected_rows or expected_hits.
+    """
+    sets = checked.recipe.sets
+    counts: dict[str, int] = {}
+    for stage in checked.stages:
+        for name in getattr(stage, "as_is", ()):
+            counts[f"{name} as is"] = _expected(checked, name, sets[name].expected_rows)
+        for rule in getattr(stage, "seeds", ()):
+            if rule.rule == "sample":
+                rows = _expected(checked, rule.set, sets[rule.set].expected_rows)
+                counts[f"{rule.set} sample"] = rule.k * rows
+            else:
+                hits = _expected(checked, rule.set, sets[rule.set].expected_hits)
+                counts[f"{rule.set} cluster"] = min(rule.cap, hits)
+    return counts
+
+
+def _expected(checked: CheckedRecipe, name: str, count: int | None) -> int:
+    if count is None:
+        raise ConfigError(f"{checked.where}: sets.{name} lacks what it is expected to hold")
+    return count

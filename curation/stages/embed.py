@@ -44,6 +44,10 @@ class Embed(ShardStage):
         """A side-car of vectors for each encoder."""
         return {name: embedding_schema(encoder.width) for name, encoder in self._loaded().items()}
 
+    def makes(self) -> dict[str, tuple[str, ...]]:
+        """Names of the columns of each side-car."""
+        return {name: ("id", "source", "embedding") for name in self.encoders}
+
     def attributes(self) -> dict[str, dict[str, Any]]:
         """The embedding space of each side-car, and the encoder's own thresholds."""
         return {name: _describe(encoder) for name, encoder in self._loaded().items()}

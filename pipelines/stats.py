@@ -1,0 +1,382 @@
+"""Counts of a run or a data set: rows, reasons, sizes, hosts, scores, copies.
+
+Footers, manifests and records answer what they can; DuckDB reads only the columns of the rest.
+"""
+
+from typing import Any
+
+from curation.dataset import Dataset, open_foreign
+from curation.errors import ConfigError
+from pipelines.funnel import funnel, set_funnels
+from pipelines.runner import POOL
+from pipelines.tables import Row, Tables, host_of, named
+from pipelines.work_folder import FinishedStage, WorkFolder
+
+Stats = dict[str, Any]
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+_MOST_COMMON = 20
+_FEW_VALUES = 200
+"""Text columns with at most so many values are counted by value."""
+_BULKY = ("BLOB", "[]", "[", "MAP", "STRUCT")
+_NO_SCORE = ("rank", "cluster", "component_size", "threshold")
+_LIMITS = {
+    "short_side": "min_side",
+    "aspect": "max_aspect",
+    "contrast": "min_contrast",
+    "entropy": "min_entropy",
+    "sharpness": "min_sharpness",
+}
+"""Scores of `quality`, and the setting that each is judged by."""
+
+
+def stats_of(path: str) -> Stats:
+    """Everything that `curate stats` says of a work folder or a data set.
+
+    Raises:
+        DatasetError: neither is there.
+    """
+    if WorkFolder.is_one(path):
+        return run_stats(WorkFolder(path))
+    return dataset_stats(open_any(path))
+
+
+def open_any(path: str) -> Dataset:
+    """A data set of ours, or any Parquet, with or without ids."""
+    if Dataset.is_finished(path):
+        return Dataset.open(path)
+    return open_foreign(path, id_column=_any_column(path))
+
+
+def run_stats(work: WorkFolder) -> Stats:
+    """Statistics of a finished run."""
+    record = work.record
+    rows = funnel(record)
+    return {
+        "path": work.path,
+        "kind": "run",
+        "recipe": record.recipe,
+        "seed": record.seed,
+        "rows_in": rows[0].rows_in if rows else 0,
+        "rows_out": rows[-1].rows_out if rows else 0,
+        "content_digest": work.manifest.manifest.content_digest if work.manifest else None,
+        "funnel": [vars(row) for row in rows],
+        "sets": {name: [vars(r) for r in found] for name, found in set_funnels(record).items()},
+        "reasons": reasons(work),
+        "scores": [score for stage in work.stages(POOL) for score in stage_scores(stage)],
+        "duplicates": duplicates(work),
+        "seed_sets": retrieved(work),
+        "fetches": fetches(work),
+        "hosts": hosts(work),
+        "images": image_stats(work),
+        "manifest": dataset_stats(work.manifest) if work.manifest else None,
+        "timing": timing(work),
+    }
+
+
+def reasons(work: WorkFolder) -> list[Row]:
+    """Dropped rows by flow, stage and reason, with their share of the flow's input."""
+    found = []
+    for stage in work.all_stages():
+        total = max(work.flows[stage.flow][0].record.rows_in, 1)
+        found += [
+            {
+                "flow": stage.flow,
+                "stage": stage.name,
+                "reason": reason,
+                "rows": count,
+                "share": count / total,
+            }
+            for reason, count in stage.entry.record.dropped.items()
+        ]
+    return found
+
+
+def timing(work: WorkFolder) -> list[Row]:
+    """Wall time of every stage."""
+    return [
+        {
+            "flow": stage.flow,
+            "stage": stage.name,
+            "seconds": stage.entry.record.seconds,
+            "rows_per_second": stage.entry.record.rows_in / max(stage.entry.record.seconds, 1e-3),
+        }
+        for stage in work.all_stages()
+    ]
+
+
+def stage_scores(stage: FinishedStage) -> list[Row]:
+    """Quantiles of every score that a stage's decisions hold, with what it was judged by."""
+    with Tables() as tables:
+        if not tables.add("verdicts", stage.decisions):
+            return []
+        columns = score_columns(stage, tables)
+        if not columns:
+            return []
+        asked = ", ".join(_score_query(name, number) for number, name in enumerate(columns))
+        values = tables.first(f"select {asked} from verdicts")
+        limits = {name: thresholds(stage, name, tables) for name in columns}
+    return [
+        {
+            "stage": stage.name,
+            "score": name,
+            "rows": values[f"n{number}"],
+            "quantiles": _quantile_names(values[f"q{number}"]),
+            "thresholds": limits[name],
+        }
+        for number, name in enumerate(columns)
+        if values[f"n{number}"]
+    ]
+
+
+def score_columns(stage: FinishedStage, tables: Tables) -> list[str]:
+    """Names of a stage's scores in the view `verdicts`; `score` where it has no other."""
+    columns = tables.columns("verdicts")
+    own = [
+        name
+        for name, kind in columns.items()
+        if kind in ("FLOAT", "DOUBLE", "INTEGER") and name not in (*_NO_SCORE, "score")
+    ]
+    known = tables.first("select count(score) as n from verdicts")["n"]
+    return own or (["score"] if known else [])
+
+
+def thresholds(stage: FinishedStage, score: str, tables: Tables) -> list[float]:
+    """What a score was judged by; none where it is only noted."""
+    settings = stage.entry.record.settings
+    if score in _LIMITS:
+        limit = settings.get(_LIMITS[score])
+        return [] if limit is None else [float(limit)]
+    found = tables.rows(
+        "select threshold, count(*) as n from verdicts where threshold is not null "
+        f"and {named(score)} is not null group by threshold order by n desc limit 3"
+    )
+    return [round(row["threshold"], 7) for row in found]
+
+
+def duplicates(work: WorkFolder) -> list[Row]:
+    """Components of near-duplicates by size: how many, and how many rows they hold."""
+    found: list[Row] = []
+    for stage in work.stages(POOL):
+        if "component_size" not in stage.decisions.columns:
+            continue
+        with Tables() as tables:
+            if tables.add("verdicts", stage.decisions):
+                found += tables.rows(
+                    "select component_size, count(*) as rows, "
+                    "count(*) // component_size as components from verdicts "
+                    "where component_size is not null group by component_size "
+                    "order by component_size"
+                )
+    return found
+
+
+def retrieved(work: WorkFolder) -> list[Row]:
+    """Hits and different images by seed set."""
+    stage = work.stage(POOL, "retrieve")
+    if stage is None or not stage.has("hits"):
+        return []
+    with Tables() as tables:
+        if not tables.add("hits", stage.output("hits")):
+            return []
+        return tables.rows(
+            "select seed_set, rule, count(*) as hits, approx_count_distinct(id) as images, "
+            "approx_count_distinct(coalesce(seed_id, cluster::varchar)) as sources, "
+            "median(similarity) as median_similarity from hits group by all order by all"
+        )
+
+
+def fetches(work: WorkFolder) -> list[Row]:
+    """How downloads ended."""
+    stage = work.making(POOL, "fetches")
+    if stage is None:
+        return []
+    with Tables() as tables:
+        if not tables.add("fetches", stage.output("fetches")):
+            return []
+        return tables.rows(
+            "select status, count(*) as rows, sum(num_bytes) as bytes, "
+            "round(avg(attempts), 2) as attempts, round(median(seconds), 4) as median_seconds "
+            "from fetches group by status order by rows desc, status"
+        )
+
+
+def hosts(work: WorkFolder) -> list[Row]:
+    """The hosts with most rows: how many URLs were listed, and how many images are in the set."""
+    stage = work.making(POOL, "rows")
+    if stage is None or work.manifest is None:
+        return []
+    with Tables() as tables:
+        if not tables.add("listed", stage.output("rows")):
+            return []
+        kept = f"select {host_of()} as host, count(*) as kept from manifest group by 1"
+        if not tables.add("manifest", work.manifest):
+            kept = "select null::varchar as host, 0 as kept where false"
+        return tables.rows(
+            f"select host, rows, coalesce(kept, 0)::bigint as kept "
+            f"from (select {host_of()} as host, count(*) as rows from listed group by 1) "
+            f"left join ({kept}) using (host) where host is not null "
+            "order by rows desc, host limit ?",
+            [_MOST_COMMON],
+        )
+
+
+def image_stats(work: WorkFolder) -> Row | None:
+    """Formats and sizes of the pool's readable images."""
+    stage = work.making(POOL, "images")
+    if stage is None:
+        return None
+    with Tables() as tables:
+        if not tables.add("images", stage.output("images")):
+            return None
+        return {
+            "formats": tables.rows(
+                "select format as value, count(*) as rows from images group by 1 order by 2 desc, 1"
+            ),
+            "sides": _quantiles(
+                tables, "images", ("original_width", "original_height", "num_bytes")
+            ),
+        }
+
+
+def dataset_stats(dataset: Dataset, by: str | None = None) -> Stats:
+    """Rows, bytes and columns of a data set; by: also counts by a column, or by `host`."""
+    shards = dataset.manifest.shards
+    found: Stats = {
+        "path": dataset.path,
+        "kind": "dataset",
+        "rows": dataset.num_rows,
+        "shards": dataset.num_shards,
+        "bytes": sum(shard.num_bytes for shard in shards),
+        "content_digest": dataset.manifest.content_digest if not _foreign(dataset) else None,
+        "attributes": dataset.attributes,
+    }
+    with Tables() as tables:
+        if not tables.add("rows", dataset):
+            return {**found, "columns": []}
+        columns = tables.columns("rows")
+        found["columns"] = column_stats(tables, columns)
+        if "source" in columns:
+            found["hosts"] = count_by(tables, "host", columns)
+        if by is not None:
+            found["by"] = {"column": by, "values": count_by(tables, by, columns)}
+    return found
+
+
+def column_stats(tables: Tables, columns: dict[str, str]) -> list[Row]:
+    """What each column of the view `rows` holds; large values are only counted by their type."""
+    light = {name: kind for name, kind in columns.items() if not _is_bulky(kind)}
+    numbers = [name for name, kind in light.items() if _is_number(kind)]
+    texts = [name for name, kind in light.items() if kind == "VARCHAR"]
+    quantiles = {row["column"]: row for row in _quantiles(tables, "rows", numbers)}
+    few = _few_valued(tables, texts)
+    return [
+        {
+            "column": name,
+            "type": kind,
+            **quantiles.get(name, {}),
+            **({"values": few[name]} if name in few else {}),
+        }
+        for name, kind in columns.items()
+    ]
+
+
+def count_by(tables: Tables, by: str, columns: dict[str, str]) -> list[Row]:
+    """Rows of the view `rows` by a column, or by the host of its source, the most common first.
+
+    Raises:
+        ConfigError: there is no such column.
+    """
+    if by != "host" and by not in columns:
+        raise ConfigError(f"--by {by}: no such column; there are: host, {', '.join(columns)}")
+    value = host_of() if by == "host" else named(by)
+    return tables.rows(
+        f"select {value} as value, count(*) as rows from rows group by 1 "
+        "order by rows desc, value limit ?",
+        [_MOST_COMMON],
+    )
+
+
+def balance(counts: list[int]) -> dict[str, float]:
+    """How even some counts are: entropy as a share of its maximum, and Gini (0: all equal)."""
+    import numpy as np
+
+    values = np.sort(np.array([count for count in counts if count > 0], np.float64))
+    if len(values) < 2:
+        return {"entropy": 1.0, "gini": 0.0}
+    shares = values / values.sum()
+    entropy = float(-(shares * np.log(shares)).sum() / np.log(len(shares)))
+    ranks = np.arange(1, len(shares) + 1)
+    gini = float((2 * ranks - len(shares) - 1) @ shares / len(shares))
+    return {"entropy": entropy, "gini": gini}
+
+
+def _quantiles(tables: Tables, view: str, columns: Any) -> list[Row]:
+    if not columns:
+        return []
+    asked = ", ".join(
+        f"{_score_query(name, number)}, min({named(name)}) as a{number}, "
+        f"max({named(name)}) as b{number}, avg({named(name)}) as m{number}"
+        for number, name in enumerate(columns)
+    )
+    values = tables.first(f"select {asked} from {view}")
+    return [
+        {
+            "column": name,
+            "rows": values[f"n{number}"],
+            "min": values[f"a{number}"],
+            "max": values[f"b{number}"],
+            "mean": values[f"m{number}"],
+            "quantiles": _quantile_names(values[f"q{number}"]),
+        }
+        for number, name in enumerate(columns)
+    ]
+
+
+def _score_query(name: str, number: int) -> str:
+    listed = ", ".join(str(value) for value in QUANTILES)
+    column = named(name)
+    return f"count({column}) as n{number}, approx_quantile({column}, [{listed}]) as q{number}"
+
+
+def _quantile_names(values: list[float] | None) -> dict[str, float] | None:
+    if values is None:
+        return None
+    return {f"{q:g}": round(float(v), 6) for q, v in zip(QUANTILES, values, strict=True)}
+
+
+def _few_valued(tables: Tables, texts: list[str]) -> dict[str, list[Row]]:
+    """Counts by value of the text columns that have few."""
+    if not texts:
+        return {}
+    asked = ", ".join(f"approx_count_distinct({named(c)}) as c{i}" for i, c in enumerate(texts))
+    distinct = tables.first(f"select {asked} from rows")
+    few = [name for i, name in enumerate(texts) if distinct[f"c{i}"] <= _FEW_VALUES]
+    return {name: count_by(tables, name, {name: "VARCHAR"}) for name in few}
+
+
+def _any_column(path: str) -> str:
+    """A column that the foreign Parquet surely has: statistics need no ids."""
+    from curation import storage
+
+    if path.endswith(".parquet"):
+        first = path
+    else:
+        names = storage.list_files(path, ".parquet")
+        if not names:
+            return "id"
+        first = storage.join(path, names[0])
+    with storage.open_parquet(first) as file:
+        return str(file.schema_arrow.names[0])
+
+
+def _is_number(kind: str) -> bool:
+    return any(word in kind for word in ("INT", "FLOAT", "DOUBLE", "DECIMAL"))
+
+
+def _is_bulky(kind: str) -> bool:
+    return any(word in kind for word in _BULKY)
+
+
+def _foreign(dataset: Dataset) -> bool:
+    return bool(dataset.attributes.get("foreign"))

@@ -1,0 +1,172 @@
+"""DuckDB over our Parquet: bounded memory, only the columns asked for, texts only as parameters."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from curation import storage
+from curation.dataset import Dataset
+from curation.errors import DatasetError, StorageError
+from pipelines.work_folder import WorkFolder
+
+Row = dict[str, Any]
+
+_MEMORY = "1500MB"
+_THREADS = 2
+
+
+class Tables:
+    """Some Parquet files as named views of one DuckDB connection."""
+
+    def __init__(self) -> None:
+        import duckdb
+
+        self._connection = duckdb.connect(config={"memory_limit": _MEMORY, "threads": _THREADS})
+        self._remote = False
+
+    def __enter__(self) -> "Tables":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def add(self, name: str, *datasets: Dataset, labels: Sequence[Row] = ()) -> bool:
+        """Make a view of the rows of some data sets, by name of column; False without files.
+
+        labels: constant columns of each data set, such as the flow that its rows are of.
+        """
+        parts = []
+        for number, dataset in enumerate(datasets):
+            files = _files_of(dataset)
+            if files:
+                self._reach(dataset)
+                extra = "".join(
+                    f", {quoted(value)} as {column}"
+                    for column, value in (labels[number] if labels else {}).items()
+                )
+                listed = ", ".join(quoted(file) for file in files)
+                parts.append(f"select *{extra} from read_parquet([{listed}])")
+        if not parts:
+            return False
+        self._run(f"create or replace view {name} as {' union all by name '.join(parts)}")
+        return True
+
+    def define(self, name: str, query: str) -> None:
+        """Make a view of a query on other views."""
+        self._run(f"create or replace view {name} as {query}")
+
+    def columns(self, name: str) -> dict[str, str]:
+        """Names and DuckDB types of a view's columns."""
+        return {row["column_name"]: row["column_type"] for row in self.rows(f"describe {name}")}
+
+    def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """Run a query whose result is small; give its rows."""
+        return list(self.batches(query, parameters))
+
+    def batches(self, query: str, parameters: Sequence[Any] = ()) -> Iterable[Row]:
+        """Run a query; give its rows one by one, without holding them all."""
+        result = self._run(query, parameters)
+        names = [column[0] for column in result.description]
+        while block := result.fetchmany(1024):
+            for values in block:
+                yield dict(zip(names, values, strict=True))
+
+    def first(self, query: str, parameters: Sequence[Any] = ()) -> Row:
+        """Run a query with one row."""
+        return self.rows(query, parameters)[0]
+
+    def restrict(self) -> None:
+        """Take away what a foreign query could do harm with: files, network and settings."""
+        if not self._remote:
+            files = self.rows("select sql from duckdb_views() where not internal")
+            del files  # views keep their files: DuckDB checks paths when a query runs
+        self._run("set lock_configuration = true")
+
+    def _run(self, query: str, parameters: Sequence[Any] = ()) -> Any:
+        import duckdb
+
+        try:
+            return self._connection.execute(query, list(parameters))
+        except duckdb.IOException as error:
+            raise StorageError(_one_line(error)) from error
+        except duckdb.Error as error:
+            raise DatasetError(f"query failed: {_one_line(error)}") from error
+
+    def _reach(self, dataset: Dataset) -> None:
+        """Let DuckDB read object stores through fsspec."""
+        if not storage.is_local(dataset.path) and not self._remote:
+            import fsspec
+
+            self._connection.register_filesystem(fsspec.filesystem(dataset.path.split("://")[0]))
+            self._remote = True
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of equal bins between two values."""
+
+    low: float
+    high: float
+    counts: list[int]
+
+
+def quoted(text: Any) -> str:
+    """A value as an SQL literal."""
+    if text is None:
+        return "null"
+    if isinstance(text, bool | int | float):
+        return str(text)
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def named(column: str) -> str:
+    """A column's name as an SQL identifier."""
+    return '"' + column.replace('"', '""') + '"'
+
+
+def host_of(column: str = "source") -> str:
+    """SQL for the host of a URL; null for what is no URL."""
+    pattern = "^[a-zA-Z]+://(?:[^/@]*@)?([^/:?#]+)"
+    return f"nullif(regexp_extract({column}, '{pattern}', 1), '')"
+
+
+def run_tables(work: WorkFolder, tables: Tables) -> list[str]:
+    """Make the views of a run: what `curate sql` offers. Gives their names."""
+    made = []
+    stages = work.all_stages()
+    views: dict[str, list[tuple[Dataset, Row]]] = {"decisions": []}
+    for stage in stages:
+        label = {"flow": stage.flow}
+        views["decisions"].append((stage.decisions, label))
+        for output, view in _SIDE_CARS.items():
+            if output in stage.entry.record.outputs and stage.has(output):
+                views.setdefault(view, []).append((stage.output(output), label))
+    for name, dataset in (("manifest", work.manifest), ("packed", work.packed)):
+        if dataset is not None:
+            views[name] = [(dataset, {})]
+    for name, parts in views.items():
+        if tables.add(name, *(part for part, _ in parts), labels=[label for _, label in parts]):
+            made.append(name)
+    return made
+
+
+_SIDE_CARS = {
+    "rows": "rows",
+    "images": "images",
+    "fetches": "fetches",
+    "hits": "hits",
+    "scores": "scores",
+    "faces": "faces",
+}
+"""Output of a stage -> name of its view."""
+
+
+def _files_of(dataset: Dataset) -> list[str]:
+    """Paths of the shards that hold rows (DuckDB would open the empty ones, too)."""
+    shards = dataset.manifest.shards
+    filled = [i for i, shard in enumerate(shards) if shard.num_rows] or list(range(len(shards)))[:1]
+    return [dataset.shard_path(i).removeprefix("file://") for i in filled]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,141 @@
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from curation.errors import ConfigError, EngineError, SchemaError
+from curation.exchange import Exchange, Mapper, Reducer
+from curation.stage import Resources, Task
+from pipelines.local_engine import LocalEngine
+
+
+@pytest.fixture(scope="module", params=["local", "processes", "ray"])
+def engine(request):
+    if request.param == "ray":
+        ray = pytest.importorskip("ray")
+        from pipelines.ray_engine import RayEngine
+
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack tests/
+        yield RayEngine(2)
+        ray.shutdown()
+    else:
+        yield LocalEngine(1 if request.param == "local" else 2)
+
+
+@dataclass(frozen=True)
+class Square(Task[int, int]):
+    def open(self):
+        return 2
+
+    def __call__(self, item, opened):
+        return item**opened
+
+
+@dataclass(frozen=True)
+class FailsOnce(Task[int, int]):
+    folder: str
+    how: str
+
+    def __call__(self, item, opened):
+        mark = Path(self.folder) / str(item)
+        if item % 3 == 0 and not mark.exists():
+            mark.touch()
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError("no luck")
+        return item
+
+
+@dataclass(frozen=True)
+class Fails(Task[int, int]):
+    error: type[Exception]
+
+    def __call__(self, item, opened):
+        if item == 3:
+            raise self.error("broken for good")
+        return item
+
+
+def test_map__gives_every_result(engine):
+    assert sorted(engine.map(Square(), range(20), "square")) == [(i, i * i) for i in range(20)]
+    assert list(engine.map(Square(), [], "square")) == []
+
+
+def test_map__failing_items_are_tried_again(engine, tmp_path):
+    results = dict(engine.map(FailsOnce(str(tmp_path), "raise"), range(9), "flaky"))
+    assert results == {i: i for i in range(9)}
+
+
+def test_map__a_killed_worker_costs_only_its_items(engine, tmp_path):
+    if isinstance(engine, LocalEngine) and engine.workers == 1:
+        pytest.skip("the worker is this process")
+    results = dict(engine.map(FailsOnce(str(tmp_path), "kill"), range(7), "deadly"))
+    assert results == {i: i for i in range(7)}
+
+
+def test_map__what_keeps_failing_is_named_and_the_rest_is_done(engine):
+    results = []
+    with pytest.raises(EngineError, match=r"fails: 1 of 6 shards failed 3 times \(3\).*for good"):
+        results.extend(engine.map(Fails(OSError), range(6), "fails"))
+    assert sorted(item for item, _ in results) == [0, 1, 2, 4, 5]
+
+
+def test_map__an_error_that_cannot_be_mended_is_raised_as_it_is(engine):
+    with pytest.raises(SchemaError, match="broken for good"):
+        list(engine.map(Fails(SchemaError), range(6), "fails"))
+
+
+@dataclass(frozen=True)
+class Greedy(Task[int, int]):
+    resources = Resources(cpus=1000)
+
+    def __call__(self, item, opened):
+        return item
+
+
+def test_ray__needs_that_no_node_meets_are_refused():
+    from pipelines.ray_engine import RayEngine
+
+    with pytest.raises(ConfigError, match="needs 1000 CPUs"):
+        list(RayEngine(2).map(Greedy(), [1], "greedy"))
+
+
+@dataclass(frozen=True)
+class Digits(Mapper[int]):
+    def __call__(self, item):
+        numbers = np.arange(item * 10, item * 10 + 10)
+        return pa.table({"number": numbers}), numbers % 4
+
+
+@dataclass(frozen=True)
+class Sum(Reducer):
+    folder: str
+
+    def __call__(self, bucket, rows):
+        with (Path(self.folder) / str(bucket)).open("a") as calls:
+            calls.write("x")
+        return [int(rows["number"].to_numpy().sum()), rows["number"].to_pylist()[:3]]
+
+
+def test_exchange__every_row_reaches_its_bucket_once(engine, tmp_path):
+    exchange = Exchange(str(tmp_path / "x"), 4)
+    results = exchange.run(engine, Digits(), range(5), Sum(str(tmp_path)))
+    numbers = np.arange(50)
+    assert [result[0] for result in results] == [
+        int(numbers[numbers % 4 == k].sum()) for k in range(4)
+    ]
+    assert results[1][1] == [1, 5, 9]
+
+
+def test_exchange__finished_buckets_are_not_reduced_again(tmp_path):
+    exchange = Exchange(str(tmp_path / "x"), 4)
+    engine = LocalEngine()
+    first = exchange.run(engine, Digits(), range(5), Sum(str(tmp_path)))
+    Path(exchange.result_path(2)).unlink()
+    assert exchange.run(engine, Digits(), range(5), Sum(str(tmp_path))) == first
+    assert [(tmp_path / str(k)).read_text() for k in range(4)] == ["x", "x", "xx", "x"]

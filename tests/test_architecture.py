@@ -1,0 +1,104 @@
+"""Holds the house together: who imports whom, what every stage, setting and YAML must have."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from curation.config import Settings
+from curation.registry import load_stage, stage_names
+from pipelines.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_TO_RIGHT = ("embedder", "curation", "pretrain", "pipelines")
+SOURCES = sorted(file for name in LEFT_TO_RIGHT for file in (ROOT / name).rglob("*.py"))
+
+
+def imported_modules(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports__point_left(file):
+    package = file.relative_to(ROOT).parts[0]
+    allowed = LEFT_TO_RIGHT[: LEFT_TO_RIGHT.index(package) + 1]
+    ours = {name.partition(".")[0] for name in imported_modules(file)} & set(LEFT_TO_RIGHT)
+    assert ours <= set(allowed)
+
+
+def test_imports__only_pipelines_knows_ray_and_the_terminal():
+    for file in SOURCES:
+        if file.relative_to(ROOT).parts[0] != "pipelines":
+            tops = {name.partition(".")[0] for name in imported_modules(file)}
+            assert not tops & {"ray", "rich", "typer", "click"}, file
+
+
+@pytest.mark.parametrize("name", stage_names())
+def test_stage__is_one_class_with_a_test(name):
+    stage = load_stage(name, "here")
+    assert stage.name() == name
+    test = ROOT / "tests" / "curation" / "stages" / f"test_{name}.py"
+    assert re.search(r"^def test_", test.read_text(), re.MULTILINE), f"{test} tests nothing"
+
+
+def all_settings() -> list[type[Settings]]:
+    for file in SOURCES:
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        if re.search(r"\(.*(Settings|Stage)\):", file.read_text()):
+            __import__(module.removesuffix(".__init__"))
+    found, waiting = [], [Settings]
+    while waiting:
+        current = waiting.pop()
+        waiting += current.__subclasses__()
+        if current.__module__.partition(".")[0] in LEFT_TO_RIGHT:
+            found.append(current)
+    return found
+
+
+def test_settings__are_documented_and_read():
+    text = "\n".join(file.read_text() for file in SOURCES)
+    for settings in all_settings():
+        for name, field in settings.model_fields.items():
+            assert field.description, f"{settings.__name__}.{name} has no docstring"
+            uses = len(re.findall(rf"\b{name}\b", text))
+            assert uses >= 2, f"{settings.__name__}.{name} is read nowhere"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_config__loads(path, tmp_path):
+    if path.parent.name == "recipes":
+        load_recipe(str(path), {"work": str(tmp_path)})
+    elif path.parent.name == "pretrain":
+        from pretrain.config import load_config
+
+        load_config(str(path))
+    else:
+        pytest.fail(f"no test knows how to load {path}")
+
+
+def test_help__loads_no_heavy_library():
+    code = (
+        "import sys, pipelines.cli; "
+        "heavy = {'torch', 'ray', 'pyarrow', 'numpy', 'faiss', 'cv2', 'onnxruntime', 'duckdb'}; "
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == ""
+
+
+def test_error_tree__every_error_of_ours_is_a_curate_error():
+    import curation.errors as errors
+
+    for name in errors.__all__:
+        assert issubclass(getattr(errors, name), errors.CurateError)
