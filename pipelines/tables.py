@@ -1,7 +1,6 @@
 """DuckDB over our Parquet: bounded memory, only the columns asked for, texts only as parameters."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from curation import storage
@@ -75,13 +74,6 @@ class Tables:
         """Run a query with one row."""
         return self.rows(query, parameters)[0]
 
-    def restrict(self) -> None:
-        """Take away what a foreign query could do harm with: files, network and settings."""
-        if not self._remote:
-            files = self.rows("select sql from duckdb_views() where not internal")
-            del files  # views keep their files: DuckDB checks paths when a query runs
-        self._run("set lock_configuration = true")
-
     def _run(self, query: str, parameters: Sequence[Any] = ()) -> Any:
         import duckdb
 
@@ -99,15 +91,6 @@ class Tables:
 
             self._connection.register_filesystem(fsspec.filesystem(dataset.path.split("://")[0]))
             self._remote = True
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts of equal bins between two values."""
-
-    low: float
-    high: float
-    counts: list[int]
 
 
 def quoted(text: Any) -> str:

@@ -1,0 +1,127 @@
+"""The tables of the page: rows of texts, ready to show."""
+
+from typing import Any
+
+from pipelines.funnel import FunnelRow, funnel, set_funnels
+from pipelines.report.units import count, percent, size
+from pipelines.stats import Stats
+from pipelines.tables import Row, Tables
+from pipelines.work_folder import WorkFolder
+
+TableRows = list[tuple[Any, ...]]
+
+_LARGEST = 12
+
+
+def page_tables(work: WorkFolder, facts: Stats) -> dict[str, Any]:
+    """Every table of the page, by name."""
+    return {
+        "funnel_rows": [_funnel_row(row) for row in funnel(work.record)],
+        "set_rows": {
+            name: [_set_row(row) for row in rows] for name, rows in set_funnels(work.record).items()
+        },
+        "reason_rows": _reasons(facts),
+        "seed_rows": _seeds(facts),
+        "duplicate_rows": _duplicates(facts),
+        "format_rows": _formats(facts),
+        "side_rows": _sides(facts),
+        "host_rows": _hosts(facts),
+        "fetch_rows": _fetches(facts),
+    }
+
+
+def parts_of_set(work: WorkFolder) -> list[Row]:
+    """Images of the finished set by seed set or source set, with their share."""
+    if work.manifest is None:
+        return []
+    with Tables() as tables:
+        if not tables.add("manifest", work.manifest):
+            return []
+        rows = tables.rows(
+            "select coalesce(seed_set, source_set) as part, seed_set is null as as_is, "
+            "count(*) as n from manifest group by all order by n desc, part"
+        )
+    total = sum(row["n"] for row in rows)
+    return [{**row, "share": row["n"] / max(total, 1)} for row in rows]
+
+
+def _funnel_row(row: FunnelRow) -> tuple[Any, ...]:
+    added = f"+{row.added:,}" if row.added else ""
+    dropped = count(sum(row.dropped.values()))
+    return (row.stage, count(row.rows_in), added, dropped, count(row.rows_out), _listed(row))
+
+
+def _set_row(row: FunnelRow) -> tuple[Any, ...]:
+    dropped = count(sum(row.dropped.values()))
+    return (row.stage, count(row.rows_in), dropped, count(row.rows_out), _listed(row))
+
+
+def _listed(row: FunnelRow) -> str:
+    return ", ".join(f"{reason} {number:,}" for reason, number in row.dropped.items())
+
+
+def _reasons(facts: Stats) -> TableRows:
+    return [
+        (row["flow"], row["stage"], row["reason"], count(row["rows"]), percent(row["share"]))
+        for row in facts["reasons"]
+    ]
+
+
+def _seeds(facts: Stats) -> TableRows:
+    return [
+        (
+            row["seed_set"],
+            row["rule"],
+            count(row["hits"]),
+            count(row["images"]),
+            f"{row['median_similarity'] or 0:.3f}",
+        )
+        for row in facts["seed_sets"]
+    ]
+
+
+def _duplicates(facts: Stats) -> TableRows:
+    rows = [
+        (count(row["component_size"]), count(row["components"]), count(row["rows"]))
+        for row in facts["duplicates"]
+    ]
+    if len(rows) <= _LARGEST:
+        return rows
+    return [*rows[: _LARGEST // 2], ("…", "", ""), *rows[-_LARGEST // 2 :]]
+
+
+def _formats(facts: Stats) -> TableRows:
+    images = facts["images"] or {"formats": []}
+    return [(row["value"] or "unknown", count(row["rows"])) for row in images["formats"]]
+
+
+def _sides(facts: Stats) -> TableRows:
+    images = facts["images"] or {"sides": []}
+    names = {"original_width": "width, px", "original_height": "height, px", "num_bytes": "file"}
+    made = []
+    for row in images["sides"]:
+        quantiles = row["quantiles"] or {}
+        shown = size if row["column"] == "num_bytes" else count
+        values = [quantiles.get("0.05"), quantiles.get("0.5"), quantiles.get("0.95"), row["max"]]
+        made.append((names[row["column"]], *(shown(value) for value in values)))
+    return made
+
+
+def _hosts(facts: Stats) -> TableRows:
+    return [
+        (row["host"], count(row["rows"]), count(row["kept"]), percent(row["kept"] / row["rows"]))
+        for row in facts["hosts"]
+    ]
+
+
+def _fetches(facts: Stats) -> TableRows:
+    return [
+        (
+            row["status"] or "not fetched",
+            count(row["rows"]),
+            size(row["bytes"]),
+            "–" if row["attempts"] is None else f"{row['attempts']:.2f}",
+            "–" if row["median_seconds"] is None else f"{row['median_seconds']:.3f}",
+        )
+        for row in facts["fetches"]
+    ]
