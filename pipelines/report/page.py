@@ -62,30 +62,28 @@ def render(work: WorkFolder) -> str:
             veil_together(gallery.groups, pictures)
     facts = run_stats(work)
     parts = parts_of_set(work)
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            stats=facts,
-            tables=page_tables(work, facts),
-            parts=parts,
-            balance=balance([part["n"] for part in parts]),
-            record=work.record,
-            sections=sections,
-            pictures=pictures,
-            map=points.chart(pictures) if points else None,
-            funnels=_funnels(work),
-            set_funnels=set_funnels(work.record),
-            histograms=histograms(work),
-            timing=_slowest(facts),
-            configuration=_configuration(work),
-            marks=_marks(work),
-            loss=loss_curve(work),
-            evaluation=_evaluation(work),
-            style=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")),
-            script=Markup((_TEMPLATES / "page.js").read_text(encoding="utf-8")),
-        )
+    template = _environment().get_template("page.html.j2")
+    page: str = template.render(
+        stats=facts,
+        tables=page_tables(work, facts),
+        parts=parts,
+        balance=balance([part["n"] for part in parts]),
+        record=work.record,
+        sections=sections,
+        pictures=pictures,
+        map=points.chart(pictures) if points else None,
+        funnels=_funnels(work),
+        set_funnels=set_funnels(work.record),
+        histograms=histograms(work),
+        timing=_slowest(facts),
+        configuration=_configuration(work),
+        marks=_marks(work),
+        loss=loss_curve(work),
+        evaluation=_evaluation(work),
+        style=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        script=Markup((_TEMPLATES / "page.js").read_text(encoding="utf-8")),
     )
+    return page
 
 
 def gallery_sections(work: WorkFolder, pictures: Pictures) -> list[Section]:
