@@ -189,6 +189,19 @@ class RunSettings(Settings):
     """Also write TensorBoard event files (needs the tensorboard package)."""
 
 
+class KnnSettings(Settings):
+    """k-NN during training, on two folders that hold a folder of images for each class."""
+
+    train: str
+    """Labelled images to ask."""
+    test: str
+    """Labelled images to classify."""
+    every_steps: int = Field(default=12_500, gt=0)
+    """Steps between evaluations of the teacher."""
+    k: int = Field(default=20, gt=0)
+    """Neighbours."""
+
+
 class PretrainConfig(Settings):
     """Everything that decides a pretraining run but its data."""
 
@@ -208,6 +221,8 @@ class PretrainConfig(Settings):
     """Reading images."""
     run: RunSettings = RunSettings()
     """Seed, device, precision, checkpoints."""
+    knn: KnnSettings | None = None
+    """k-NN during training; null for none."""
     init: str | None = None
     """Backbone weights to start from (heads start fresh)."""
 

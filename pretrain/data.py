@@ -123,16 +123,12 @@ def open_loader(
 ) -> "DataLoader[Batch]":
     """Open the stream of one process at a position."""
     optim = config.optim
+    # Crops are too small to share between threads, and workers forked from a process whose
+    # OpenCV threads are alive would wait for them for ever.
+    cv2.setNumThreads(1)
     return DataLoader(
         Batches(source, config),
         batch_size=None,
         sampler=Parts(position, rank, processes, optim.batch_size, optim.accumulate),
         num_workers=config.data.workers,
-        worker_init_fn=_start_worker,
-        persistent_workers=False,
     )
-
-
-def _start_worker(worker: int) -> None:
-    """Loader processes are many: each keeps to one core."""
-    cv2.setNumThreads(1)

@@ -1,5 +1,7 @@
 """The few collective operations of training; each is the identity in a single process."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +17,17 @@ def rank() -> int:
     return dist.get_rank() if _several() else 0
 
 
+def barrier() -> None:
+    """Wait for all processes."""
+    if _several():
+        dist.barrier()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it holds in any process: for decisions that all must take alike."""
+    return bool(max_over_ranks(torch.tensor(float(flag)))) if _several() else flag
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum a tensor without gradient over all processes; the argument is left as it is."""
     return _reduced(x, dist.ReduceOp.SUM) if _several() else x
@@ -23,6 +36,24 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def max_over_ranks(x: Tensor) -> Tensor:
     """Take the elementwise maximum over all processes; the argument is left as it is."""
     return _reduced(x, dist.ReduceOp.MAX) if _several() else x
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Put the rows of all processes together, in their order; gradients find their way back."""
+    return _Gather.apply(x) if _several() else x
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = sum_over_ranks(grads[0])
+        return total.chunk(world_size())[rank()]
 
 
 def _several() -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pretrain.config import OptimSettings, PretrainConfig
 from pretrain.schedules import Cosine
@@ -88,6 +89,21 @@ def clip_gradients(
 ) -> dict[str, Tensor]:
     """Clip each submodule's gradient by its own norm; give the norms before clipping."""
     limit = float("inf") if max_norm is None else max_norm
-    return {
+    norms = {
         name: torch.nn.utils.clip_grad_norm_(module.parameters(), limit) for name, module in modules
     }
+    return {name: _whole(norm) for name, norm in norms.items()}
+
+
+def prepare_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create AdamW's state as it is before the first step, for a checkpoint to fill."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": step, **moments}
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """Add up the norm of a divided gradient."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

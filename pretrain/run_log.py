@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from curation.errors import ConfigError
 from pretrain.batch import BadImage
+from pretrain.distributed import rank
 
 Record = dict[str, Any]
 
@@ -12,12 +14,14 @@ Record = dict[str, Any]
 class RunLog:
     """JSON lines below the run's folder; lines after the resumed step are dropped."""
 
-    def __init__(self, out: Path, step: int) -> None:
+    def __init__(self, out: Path, step: int, *, tensorboard: bool = False) -> None:
         self.path = out / "log.jsonl"
         self._bad_path = out / "bad_images.jsonl"
-        kept = [record for record in read_lines(self.path) if record["step"] <= step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._bad = {record["id"] for record in read_lines(self._bad_path)}
+        self._board = _open_tensorboard(out) if tensorboard and rank() == 0 else None
+        if rank() == 0:
+            kept = [record for record in read_lines(self.path) if record["step"] <= step]
+            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     @property
     def num_bad(self) -> int:
@@ -27,6 +31,10 @@ class RunLog:
     def add(self, record: Record) -> None:
         """Append one record."""
         _append(self.path, record)
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, record["step"])
 
     def add_bad(self, images: tuple[BadImage, ...]) -> None:
         """List bad images, each once."""
@@ -42,6 +50,17 @@ def read_lines(path: Path) -> list[Record]:
         return []
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _open_tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "run.tensorboard needs the tensorboard package: pip install tensorboard, or set it to "
+            "false"
+        ) from error
+    return SummaryWriter(str(out / "tensorboard"))
 
 
 def _append(path: Path, record: Record) -> None:

@@ -7,25 +7,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from embedder.checkpoint import load_state, read_weights, save_backbone
+from embedder.checkpoint import save_state
 from embedder.errors import CheckpointError
-from embedder.vit import ViTConfig
 from pretrain import checkpoint
 from pretrain.batch import Batch
+from pretrain.building import build_method, refuse_other_model
+from pretrain.collapse import alarms
 from pretrain.config import PretrainConfig
 from pretrain.data import open_loader
-from pretrain.distributed import rank, world_size
+from pretrain.distributed import any_rank, barrier, rank, sum_over_ranks, world_size
 from pretrain.errors import TrainingError
-from pretrain.methods.dinov2 import DINOv2
-from pretrain.optim import Schedules, build_optimizer, clip_gradients
+from pretrain.evaluation.knn import KnnProbe
+from pretrain.optim import Schedules, build_optimizer, clip_gradients, prepare_state
+from pretrain.parallel import divide, local_device, process_group, whole_state
 from pretrain.random_streams import Purpose, torch_stream
 from pretrain.run_log import Record, RunLog, read_lines
 from pretrain.schedules import Cosine, Linear
@@ -74,20 +75,25 @@ def run(
         CurateError: the data, the weights or the run's folder do not fit, or the losses are no
             numbers.
     """
-    with _threads(config.run.threads), _stop_request() as stop:
-        trainer = Trainer(config, data, Path(out), resume=resume)
+    device = local_device(config.run.device)
+    with _threads(config.run.threads), _stop_request() as stop, process_group(device):
+        trainer = Trainer(config, data, Path(out), device, resume=resume)
         return trainer.train(stop, progress)
 
 
 class Trainer:
     """One run: the method, its optimiser, its data and its place in time."""
 
-    def __init__(self, config: PretrainConfig, data: str, out: Path, *, resume: bool) -> None:
+    def __init__(
+        self, config: PretrainConfig, data: str, out: Path, device: torch.device, *, resume: bool
+    ) -> None:
         self.config = config
         self.out = out
-        self.device = _device(config)
+        self.device = device
         self.source = open_source(data)
-        self.method = build_method(config).to(self.device).train()
+        self.probe = None if config.knn is None else KnnProbe(config.knn)
+        self.method = build_method(config).to(device).train()
+        divide(self.method, config, device)
         depth = self.method.student.backbone.config.depth
         self.optimizer = build_optimizer(self.method.student, depth, config.optim)
         self.scaler = torch.amp.GradScaler(
@@ -101,20 +107,20 @@ class Trainer:
         self.step = 0
         self.position = 0
         self._prepare_folder(resume)
-        self.log = RunLog(out, self.step)
+        self.log = RunLog(out, self.step, tensorboard=config.run.tensorboard)
 
     def train(self, stop: threading.Event, progress: Progress | None) -> TrainResult:
         """Take the steps that are left, then write the backbone."""
         steps = self.config.optim.steps
         batches = self._batches() if self.step < steps else iter(())
-        while self.step < steps and not stop.is_set():
+        while self.step < steps and not any_rank(stop.is_set()):
             self._log(self._timed_step(batches), progress)
             if self.step % self.config.run.checkpoint_every_steps == 0:
                 self.save()
         if self.step not in checkpoint.saved_steps(self.out):
             self.save()
         if self.step >= steps:
-            save_backbone(self.method.teacher.backbone, self._backbone)
+            self._save_backbone()
         return self._result()
 
     def take_step(self, parts: list[Batch]) -> Record:
@@ -140,18 +146,24 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint and remove those that are no longer kept."""
-        state = {
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
+        about = {
             "position": self.position,
+            "scaler": self.scaler.state_dict(),
+            "config": self.config.model_dump(mode="json"),
         }
-        about = {"position": self.position, "config": self.config.model_dump(mode="json")}
+        state = checkpoint.training_state(self.method, self.optimizer)
         folder = checkpoint.save(self.out, self.step, state, about)
-        settings = self.config.run
-        checkpoint.prune(self.out, settings.keep_checkpoints, settings.keep_every_steps)
+        if rank() == 0:
+            settings = self.config.run
+            checkpoint.prune(self.out, settings.keep_checkpoints, settings.keep_every_steps)
         return folder
+
+    def _save_backbone(self) -> None:
+        backbone = self.method.teacher.backbone
+        weights = whole_state(backbone)
+        if rank() == 0:
+            save_state(weights, backbone.config, self._backbone)
+        barrier()
 
     def _prepare_folder(self, resume: bool) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -164,12 +176,13 @@ class Trainer:
             self._restore(steps[-1])
 
     def _restore(self, step: int) -> None:
-        state, about = checkpoint.load(self.out, step)
-        _refuse_other_model(about["config"], self.config, self.out)
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.position = state["step"], state["position"]
+        about = checkpoint.read_about(self.out, step)
+        refuse_other_model(about["config"], self.config, self.out)
+        prepare_state(self.optimizer)
+        checkpoint.load_into(self.out, step, checkpoint.training_state(self.method, self.optimizer))
+        if about["scaler"]:
+            self.scaler.load_state_dict(about["scaler"])
+        self.step, self.position = about["step"], about["position"]
         logger.info("%s: resumed at step %d", self.out, self.step)
 
     def _batches(self) -> Iterator[Batch]:
@@ -189,21 +202,25 @@ class Trainer:
 
     def _backward(self, parts: list[Batch]) -> dict[str, float]:
         """Run teacher and student on all parts; give the mean losses."""
-        precision = self.config.run.precision
-        dtype = torch.float32 if precision == "float32" else getattr(torch, precision)
-        sums: dict[str, Tensor] = {}
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            targets = self.method.targets(parts, self.temperature(self.step))
+        seed = self.config.run.seed
+        sums: list[Tensor] = []
+        with self._autocast():
+            watch = self._is_logged(self.step + 1)
+            targets = self.method.targets(parts, self.temperature(self.step), watch=watch)
         for index, part in enumerate(parts):
-            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                generator = torch_stream(
-                    self.config.run.seed, Purpose.DEPTH, self.step, rank(), index
-                )
+            generator = torch_stream(seed, Purpose.DEPTH, self.step, rank(), index)
+            with self._autocast():
                 losses = self.method.losses(part, targets, index, generator)
             self.scaler.scale(losses["total_loss"] / len(parts)).backward()  # type: ignore[no-untyped-call]
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, torch.zeros_like(loss)) + loss.detach() / len(parts)
-        return {name: float(value) for name, value in sums.items()}
+            sums.append(torch.stack([loss.detach() for loss in losses.values()]))
+        means = sum_over_ranks(torch.stack(sums).mean(0)) / world_size()
+        return {**dict(zip(losses, means.tolist(), strict=True)), **targets.health}
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.config.run.precision
+        if precision == "float32":
+            return torch.autocast(self.device.type, enabled=False)
+        return torch.autocast(self.device.type, getattr(torch, precision))
 
     def _refuse_nan(self, losses: dict[str, float], parts: list[Batch]) -> None:
         if math.isfinite(losses["total_loss"]):
@@ -216,13 +233,23 @@ class Trainer:
         )
 
     def _log(self, record: Record, progress: Progress | None) -> None:
-        every = self.config.run.log_every_steps
-        if record["step"] % every and record["step"] not in (1, self.config.optim.steps):
+        if self.config.knn is not None and record["step"] % self.config.knn.every_steps == 0:
+            assert self.probe is not None, "made with the settings"
+            record["knn"] = self.probe.accuracy(self.method.teacher.backbone)
+        if not self._is_logged(record["step"]) or rank() > 0:
             return
         record = {**record, "steps": self.config.optim.steps, "bad_images": self.log.num_bad}
+        record["alarms"] = alarms(record)
+        for alarm in record["alarms"]:
+            logger.warning("step %d: %s", record["step"], alarm)
         self.log.add(record)
         if progress is not None:
             progress(record)
+
+    def _is_logged(self, step: int) -> bool:
+        knn = self.config.knn is not None and step % self.config.knn.every_steps == 0
+        regular = step % self.config.run.log_every_steps == 0
+        return knn or regular or step in (1, self.config.optim.steps)
 
     @property
     def _backbone(self) -> Path:
@@ -240,52 +267,6 @@ class Trainer:
             records[-1],
             self.log.num_bad,
         )
-
-
-def build_method(config: PretrainConfig) -> DINOv2:
-    """Build student and teacher from the run's seed, and from `init` where it is given.
-
-    Raises:
-        CheckpointError: the weights of `init` do not fit.
-    """
-    vit = config.vit()
-    weights, vit = (None, vit) if config.init is None else _initial_weights(config.init, vit)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        method = DINOv2(config, vit)
-    if weights is not None:
-        for network in (method.student, method.teacher):
-            load_state(network.backbone, weights, where=str(config.init))
-    for network in (method.student, method.teacher):
-        network.backbone.checkpoint_blocks = config.run.checkpoint_activations
-    return method
-
-
-def _initial_weights(path: str, vit: ViTConfig) -> tuple[dict[str, Tensor], ViTConfig]:
-    """Read weights to start from; their position embedding keeps its grid and is interpolated."""
-    weights, _ = read_weights(path)
-    positions = weights["pos_embed"].shape[1] - 1
-    return weights, replace(vit, image_size=math.isqrt(positions) * vit.patch)
-
-
-def _refuse_other_model(saved: dict[str, Any], config: PretrainConfig, out: Path) -> None:
-    """A run may change its length, data reading and logging, but not what it trains."""
-    ours = config.model_dump(mode="json")
-    for section in ("model", "crops", "loss"):
-        changed = [key for key in ours[section] if ours[section][key] != saved[section].get(key)]
-        if changed:
-            key = changed[0]
-            raise CheckpointError(
-                f"{out}: was trained with {section}.{key} = {saved[section].get(key)}, now it is "
-                f"{ours[section][key]}; name another folder, or set it back"
-            )
-
-
-def _device(config: PretrainConfig) -> torch.device:
-    name = config.run.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 @contextmanager

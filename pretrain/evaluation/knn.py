@@ -22,6 +22,8 @@ from embedder.checkpoint import load_backbone
 from embedder.images import decode
 from embedder.vit import VisionTransformer
 from pretrain.batch import normalize
+from pretrain.config import KnnSettings
+from pretrain.sources import IMAGE_SUFFIXES
 
 Labeled = Sequence[tuple[bytes | str | Path, Any]]
 """(image file or its path, label)."""
@@ -52,6 +54,22 @@ def evaluate(
     if not train or not test:
         raise ConfigError(f"k-NN needs images: {len(train)} to learn from, {len(test)} to test")
     model = load_backbone(backbone_file)
+    return evaluate_model(
+        model, train, test, k, temperature, image_size=image_size, batch_size=batch_size
+    )
+
+
+def evaluate_model(
+    model: VisionTransformer,
+    train: Labeled,
+    test: Labeled,
+    k: Sequence[int] = (10, 20),
+    temperature: float = 0.07,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Do what `evaluate` does with a backbone at hand, where it is."""
     size = image_size or default_size(model)
     names, train_labels = np.unique([str(label) for _, label in train], return_inverse=True)
     known = {name: i for i, name in enumerate(names)}
@@ -65,6 +83,19 @@ def evaluate(
     )
     result = {f"knn_{n}": (guess == truth).float().mean().item() for n, guess in guesses.items()}
     return {**result, "train": len(train), "test": len(test)}
+
+
+class KnnProbe:
+    """k-NN on a labelled set, again and again during training."""
+
+    def __init__(self, settings: KnnSettings) -> None:
+        self._settings = settings
+        self._train, self._test = labeled_folder(settings.train), labeled_folder(settings.test)
+
+    def accuracy(self, model: VisionTransformer) -> float:
+        """Give the share of test images that get their class."""
+        k = self._settings.k
+        return evaluate_model(model, self._train, self._test, (k,))[f"knn_{k}"]
 
 
 def knn_classify(
@@ -94,7 +125,24 @@ def knn_classify(
     return {n: torch.cat(parts) for n, parts in guesses.items()}
 
 
-@torch.inference_mode()
+def labeled_folder(path: str | Path) -> list[tuple[Path, str]]:
+    """List the images of a folder that holds a folder for each class.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    found = [
+        (file, folder.name)
+        for folder in sorted(Path(path).glob("*/"))
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not found:
+        raise ConfigError(f"{path}: holds no images in a folder for each class")
+    return found
+
+
+@torch.no_grad()
 def class_tokens(
     model: VisionTransformer,
     images: Sequence[bytes | str | Path],
@@ -102,12 +150,13 @@ def class_tokens(
     batch_size: int = 32,
 ) -> Tensor:
     """Give the class tokens (N, D) of image files, centre-cropped to `size`."""
-    device = model.cls_token.device
+    device = next(model.parameters()).device
     parts = []
     for start in range(0, len(images), batch_size):
         crops = [center_crop(load(image), size) for image in images[start : start + batch_size]]
         pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-        parts.append(model(normalize(pixels.to(device))).cls.cpu())
+        tokens = model.forward_packed([normalize(pixels.to(device))], [None])[0]
+        parts.append(tokens.cls.float().cpu())
     return torch.cat(parts)
 
 

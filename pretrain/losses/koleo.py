@@ -8,14 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.distributed import gather_rows
+
 EPS = 1e-8
 
 
-def koleo_loss(features: Tensor) -> Tensor:
-    """Give the loss of the class tokens (B, D) of one crop."""
+def koleo_loss(features: Tensor, *, gathered: bool = False) -> Tensor:
+    """Give the loss of the class tokens (B, D) of one crop.
+
+    gathered: over the rows of all processes; the paper's is within each.
+    """
     with torch.autocast(features.device.type, enabled=False):
         x = features.to(torch.promote_types(features.dtype, torch.float32))
-        x = F.normalize(x, dim=-1, eps=EPS)
+        x = F.normalize(gather_rows(x) if gathered else x, dim=-1, eps=EPS)
         # index_select, as plain indexing adds up its gradients in no fixed order on CPUs.
         neighbors = x.index_select(0, nearest(x.detach()))  # (B, D)
         distances = F.pairwise_distance(x, neighbors, eps=EPS)

@@ -5,13 +5,15 @@ Legend: B images, L local crops, M masked patches, D width, b bottleneck, K prot
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from embedder.vit import Tokens, VisionTransformer, ViTConfig
 from pretrain.batch import Batch
+from pretrain.collapse import health
 from pretrain.config import PretrainConfig
 from pretrain.heads import Projected, PrototypeHead
 from pretrain.losses.centering import Center
@@ -34,6 +36,19 @@ class StepTargets:
     """First row of each part."""
     ibot_starts: list[int]
     """First row of each part."""
+    health: dict[str, float]
+    """Signs of collapse, where they were asked for."""
+
+
+class Taught(NamedTuple):
+    """The teacher's outputs for one part of a step."""
+
+    cls: Tensor
+    """(2 B, D)."""
+    dino: Projected
+    """2 B rows."""
+    ibot: Projected
+    """M rows."""
 
 
 class Network(nn.Module):
@@ -79,19 +94,23 @@ class DINOv2(nn.Module):
         return self
 
     @torch.no_grad()
-    def targets(self, parts: Sequence[Batch], temperature: float) -> StepTargets:
+    def targets(
+        self, parts: Sequence[Batch], temperature: float, *, watch: bool = False
+    ) -> StepTargets:
         """Run the teacher on the unmasked global crops of all parts of a step.
 
         All parts come first, so that the targets are balanced over the whole effective batch.
         """
         outputs = [self._teach(part) for part in parts]
-        dino = _joined([cls for cls, _ in outputs])
-        ibot = _joined([patches for _, patches in outputs])
+        dino = _joined([output.dino for output in outputs])
+        ibot = _joined([output.ibot for output in outputs])
+        seen = health(outputs[0].cls, outputs[0].dino, temperature) if watch else {}
         return StepTargets(
             self._balance(dino, self.dino_center, temperature),
             self._balance(ibot, self.ibot_center, temperature),
-            _starts([len(cls.features) for cls, _ in outputs]),
-            _starts([len(patches.features) for _, patches in outputs]),
+            _starts([len(output.dino.features) for output in outputs]),
+            _starts([len(output.ibot.features) for output in outputs]),
+            seen,
         )
 
     def losses(
@@ -112,26 +131,27 @@ class DINOv2(nn.Module):
             ibot, targets, part, batch
         )  # fmt: skip
         if settings.koleo_weight:
-            koleo = torch.stack([koleo_loss(crop) for crop in seen.cls.chunk(2)]).sum()
+            crops = seen.cls.chunk(2)
+            gathered = settings.koleo_gathered
+            koleo = torch.stack([koleo_loss(crop, gathered=gathered) for crop in crops]).sum()
             result["koleo_loss"] = 0.5 * settings.koleo_weight * koleo
         return {**result, "total_loss": _total(result)}
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher: t <- momentum t + (1 - momentum) s, heads included."""
-        teacher: list[Tensor] = list(self.teacher.parameters())
-        student: list[Tensor] = list(self.student.parameters())
+        teacher = [_local(parameter) for parameter in self.teacher.parameters()]
+        student = [_local(parameter) for parameter in self.student.parameters()]
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
     def submodules(self) -> Iterator[tuple[str, nn.Module]]:
         """The student's parts, whose gradients are clipped each on their own."""
         yield from self.student.named_children()
 
-    def _teach(self, batch: Batch) -> tuple[Projected, Projected]:
-        tokens = self.teacher.backbone(batch.global_crops)
+    def _teach(self, batch: Batch) -> "Taught":
+        tokens = self.teacher.backbone.forward_packed([batch.global_crops], [None])[0]
         hidden = tokens.patches.flatten(0, 1).index_select(0, batch.mask_index)  # (M, D)
-        dino, ibot = self.teacher.project(tokens.cls, hidden)
-        return dino, ibot
+        return Taught(tokens.cls, *self.teacher.project(tokens.cls, hidden))
 
     def _balance(self, projected: Projected, center: Center, temperature: float) -> Targets:
         settings = self.config.loss
@@ -192,6 +212,11 @@ def _total(losses: dict[str, Tensor]) -> Tensor:
 def _joined(outputs: list[Projected]) -> Projected:
     features = torch.cat([output.features for output in outputs])
     return Projected(features, outputs[0].prototypes.to(features.dtype))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """Give this process's shard of a parameter, or the parameter itself."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _starts(sizes: list[int]) -> list[int]:

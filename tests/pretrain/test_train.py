@@ -28,6 +28,9 @@ LOSSES = (
 )
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_folder(tmp_path_factory.mktemp("data") / "images"))
@@ -53,9 +56,10 @@ def test_run__leaves_backbone_log_and_checkpoint(images: str, tmp_path: Path) ->
     assert result.first["loss"] != result.last["loss"]
     backbone = load_backbone(result.backbone)
     assert backbone.config.image_size == 56
-    state, about = checkpoint.load(tmp_path, 6)
-    assert about["position"] == 24
-    assert torch.equal(state["method"]["teacher.backbone.cls_token"], backbone.cls_token)
+    assert checkpoint.read_about(tmp_path, 6)["position"] == 24
+    saved = {"method.teacher.backbone.cls_token": torch.zeros(1, 1, 24)}
+    checkpoint.load_into(tmp_path, 6, saved)
+    assert torch.equal(saved["method.teacher.backbone.cls_token"], backbone.cls_token)
 
 
 def test_run__stopped_and_resumed_is_bit_exact(images: str, tmp_path: Path) -> None:
@@ -105,7 +109,7 @@ def test_take_step__losses_fall_on_one_repeated_batch(
         optim={"steps": 60, "base_lr": 1e-3, "freeze_last_layer_steps": 0, "batch_size": 4},
         teacher={"momentum": [0.996, 1.0], "temperature": [0.04, 0.04]},
     )
-    trainer = Trainer(config, images, tmp_path, resume=True)
+    trainer = Trainer(config, images, tmp_path, CPU, resume=True)
     batch = Batches(trainer.source, config)[Part(0, 4, 0, 4)].to(trainer.device)
     for _ in range(60):  # a fresh centre lags, which moves the loss more than learning does
         trainer.method.targets([batch], 0.04)
@@ -134,7 +138,7 @@ def test_run__nothing_readable_is_an_error(tmp_path: Path) -> None:
 def test_run__nan_names_step_and_images(
     images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(small_config(), images, tmp_path, resume=True)
+    trainer = Trainer(small_config(), images, tmp_path, CPU, resume=True)
     torch.nn.init.constant_(trainer.method.student.backbone.norm.bias, torch.nan)
     batch = Batches(trainer.source, trainer.config)[Part(0, 4, 0, 4)].to(trainer.device)
     with pytest.raises(TrainingError, match=r"step 1: .* images of the batch: .*\.jpg"):
@@ -164,12 +168,12 @@ def test_init__keeps_the_grid_and_fits_or_fails(images: str, tmp_path: Path) -> 
     model = VisionTransformer(vit)
     save_backbone(model, tmp_path / "w.safetensors")
     config = small_config(init=str(tmp_path / "w.safetensors"))
-    trainer = Trainer(config, images, tmp_path / "out", resume=True)
+    trainer = Trainer(config, images, tmp_path / "out", CPU, resume=True)
     for network in (trainer.method.student, trainer.method.teacher):
         assert torch.equal(network.backbone.pos_embed, model.pos_embed)
     with pytest.raises(CheckpointError, match="weights do not fit"):
         Trainer(config.replace(model={**config.model.model_dump(), "depth": 3}), images,
-                tmp_path / "other", resume=True)  # fmt: skip
+                tmp_path / "other", CPU, resume=True)  # fmt: skip
 
 
 def test_config__refuses_what_cannot_be(tmp_path: Path) -> None:
