@@ -32,8 +32,8 @@ def dino_global_loss(
     crops = len(student.features)
     index = torch.arange(crops, device=student.features.device)
     swapped = first_row + index.roll(crops // 2)  # (2B,)
-    weight = 2 / (_terms(local_count) * crops)
-    weights = torch.full_like(index, 1, dtype=torch.float32) * weight
+    weights = torch.full((crops,), 2 / (_terms(local_count) * crops), dtype=torch.float64)
+    weights = weights.to(index.device)
     return cross_entropy(student, targets, swapped[:, None], weights, temperature)
 
 
@@ -48,7 +48,8 @@ def dino_local_loss(
     images = len(student.features) // local_count
     image = torch.arange(images, device=student.features.device).repeat(local_count)  # (L B,)
     rows = first_row + torch.stack([image, image + images], dim=1)  # (L B, 2)
-    weights = torch.full_like(image, 1, dtype=torch.float32) / (_terms(local_count) * images)
+    weights = torch.full((len(image),), 1 / (_terms(local_count) * images), dtype=torch.float64)
+    weights = weights.to(image.device)
     return cross_entropy(student, targets, rows, weights, temperature)
 
 
