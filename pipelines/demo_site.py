@@ -54,7 +54,7 @@ class DemoSite(Settings):
     port: int = 18700
     """Port on 127.0.0.1; it is part of the URLs, and so of the ids."""
     innocents: int = 160
-    """Distinct images in the pool."""
+    """Distinct images in the pool, besides the whole photos."""
 
 
 @dataclass
@@ -99,7 +99,8 @@ def build_site(site: DemoSite, folder: Path) -> None:
     _write_set(folder / "seeds_cluster", scenes.draw(24))
     _write_set(folder / "as_is", scenes.draw(12))
     _write_labelled(folder / "labelled", photos)
-    innocents = _plant_innocents(plan, scenes.draw(site.innocents))
+    whole = [_whole(photo) for photo in photos.values()]
+    innocents = _plant_innocents(plan, [*scenes.draw(site.innocents), *whole])
     _plant_copies(plan, innocents)
     _plant_leaks(plan, benchmark)
     _plant_bad_files(plan)
@@ -171,6 +172,12 @@ class _Scenes:
             else:
                 draw.line(points, fill=colour, width=8)
         return np.asarray(image)
+
+
+def _whole(photo: Pixels) -> Pixels:
+    """A whole photo, at most 400 pixels on its longer side."""
+    factor = 400 / max(photo.shape[:2])
+    return resize(photo, round(photo.shape[1] * factor), round(photo.shape[0] * factor))
 
 
 def _write_set(folder: Path, images: list[Pixels]) -> list[Pixels]:

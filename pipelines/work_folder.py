@@ -15,16 +15,14 @@ from pipelines.runner import POOL, RUN_FILE, RunRecord, StageEntry, read_run
 
 @dataclass(frozen=True)
 class FinishedStage:
-    """One stage of one flow, with where its shards begin in a union."""
+    """One stage of one flow, and which of its shards hold which flow's rows."""
 
     flow: str
     entry: StageEntry
     path: str
     """Its folder."""
-    first_shard: int = 0
-    """Number of the shard with this flow's smallest ids; the shards before are of other flows."""
-    own_shards: int = 0
-    """How many shards hold this flow's rows."""
+    ranges: dict[str, tuple[int, int]]
+    """Flow -> first shard with its rows, and their number; several in a union."""
 
     @property
     def name(self) -> str:
@@ -32,6 +30,11 @@ class FinishedStage:
         return self.entry.stage
 
     @property
+    def is_union(self) -> bool:
+        """Whether the stage saw the sets taken as they are together with the pool."""
+        return len(self.ranges) > 1
+
+    @cached_property
     def decisions(self) -> Dataset:
         """Its decisions."""
         return self.output(DECISIONS)
@@ -48,10 +51,10 @@ class FinishedStage:
         """Whether the stage wrote an output of that name."""
         return Dataset.is_finished(storage.join(self.path, name))
 
-    def shard_of(self, row_id: str) -> int:
-        """Number of the shard that holds an id, if any does."""
-        ids = pa.array([row_id], pa.string())
-        return self.first_shard + int(bucket_of_ids(ids, self.own_shards)[0])
+    def shard_of(self, row_id: str, flow: str | None = None) -> int:
+        """Number of the shard that would hold an id of a flow (the stage's own by default)."""
+        first, number = self.ranges[flow or self.flow]
+        return first + int(bucket_of_ids(pa.array([row_id], pa.string()), number)[0])
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,6 @@ class WorkFolder:
         """The finished stages of all flows, the pool's first."""
         return [stage for flow in self.flows for stage in self._stages(flow)]
 
-    def union_stages(self) -> list[FinishedStage]:
-        """The pool's stages that see the sets taken as they are too."""
-        return [stage for stage in self._stages(POOL) if stage.first_shard]
-
     def stage(self, flow: str, name: str) -> FinishedStage | None:
         """The first stage of a name in a flow, if it is there."""
         return next((stage for stage in self._stages(flow) if stage.name == name), None)
@@ -117,17 +116,23 @@ class WorkFolder:
         first = self.flows[flow][0]
         return Dataset.open(storage.join(self.path, first.folder, DECISIONS)).num_shards
 
-    def shards_before(self, flow: str) -> int:
-        """In a union the sets taken as they are come first: shards before those of a flow."""
-        names = self.record.as_is
-        earlier = names[: names.index(flow)] if flow in names else names
-        return sum(self.shards_of(name) for name in earlier)
-
     def _stages(self, flow: str) -> Iterator[FinishedStage]:
-        own = self.shards_of(flow)
-        before = self.shards_before(flow) if flow == POOL else 0
+        own = {flow: (0, self.shards_of(flow))}
         for entry in self.flows[flow]:
-            path = storage.join(self.path, entry.folder)
-            shards = Dataset.open(storage.join(path, DECISIONS)).num_shards
-            first = before if shards == own + before else 0
-            yield FinishedStage(flow, entry, path, first, own)
+            union = flow == POOL and self._joins(entry, own[flow][1])
+            ranges = self._union_ranges if union else own
+            yield FinishedStage(flow, entry, storage.join(self.path, entry.folder), ranges)
+
+    def _joins(self, entry: StageEntry, own: int) -> bool:
+        """Whether a stage of the pool saw the union: it has the shards of all its parts."""
+        decisions = Dataset.open(storage.join(self.path, entry.folder, DECISIONS))
+        return bool(self.record.as_is) and decisions.num_shards != own
+
+    @cached_property
+    def _union_ranges(self) -> dict[str, tuple[int, int]]:
+        """Shards of the sets taken as they are come first, then the pool's."""
+        ranges, first = {}, 0
+        for name in (*self.record.as_is, POOL):
+            ranges[name] = (first, self.shards_of(name))
+            first += ranges[name][1]
+        return ranges

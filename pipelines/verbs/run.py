@@ -72,7 +72,7 @@ def _run_steps(checked: CheckedRecipe, record: RunRecord, work: str) -> dict[str
     keys = [step["key"] for step in results.values()]
     results["report"] = _step(
         storage.join(work, "work", "report"),
-        digest_of("report", record.model_dump_json(), keys),
+        digest_of("report", record.stamp, [entry.record.key for entry in record.pool], keys),
         lambda: _report(work),
     )
     return results

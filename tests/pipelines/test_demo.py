@@ -1,0 +1,151 @@
+"""The whole job on real photos: served, downloaded, curated, packed, trained on and measured."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curation.dataset import Dataset
+from pipelines.funnel import adds_up, funnel
+from pipelines.runner import open_manifest, read_run
+
+PORT = 18731
+CURATE = [sys.executable, "-c", "from pipelines.cli import main; main()"]
+CURATION_ONLY = ("pretrain=null", "evaluate=null")
+
+
+def command(work: Path, *options: str, changes: tuple[str, ...] = ()) -> list[str]:
+    sets = [part for change in (f"demo_site.port={PORT}", *changes) for part in ("--set", change)]
+    return [*CURATE, "run", "demo", "--work", str(work), "--json", *sets, *options]
+
+
+def run(work: Path, *options: str, changes: tuple[str, ...] = ()) -> dict:
+    done = subprocess.run(
+        command(work, *options, changes=changes), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, dict]:
+    work = tmp_path_factory.mktemp("demo")
+    return work, run(work)
+
+
+def test_demo__every_stage_accounts_for_every_row(demo):
+    work, summary = demo
+    record = read_run(str(work))
+    rows = funnel(record)
+    assert adds_up(rows)
+    assert rows[0].rows_in == pq.read_metadata(work / "site" / "urls.parquet").num_rows
+    for before, after in zip(rows, rows[1:], strict=False):
+        assert after.rows_in == before.rows_out
+    manifest = open_manifest(str(work))
+    assert manifest.num_rows == rows[-1].rows_out == summary["funnel"][-1]["rows_out"] > 0
+    ids = manifest.read(["id"])["id"].to_pylist()
+    assert len(set(ids)) == len(ids)
+
+
+def test_demo__planted_troubles_are_caught_and_innocents_are_spared(demo):
+    marks = demo[1]["marks"]
+    harder = marks.pop("edited copy, harder")
+    innocent = marks.pop("innocent")
+    assert innocent["caught"] <= 0.01 * innocent["planted"], innocent["missed"]
+    for kind, tally in marks.items():
+        assert tally["caught"] == tally["planted"] > 0, (kind, tally["missed"])
+    assert harder["caught"] >= 0.7 * harder["planted"]
+
+
+def test_demo__no_image_is_lost_between_manifest_and_packed_shards(demo):
+    work, summary = demo
+    packed = Dataset.open(summary["packed"])
+    manifest = open_manifest(str(work)).read()
+    assert sorted(packed.read()["id"].to_pylist()) == sorted(manifest["id"].to_pylist())
+    row = packed.read_shard(0).slice(0, 1).to_pylist()[0]
+    tar = Path(packed.path) / "shard-00000.tar"
+    data = tar.read_bytes()[row["offset"] : row["offset"] + row["num_bytes"]]
+    assert data[:2] == b"\xff\xd8"
+    assert data[-2:] == b"\xff\xd9"
+
+
+def test_demo__leaves_report_checkpoint_and_knn(demo):
+    work, summary = demo
+    page = (work / "report.html").read_text()
+    assert "near_dedup" in page
+    assert Path(summary["pretrain"]["backbone"]).stat().st_size > 0
+    assert summary["pretrain"]["finished"] is True
+    assert 0 <= summary["evaluate"]["knn_10"] <= 1
+
+
+def test_demo__faces_are_found_and_blurred_in_what_is_packed(demo):
+    work, _ = demo
+    entry = next(entry for entry in read_run(str(work)).pool if entry.stage == "faces")
+    boxes = Dataset.open(str(work / entry.folder / "faces")).read()["boxes"].to_pylist()
+    assert any(boxes)
+
+
+def test_demo__run_again_does_no_work_and_says_so(demo):
+    work, first = demo
+    before = {file: file.stat().st_mtime_ns for file in work.rglob("*") if file.is_file()}
+    again = run(work)
+    after = {file: file.stat().st_mtime_ns for file in work.rglob("*") if file.is_file()}
+    assert again["worked"] is False
+    assert again["content_digest"] == first["content_digest"]
+    assert after == before
+
+
+def test_demo__ray_gives_the_same_content(demo, tmp_path):
+    options = ("--engine", "ray", "--workers", "2")
+    summary = run(tmp_path, *options, changes=CURATION_ONLY)
+    assert summary["content_digest"] == demo[1]["content_digest"]
+
+
+def test_demo__other_shards_and_processes_give_the_same_content(demo, tmp_path):
+    changes = (*CURATION_ONLY, "rows_per_shard=150")
+    summary = run(tmp_path, "--workers", "2", changes=changes)
+    assert summary["content_digest"] == demo[1]["content_digest"]
+
+
+@pytest.mark.parametrize("stages", [("download", "embed", "retrieve")])
+def test_demo__killed_three_times_gives_the_same_content(demo, tmp_path, stages):
+    for stage in stages:
+        kill_during(tmp_path, stage)
+    summary = run(tmp_path, changes=CURATION_ONLY)
+    assert summary["content_digest"] == demo[1]["content_digest"]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def kill_during(work: Path, stage: str) -> None:
+    """SIGKILL a run, with all its processes, as soon as a stage of the pool has begun."""
+    process = subprocess.Popen(
+        command(work, changes=CURATION_ONLY),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not list(work.glob(f"work/pool/*-{stage}-*/_key.json")):
+        assert process.poll() is None, f"the run ended before {stage}"
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_demo__is_killed_midway_without_a_manifest(tmp_path):
+    kill_during(tmp_path, "canonicalize")
+    assert not (tmp_path / "run.json").exists()
+    assert not (tmp_path / "manifest").exists()
+
+
+def test_truth__has_all_planted_kinds(demo):
+    truth = pq.read_table(demo[0] / "site" / "truth.parquet", schema=None)
+    assert isinstance(truth, pa.Table)
+    assert len(set(truth["kind"].to_pylist())) == 15
