@@ -32,6 +32,8 @@ class ModelSettings(Settings):
     """Number of blocks other than the arch's."""
     heads: int | None = Field(default=None, gt=0)
     """Attention heads other than the arch's."""
+    patch: int | None = Field(default=None, gt=0)
+    """Side of a patch in pixels other than the arch's."""
 
 
 class CropSettings(Settings):
@@ -248,17 +250,15 @@ class PretrainConfig(Settings):
         Raises:
             ValueError: there is no such architecture.
         """
-        chosen = {key: getattr(self.model, key) for key in ("ffn", "width", "depth", "heads")}
-        changes: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-        config = vit_config(self.model.arch, drop_path=self.model.drop_path, **changes)
-        size = self.crops.global_size
-        if size % config.patch:
-            return config
+        names = ("ffn", "width", "depth", "heads", "patch")
+        chosen = {name: getattr(self.model, name) for name in names}
+        changes: dict[str, Any] = {name: value for name, value in chosen.items() if value}
+        patch = self.model.patch or vit_config(self.model.arch).patch
         return vit_config(
             self.model.arch,
             drop_path=self.model.drop_path,
             layerscale=self.model.layerscale,
-            image_size=size,
+            image_size=max(self.crops.global_size // patch, 1) * patch,
             **changes,
         )
 
