@@ -1,0 +1,1 @@
+"""Fetching from a hostile web: checked addresses, caps, deadlines, opt-outs, politeness."""

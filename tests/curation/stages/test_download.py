@@ -1,0 +1,199 @@
+import time
+import urllib.request
+
+import pyarrow as pa
+import pytest
+from hostile_server import HostileServer, jpeg
+
+from curation.config import parse_settings
+from curation.dataset import write_dataset
+from curation.errors import ConfigError
+from curation.fetching.addresses import is_public
+from curation.fetching.client import Client
+from curation.fetching.resolver import Resolver
+from curation.pool import Pool
+from curation.schema import make_id, schema_of
+from curation.stage import Shard, StageFolder, StageInputs
+from curation.stages.canonicalize import Canonicalize
+from curation.stages.download import Download
+from pipelines.local_engine import LocalEngine
+from pipelines.stage_runner import Silent, run_stage
+
+QUICK = {
+    "allow_private": True,
+    "back_off_s": 0.05,
+    "connect_timeout_s": 1.0,
+    "read_timeout_s": 1.0,
+    "total_timeout_s": 2.0,
+    "retries": 1,
+}
+
+BEHAVIOURS = {
+    "/ok/1.jpg": None,
+    "/moved": None,
+    "/gzipped": None,
+    "/chunked": None,
+    "/disallowed/but/allowed.jpg": None,
+    "/busy-then-ok": None,
+    "/slow-down-then-ok": None,
+    "/noai-for-others": None,
+    "/cut.jpg": None,  # only a full decode can tell
+    "/nowhere": "http_404",
+    "/gone": "http_410",
+    "/odd-status": "http_4xx",
+    "/always-busy": "http_503",
+    "/hang-before": "timeout",
+    "/hang-in-body": "timeout",
+    "/drip-body": "timeout",
+    "/drip-head": "timeout",
+    "/endless-continue": "timeout",
+    "/large": "too_large",
+    "/large-announced": "too_large",
+    "/endless-chunks": "too_large",
+    "/gzip-bomb": "too_large",
+    "/false-length": "truncated",
+    "/broken-chunks": "truncated",
+    "/redirect-loop": "too_many_redirects",
+    "/to-file": "bad_scheme",
+    "/to-nonsense": "bad_url",
+    "/not-gzip": "bad_encoding",
+    "/brotli": "bad_encoding",
+    "/bomb.png": "too_many_pixels",
+    "/page.jpg": "not_an_image",
+    "/empty": "empty",
+    "/noai": "opted_out:noai",
+    "/tdm": "opted_out:tdm",
+    "/disallowed/1.jpg": "opted_out:robots",
+    "/close": "connection",
+    "/garbage": "bad_response",
+    "/header-flood": "bad_response",
+    "/long-line": "bad_response",
+}
+
+
+def shard_of(urls: list[str | None]) -> Shard:
+    ids = [make_id(f"{i} {url}") for i, url in enumerate(urls)]
+    return Shard(pa.table({"id": ids, "source": pa.array(urls, pa.string())}), 0)
+
+
+def downloaded(stage: Download, *urls: str | None, client: Client | None = None) -> Shard:
+    shard = shard_of(list(urls))
+    opened = client or stage.open()
+    try:
+        stage.process(shard, opened)
+    finally:
+        opened.close()
+    return shard
+
+
+def test_download__each_behaviour_has_its_reason_within_its_deadline(hostile_server):
+    stage = Download(**QUICK)
+    began = time.monotonic()
+    urls = [hostile_server.url + path for path in BEHAVIOURS]
+    shard = downloaded(stage, *urls)
+    seconds = time.monotonic() - began
+    assert dict(zip(BEHAVIOURS, shard.reasons, strict=True)) == BEHAVIOURS
+    assert seconds < 12  # two attempts of 2 s, one after the other, and some room
+    fetches = shard.emitted["fetches"]
+    by_path = dict(zip(BEHAVIOURS, zip(*fetches.values(), strict=True), strict=True))
+    columns = list(fetches)
+    busy = dict(zip(columns, by_path["/busy-then-ok"], strict=True))
+    assert (busy["status"], busy["attempts"], busy["http_status"]) == ("arrived", 2, 200)
+    moved = dict(zip(columns, by_path["/moved"], strict=True))
+    assert moved["final_url"] == hostile_server.url + "/ok/7.jpg"
+    assert moved["content_type"] == "image/jpeg"
+    assert dict(zip(columns, by_path["/noai"], strict=True))["status"] == "opted_out"
+    assert dict(zip(columns, by_path["/nowhere"], strict=True))["attempts"] == 1
+    assert shard.emitted["raw"]["raw"][0] == jpeg(1)
+    assert hostile_server.hits["/robots.txt"] == 1
+
+
+def guarded_client(stage: Download, names: dict[str, list[str]]) -> Client:
+    """A client for which the test server alone is public."""
+
+    def lookup(host: str) -> list[str]:
+        return names.get(host, [host])
+
+    def allowed(address: str) -> bool:
+        return address == "127.0.0.1" or is_public(address)
+
+    resolver = Resolver(allow_private=False, lookup=lookup, is_allowed=allowed)
+    return Client(stage.policy, resolver)
+
+
+def test_download__private_addresses_are_refused_on_every_hop(hostile_server):
+    stage = Download(**{**QUICK, "allow_private": False}, user_agent="testbot/1.0")
+    port = hostile_server.server_port
+    names = {"inside.test": ["127.0.0.2", "::1"], "mixed.test": ["10.0.0.1", "127.0.0.1"]}
+    urls = {
+        f"{hostile_server.url}/ok/1.jpg": None,
+        f"http://mixed.test:{port}/ok/1.jpg": None,
+        f"http://inside.test:{port}/ok/1.jpg": "private_address",
+        f"http://127.0.0.2:{port}/ok/1.jpg": "private_address",
+        "http://10.1.2.3/": "private_address",
+        f"http://[::1]:{port}/ok/1.jpg": "private_address",
+        f"http://[::ffff:127.0.0.2]:{port}/": "private_address",
+        f"{hostile_server.url}/to-private": "private_address",
+        f"{hostile_server.url}/to-loopback-name": "private_address",
+        "file:///etc/passwd": "bad_scheme",
+        "ftp://127.0.0.1/x.jpg": "bad_scheme",
+        "no url": "bad_url",
+        "http://": "bad_url",
+        "http://user:secret@127.0.0.1/": "bad_url",
+        "": "bad_url",
+    }
+    shard = downloaded(stage, *urls, client=guarded_client(stage, names))
+    assert dict(zip(urls, shard.reasons, strict=True)) == urls
+
+
+def test_download__the_checked_address_is_the_one_connected_to(hostile_server):
+    answers = iter([["127.0.0.1"], ["127.0.0.2"]])  # a rebinding server's second answer
+    stage = Download(**{**QUICK, "allow_private": False}, user_agent="testbot/1.0", robots=False)
+    resolver = Resolver(
+        allow_private=False,
+        lookup=lambda _: next(answers),
+        is_allowed=lambda address: address == "127.0.0.1",
+    )
+    url = f"http://rebind.test:{hostile_server.server_port}/ok/1.jpg"
+    shard = downloaded(stage, url, client=Client(stage.policy, resolver))
+    assert shard.reasons.tolist() == [None]
+
+
+def test_download__same_url_twice_and_null(hostile_server):
+    url = f"{hostile_server.url}/ok/2.jpg"
+    shard = downloaded(Download(**QUICK), url, url, None)
+    assert shard.reasons.tolist() == [None, None, "bad_url"]
+
+
+def test_download__puts_the_global_opener_back(hostile_server, monkeypatch):
+    before = urllib.request.build_opener()
+    monkeypatch.setattr(urllib.request, "_opener", before)
+    downloaded(Download(**QUICK), f"{hostile_server.url}/ok/2.jpg")
+    assert urllib.request._opener is before
+
+
+def test_download__a_public_crawl_names_its_crawler(hostile_server):
+    with pytest.raises(ConfigError, match="user_agent is missing"):
+        parse_settings(Download, {}, "download")
+    downloaded(Download(**QUICK, user_agent="testbot/2.0"), f"{hostile_server.url}/ok/3.jpg")
+    assert "testbot/2.0" in hostile_server.agents
+
+
+def test_download__runs_on_into_canonicalize(hostile_server: HostileServer, tmp_path):
+    schema = schema_of(["id", "source"])
+    names = [f"/ok/{i}.jpg" for i in range(8)] + ["/cut.jpg", "/nowhere", "/noai", "/bomb.png"]
+    urls = [hostile_server.url + name for name in names]
+    tables = [
+        pa.table([[make_id(url) for url in part], part], schema=schema)
+        for part in (urls[:5], urls[5:], [])
+    ]
+    pool = Pool.of(write_dataset(str(tmp_path / "urls"), tables, schema))
+    engine = LocalEngine()
+    for name, stage in (("download", Download(**QUICK)), ("canonicalize", Canonicalize())):
+        folder = StageFolder(str(tmp_path / name), name)
+        record, outputs = run_stage(stage, StageInputs(pool), folder, engine, Silent())
+        assert record.rows_in == record.rows_out + sum(record.dropped.values())
+        fetches = outputs.pop("fetches", None)
+        assert fetches is None or fetches.num_rows == len(urls)
+        pool = pool.with_stage(outputs, outputs.pop("decisions"))
+    assert pool.num_rows == 8
