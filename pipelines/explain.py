@@ -76,7 +76,7 @@ def _ids_in(folder: WorkFolder, flow: str, text: str) -> list[str]:
 
 def _holds(stage: FinishedStage, row_id: str) -> bool:
     shard = stage.shard_of(row_id)
-    return find_rows(stage.decisions, shard, [row_id], []).num_rows > 0
+    return len(find_rows(stage.decisions, shard, [row_id], [])) > 0
 
 
 def _with_prefix(stage: FinishedStage, prefix: str) -> list[str]:

@@ -3,12 +3,14 @@
 Footers, manifests and records answer what they can; DuckDB reads only the columns of the rest.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
+from curation import storage
 from curation.dataset import Dataset, open_foreign
 from curation.errors import ConfigError
 from pipelines.funnel import funnel, set_funnels
-from pipelines.runner import POOL
+from pipelines.runner import POOL, open_manifest
 from pipelines.tables import Row, Tables, host_of, named
 from pipelines.work_folder import FinishedStage, WorkFolder
 
@@ -17,7 +19,9 @@ Stats = dict[str, Any]
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _MOST_COMMON = 20
 _FEW_VALUES = 200
-"""Text columns with at most so many values are counted by value."""
+"""Text columns with at most so many values are counted by value,"""
+_REPEATED = 4
+"""if each stands there so often on average."""
 _BULKY = ("BLOB", "[]", "[", "MAP", "STRUCT")
 _NO_SCORE = ("rank", "cluster", "component_size", "threshold")
 _LIMITS = {
@@ -264,21 +268,13 @@ def dataset_stats(dataset: Dataset, by: str | None = None) -> Stats:
 
 
 def column_stats(tables: Tables, columns: dict[str, str]) -> list[Row]:
-    """What each column of the view `rows` holds; large values are only counted by their type."""
+    """What each column of the view `rows` holds; large values are only named with their type."""
     light = {name: kind for name, kind in columns.items() if not _is_bulky(kind)}
     numbers = [name for name, kind in light.items() if _is_number(kind)]
     texts = [name for name, kind in light.items() if kind == "VARCHAR"]
-    quantiles = {row["column"]: row for row in _quantiles(tables, "rows", numbers)}
-    few = _few_valued(tables, texts)
-    return [
-        {
-            "column": name,
-            "type": kind,
-            **quantiles.get(name, {}),
-            **({"values": few[name]} if name in few else {}),
-        }
-        for name, kind in columns.items()
-    ]
+    found = {row["column"]: row for row in _quantiles(tables, "rows", numbers)}
+    found |= _text_stats(tables, texts)
+    return [{"column": name, "type": kind, **found.get(name, {})} for name, kind in columns.items()]
 
 
 def count_by(tables: Tables, by: str, columns: dict[str, str]) -> list[Row]:
@@ -345,20 +341,26 @@ def _quantile_names(values: list[float] | None) -> dict[str, float] | None:
     return {f"{q:g}": round(float(v), 6) for q, v in zip(QUANTILES, values, strict=True)}
 
 
-def _few_valued(tables: Tables, texts: list[str]) -> dict[str, list[Row]]:
-    """Counts by value of the text columns that have few."""
+def _text_stats(tables: Tables, texts: list[str]) -> dict[str, Row]:
+    """How many texts are there, about how many different ones, and counts where these are few."""
     if not texts:
         return {}
-    asked = ", ".join(f"approx_count_distinct({named(c)}) as c{i}" for i, c in enumerate(texts))
-    distinct = tables.first(f"select {asked} from rows")
-    few = [name for i, name in enumerate(texts) if distinct[f"c{i}"] <= _FEW_VALUES]
-    return {name: count_by(tables, name, {name: "VARCHAR"}) for name in few}
+    asked = ", ".join(
+        f"count({named(c)}) as n{i}, approx_count_distinct({named(c)}) as d{i}"
+        for i, c in enumerate(texts)
+    )
+    counts = tables.first(f"select {asked} from rows")
+    found: dict[str, Row] = {}
+    for i, name in enumerate(texts):
+        rows, distinct = counts[f"n{i}"], counts[f"d{i}"]
+        found[name] = {"rows": rows, "distinct": distinct}
+        if 0 < distinct <= _FEW_VALUES and rows >= _REPEATED * distinct:
+            found[name]["values"] = count_by(tables, name, {name: "VARCHAR"})
+    return found
 
 
 def _any_column(path: str) -> str:
     """A column that the foreign Parquet surely has: statistics need no ids."""
-    from curation import storage
-
     if path.endswith(".parquet"):
         first = path
     else:
@@ -380,3 +382,40 @@ def _is_bulky(kind: str) -> bool:
 
 def _foreign(dataset: Dataset) -> bool:
     return bool(dataset.attributes.get("foreign"))
+
+
+def count_by_column(path: str, by: str) -> list[Row]:
+    """Rows of a data set, or of a run's manifest, by a column or by `host`.
+
+    Raises:
+        ConfigError: there is no such column.
+        DatasetError: the run has no manifest.
+    """
+    dataset = open_manifest(path) if WorkFolder.is_one(path) else open_any(path)
+    with Tables() as tables:
+        if not tables.add("rows", dataset):
+            return []
+        return count_by(tables, by, tables.columns("rows"))
+
+
+def write_csv(found: Any, out: str) -> str:
+    """Write statistics as CSV, one figure a line: its place, then its value; give the path."""
+    import csv
+    import io
+
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(("figure", "value"))
+    writer.writerows(_flat(found, ""))
+    storage.write_bytes(out, buffer.getvalue().encode())
+    return out
+
+
+def _flat(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """(a.b.0.c, value) of everything inside."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in pairs:
+            yield from _flat(inner, f"{place}.{key}" if place else str(key))
+    elif value is not None:
+        yield place, value

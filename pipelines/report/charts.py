@@ -33,7 +33,7 @@ def funnel_chart(rows: Sequence[FunnelRow], width: int, joining: str = "") -> Ma
     width: of the drawing, in pixels; texts stand in its right part. joining: names of the sets
     that are added.
     """
-    room = width * (0.5 if width > 600 else 0.4)
+    room = width - (330 if width > 600 else 215)
     most = max((row.rows_in + row.added for row in rows), default=1) or 1
     scale = (room - _GAP) / most
     parts: list[str] = []
@@ -58,8 +58,7 @@ def _funnel_row(
         f"<g><title>{escape(title)}</title>",
         _ribbon(0, before if not row.added else min(before, after), y + 9, 0, after, below, "flow"),
         _bar(0, y, max(before, _MIN_BAR), "kept"),
-        _text(room + 14, y + 9, f"{row.stage}", "strong"),
-        _text(room + 14 + 8.2 * len(row.stage) + 10, y + 9, f"{row.rows_in:,}", "muted"),
+        _name(room + 14, y + 9, row.stage, f"{row.rows_in:,}"),
     ]
     line = y + 9 + _LINE
     if row.added:
@@ -139,13 +138,15 @@ def histogram_chart(
         begin = low + span * number / len(kept)
         parts.append(_stacked(number * step, step, stay, fall, (floor - 14) / top, floor, begin))
     for value in thresholds:
-        x = min(max((value - low) / span, 0), 1) * width
+        x = 1 + min(max((value - low) / span, 0), 1) * (width - 2)
         anchor = "end" if x > width * 0.7 else "start"
         shift = -5 if anchor == "end" else 5
         parts.append(f'<line class="limit" x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{floor}"/>')
         parts.append(_text(x + shift, 11, f"{value:.4g}", "limit-text", anchor))
     for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        parts.append(_text(share * width, floor + 17, f"{low + share * span:.3g}", "tick", anchor))
+        parts.append(
+            _text(share * width, floor + 17, _tick(low + share * span, span), "tick", anchor)
+        )
     parts.append(_text(width / 2, floor + 36, label, "muted", "middle"))
     summary = f"Histogram of {label}: {sum(kept):,} kept, {sum(dropped):,} dropped"
     return _svg(width, height, "histogram", summary, parts)
@@ -187,7 +188,7 @@ def line_chart(series: Sequence[Series], across: str, up: str) -> Markup:
         value = y0 + share * (y1 - y0)
         y = place(x0, value)[1]
         parts.append(f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
-        parts.append(_text(left - 6, y + 4, f"{value:.3g}", "tick", "end"))
+        parts.append(_text(left - 6, y + 4, _tick(value, y1 - y0), "tick", "end"))
         step = x0 + share * (x1 - x0)
         parts.append(_text(place(step, y0)[0], floor + 17, f"{step:,.0f}", "tick", "middle"))
     labels = _spread([place(*one.points[-1])[1] for one in series])
@@ -208,9 +209,22 @@ def _spread(heights: list[float]) -> list[float]:
     return placed
 
 
+def _tick(value: float, span: float) -> str:
+    """A number with as many decimals as the axis needs."""
+    decimals = 0 if span >= 30 else 1 if span >= 4 else 2 if span >= 0.3 else 4
+    return f"{value + 0.0:,.{decimals}f}"
+
+
 def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
     return (
         f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    )
+
+
+def _name(x: float, y: float, name: str, number: str) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}"><tspan class="strong">{escape(name)}</tspan>'
+        f'<tspan class="muted" dx="8">{escape(number)}</tspan></text>'
     )
 
 

@@ -114,6 +114,23 @@ class GalleryMaker:
                         made.append(self._fallen(stage, reason, count, tables))
         return [gallery for gallery in made if gallery.groups][: 2 * _GROUPS]
 
+    def faces(self) -> list[Gallery]:
+        """Images with most faces found; they are blurred here as in the packed shards."""
+        stage = self._work.stage(POOL, "faces")
+        if stage is None:
+            return []
+        with Tables() as tables:
+            if not tables.add("verdicts", stage.decisions):
+                return []
+            count = tables.first("select count(*) as n from verdicts where num_faces > 0")["n"]
+            rows = tables.rows(
+                "select * from verdicts where num_faces > 0 order by num_faces desc, id limit ?",
+                [_FALLEN],
+            )
+        items = [self._shown(POOL, row["id"], "", row) for row in rows]
+        intro = "Shown as every later stage and training see them."
+        return [Gallery("faces: found", intro, [Group(items)], count)] if items else []
+
     def final(self) -> list[Gallery]:
         """A sample of the finished set by seed set, or by source set where none was retrieved."""
         manifest = self._work.manifest
@@ -164,7 +181,7 @@ class GalleryMaker:
             intro = "Dropped, beside the image that it equals."
             if similar:
                 intro = "Dropped, beside its most similar image; the least similar pairs first."
-            groups = [self._pair(stage.flow, row) for row in rows]
+            groups = [self._pair(stage.flow, row) for row in _once_a_pair(rows)]
             made.append(Gallery(f"{stage.name}: {reason}", intro, groups, count))
         return [*made, *self._near_misses(stage, tables)]
 
@@ -176,7 +193,7 @@ class GalleryMaker:
             "order by similarity desc, id limit ?",
             [_PAIRS],
         )
-        groups = [self._pair(stage.flow, row) for row in rows]
+        groups = [self._pair(stage.flow, row) for row in _once_a_pair(rows)]
         return [Gallery("Kept, just below the threshold", "Near misses.", groups, len(rows))]
 
     def _leaks_of(self, stage: FinishedStage, tables: Tables) -> list[Gallery]:
@@ -313,6 +330,14 @@ def veil_together(groups: Sequence[Group], pictures: Pictures) -> None:
 
 def _names_a_twin(stage: FinishedStage, reason: str) -> bool:
     return "twin" in stage.decisions.columns and reason != "bad_vector"
+
+
+def _once_a_pair(rows: list[Row]) -> list[Row]:
+    """Leave out a pair that was there the other way round."""
+    kept: dict[frozenset[str], Row] = {}
+    for row in rows:
+        kept.setdefault(frozenset((row["id"], row["twin"])), row)
+    return list(kept.values())
 
 
 def _fate(row: Row) -> str:

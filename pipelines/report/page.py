@@ -23,9 +23,15 @@ from pipelines.work_folder import FinishedStage, WorkFolder
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _BINS = 40
-_WIDE, _NARROW = 900, 350
+_WIDE, _NARROW = 1040, 340
 """Widths of the funnel on a desk and on a phone, in pixels."""
-_LINES = ("loss", "dino", "ibot", "koleo")
+_LINES = {
+    "loss": "total",
+    "dino_global_crops_loss": "DINO, global",
+    "dino_local_crops_loss": "DINO, local",
+    "ibot_loss": "iBOT",
+    "koleo_loss": "KoLeo",
+}
 _MAX_POINTS = 400
 """Points of a loss curve; more steps are averaged into so many."""
 
@@ -67,6 +73,7 @@ def render(work: WorkFolder) -> str:
         stats=facts,
         tables=page_tables(work, facts),
         parts=parts,
+        kept_share=_kept_share(work),
         balance=balance([part["n"] for part in parts]),
         record=work.record,
         sections=sections,
@@ -109,7 +116,7 @@ def gallery_sections(work: WorkFolder, pictures: Pictures) -> list[Section]:
             "filtered",
             "Filtered images",
             "A sample of what was dropped, by reason.",
-            maker.filtered(),
+            [*maker.filtered(), *maker.faces()],
         ),
         Section("final", "The finished set", "A sample of what is in the set.", maker.final()),
     ]
@@ -152,10 +159,10 @@ def loss_curve(work: WorkFolder) -> Markup | None:
     """The losses of pretraining, where it ran."""
     lines = _read_lines(storage.join(work.path, "pretrain", "log.jsonl"))
     series = []
-    for name in _LINES:
+    for name, shown in _LINES.items():
         points = [(float(one["step"]), float(one[name])) for one in lines if name in one]
         if len(points) > 1:
-            series.append(charts.Series(name, _thin(points)))
+            series.append(charts.Series(shown, _thin(points)))
     return charts.line_chart(series, "step", "loss") if series else None
 
 
@@ -184,6 +191,13 @@ def _funnels(work: WorkFolder) -> list[tuple[str, Markup]]:
         ("wide", charts.funnel_chart(rows, _WIDE, joining)),
         ("narrow", charts.funnel_chart(rows, _NARROW, joining)),
     ]
+
+
+def _kept_share(work: WorkFolder) -> float:
+    """Share of the pool's rows that are in the set, without what joined later."""
+    rows = funnel(work.record)
+    kept = rows[-1].rows_out - sum(row.added for row in rows)
+    return max(kept, 0) / max(rows[0].rows_in, 1)
 
 
 def _slowest(facts: Stats) -> list[Row]:

@@ -1,7 +1,47 @@
 """`curate stats`, `explain`, `report` and `verify`."""
 
+from typing import Any
+
 from curation import storage
 from pipelines import console
+
+Row = dict[str, Any]
+
+_SHOWN_QUANTILES = ("0.01", "0.5", "0.99")
+_HIDDEN = ("stage", "keep", "reason", "score", "threshold")
+
+
+def print_stats(path: str, as_json: bool, by: str | None = None, csv: str | None = None) -> None:
+    """`curate stats`."""
+    from pipelines.stats import count_by_column, stats_of, write_csv
+
+    if by is not None:
+        rows = count_by_column(path, by)
+        found: Any = {"path": path, "by": by, "values": rows}
+    else:
+        found = stats_of(path)
+    if csv is not None:
+        console.print_line(write_csv(found, csv))
+    elif as_json:
+        console.print_json(found)
+    elif by is not None:
+        _print_table(found["values"], f"{path} by {by}")
+    elif found["kind"] == "run":
+        _print_run(found)
+    else:
+        _print_dataset(found)
+
+
+def print_explanation(image: str, work: str, as_json: bool) -> None:
+    """`curate explain`."""
+    from pipelines.explain import explain
+
+    lives = explain(image, work)
+    if as_json:
+        console.print_json(lives)
+        return
+    for life in lives:
+        _print_life(life)
 
 
 def write_report(work: str, out: str | None) -> None:
@@ -9,3 +49,149 @@ def write_report(work: str, out: str | None) -> None:
     from pipelines.report.page import write_page
 
     console.print_line(write_page(work, out or storage.join(work, "report.html")))
+
+
+def print_verification(path: str, as_json: bool) -> bool:
+    """`curate verify`: whether everything is as it was written."""
+    from pipelines.verify import verify
+
+    checked = verify(path)
+    defects = [f"{one.where}: {defect}" for one in checked for defect in one.defects]
+    if as_json:
+        console.print_json(
+            {
+                "path": path,
+                "ok": not defects,
+                "defects": defects,
+                "checked": [vars(c) for c in checked],
+            }
+        )
+        return not defects
+    console.print_rows(
+        ("checked", "files", "rows", "bytes", "verdict"),
+        [(one.where, one.files, one.rows, one.num_bytes, _verdict(one)) for one in checked],
+    )
+    for defect in defects:
+        console.print_line(f"DEFECT {defect}")
+    console.print_line(f"{len(defects)} defects" if defects else "everything is as it was written")
+    return not defects
+
+
+def _verdict(one: Any) -> str:
+    if one.defects:
+        return f"{len(one.defects)} defects"
+    return "; ".join(one.notes) or "ok"
+
+
+def _print_run(found: Row) -> None:
+    from pipelines.funnel import FunnelRow
+
+    rows = [FunnelRow(**row) for row in found["funnel"]]
+    console.print_funnel(rows, title=f"{found['recipe']}: rows through each stage")
+    _print_scores(found["scores"])
+    _print_table(found["fetches"], "downloads")
+    _print_table(found["duplicates"], "near duplicates by size of component")
+    _print_table(found["seed_sets"], "retrieval by seed set")
+    _print_table(found["hosts"], "hosts")
+    if found["images"]:
+        _print_table(found["images"]["formats"], "formats of the pool's images")
+        _print_columns(found["images"]["sides"], "sizes of the pool's images")
+    if found["manifest"]:
+        _print_dataset(found["manifest"])
+
+
+def _print_dataset(found: Row) -> None:
+    names = ("path", "rows", "bytes", "shards", "content_digest")
+    console.print_pairs({n: found[n] for n in names if found[n] is not None}, title="data set")
+    _print_columns(found["columns"], "columns")
+    for column in found["columns"]:
+        if column.get("values"):
+            _print_table(column["values"], column["column"])
+    if found.get("hosts"):
+        _print_table(found["hosts"], "hosts")
+
+
+def _print_scores(scores: list[Row]) -> None:
+    if scores:
+        console.print_rows(
+            ("score", "rows", *_SHOWN_QUANTILES, "thresholds"),
+            [
+                (
+                    f"{score['stage']}: {score['score']}",
+                    score["rows"],
+                    *(_number(score["quantiles"][q]) for q in _SHOWN_QUANTILES),
+                    ", ".join(_number(value) for value in score["thresholds"]),
+                )
+                for score in scores
+            ],
+            title="scores: quantiles, and what they are judged by",
+        )
+
+
+def _print_columns(columns: list[Row], title: str) -> None:
+    console.print_rows(
+        ("column", "values", "min", "median", "max"),
+        [
+            (
+                one["column"],
+                one.get("rows", ""),
+                _number(one.get("min")),
+                _number((one.get("quantiles") or {}).get("0.5")),
+                _number(one.get("max")),
+            )
+            for one in columns
+        ],
+        title=title,
+    )
+
+
+def _print_table(rows: list[Row], title: str) -> None:
+    """Rows that all have the same keys."""
+    if rows:
+        values = [[_plain(value) for value in row.values()] for row in rows]
+        console.print_rows(tuple(rows[0]), values, title=title)
+
+
+def _print_life(life: Row) -> None:
+    origin = life["origin"] or {}
+    pairs = {"id": life["id"], "flow": life["flow"], "fate": life["fate"]}
+    pairs |= {k: v for k, v in origin.items() if v is not None and k != "id"}
+    for part in ("fetch", "image"):
+        pairs |= {f"{part}: {k}": v for k, v in (life[part] or {}).items() if _worth(k, v)}
+    console.print_pairs(pairs, title="image")
+    console.print_rows(
+        ("stage", "verdict", "reason", "score", "threshold", "more"),
+        [_verdict_row(row) for row in life["verdicts"]],
+        title="verdicts",
+    )
+    if life["sources"]:
+        console.print_pairs(life["sources"], title="images named above")
+    _print_table([{k: v for k, v in hit.items() if k != "id"} for hit in life["hits"]], "hits")
+    for part in ("manifest", "packed"):
+        if life.get(part):
+            shown = {k: v for k, v in life[part].items() if v is not None and k != "id"}
+            console.print_pairs(shown, title=part)
+
+
+def _worth(name: str, value: Any) -> bool:
+    return value is not None and name != "id"
+
+
+def _verdict_row(row: Row) -> tuple[str, ...]:
+    more = ", ".join(f"{k} {_plain(v)}" for k, v in row.items() if k not in _HIDDEN)
+    return (
+        row["stage"],
+        "keep" if row["keep"] else "DROP",
+        row["reason"] or "",
+        _number(row["score"]),
+        _number(row["threshold"]),
+        more,
+    )
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    return "" if value is None else _number(value) if isinstance(value, float) else value
