@@ -57,6 +57,7 @@ _TYPES: dict[str, pa.DataType] = {
     "nsfw_score": pa.float32(),
     "num_faces": pa.int32(),
     "blocklist": pa.string(),
+    "blocked_at": pa.timestamp("ms", tz="UTC"),
     # retrieval
     "seed_set": pa.string(),
     "rule": pa.string(),
