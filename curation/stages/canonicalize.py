@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from curation.blocklists import BlockIndex, Blocklists, RowHashes, md5_of, reject_listed
 from curation.schema import IMAGE_COLUMNS, schema_of
 from curation.stage import Resources, Shard, ShardStage, reject
 from embedder.errors import ImageError
@@ -35,7 +36,10 @@ class Canonicalize(ShardStage):
     threads: int = Field(2, ge=1)
     """Rows decoded at once; each needs up to 8 bytes a pixel of its image."""
 
-    reasons = REASONS
+    blocklists: Blocklists | None = None
+    """Lists of known-bad hashes: what is on one is dropped before it is stored."""
+
+    reasons = (*REASONS, "blocklist:NAME")
     on_sets = True
 
     def needs(self) -> tuple[str, ...]:
@@ -43,14 +47,33 @@ class Canonicalize(ShardStage):
         return ("raw",)
 
     def outputs(self) -> dict[str, pa.Schema]:
-        """Side-cars that the stage writes."""
-        return {"images": schema_of(IMAGE_COLUMNS)}
+        """The images; where lists are given, when a row was found on one (null for all others)."""
+        images = {"images": schema_of(IMAGE_COLUMNS)}
+        if self.blocklists is None:
+            return images
+        return {**images, "blocked": schema_of(["id", "blocklist", "blocked_at"])}
+
+    def varying_outputs(self) -> tuple[str, ...]:
+        """Times differ from run to run."""
+        return ("blocked",) if self.blocklists is not None else ()
+
+    def extras(self) -> pa.Schema:
+        """Name of the blocklist that holds the row."""
+        return schema_of(["blocklist"] if self.blocklists is not None else [])
+
+    def fingerprint(self) -> str:
+        """Digest of the blocklists' content."""
+        return "" if self.blocklists is None else self.blocklists.fingerprint()
+
+    def open(self) -> BlockIndex | None:
+        """Read the blocklists."""
+        return None if self.blocklists is None else self.blocklists.load()
 
     def resources(self) -> Resources:
         """What one shard's task needs."""
         return Resources(cpus=1, memory=1 << 31)
 
-    def process(self, shard: Shard, opened: Any) -> None:
+    def process(self, shard: Shard, opened: BlockIndex | None) -> None:
         """Canonicalize each row; rows that are no images are dropped with the decoder's reason."""
         limits = Limits(self.max_bytes, self.max_pixels)
         with ThreadPoolExecutor(self.threads) as pool:
@@ -59,6 +82,8 @@ class Canonicalize(ShardStage):
         for reason in sorted(set(failures) - {""}):
             reject(shard, failures == reason, reason)
         images = [{} if isinstance(row, str) else row for row in rows]
+        if opened is not None:
+            _drop_listed(shard, images, opened)
         names = [name for name in IMAGE_COLUMNS if name != "id"]
         shard.emit("images", {name: [image.get(name) for image in images] for name in names})
 
@@ -69,6 +94,18 @@ class Canonicalize(ShardStage):
             return _image_columns(data, self.max_side, self.quality, limits)
         except ImageError as error:
             return error.reason
+
+
+def _drop_listed(shard: Shard, images: list[dict[str, Any]], index: BlockIndex) -> None:
+    live = np.flatnonzero(shard.alive)
+    data = shard.table["raw"]
+    hashes = RowHashes(
+        sha256=[images[row]["sha256"] for row in live],
+        phash=[images[row]["phash"] for row in live],
+        phash_quality=[images[row]["phash_quality"] for row in live],
+        md5=[md5_of(data[int(row)].as_py()) for row in live] if index.md5 else [],
+    )
+    reject_listed(shard, index, live, hashes)
 
 
 def _image_columns(data: bytes, max_side: int, quality: int, limits: Limits) -> dict[str, Any]:
