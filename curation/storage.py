@@ -154,8 +154,8 @@ def read_bytes(path: str) -> bytes:
 
 
 def write_json(path: str, value: Any) -> None:
-    """Write JSON with sorted keys, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    """Write JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: str) -> Any:
