@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,6 +27,8 @@ from pipelines.tables import Tables
 from pipelines.work_folder import FinishedStage, WorkFolder
 
 _CHUNK = 1 << 22
+_ROWS_TO_TRY = 20_000
+"""Swapped columns are looked for in shards of at most so many rows."""
 _NAMED = 5
 """So many examples of one defect are named."""
 
@@ -74,18 +77,18 @@ def verify_run(work: WorkFolder) -> Iterator[Checked]:
             yield Checked(flow, defects=[str(error)])
             continue
         for stage in stages:
-            yield _guarded(stage.entry.folder, partial(verify_stage, work, stage))
+            yield _guarded(stage.entry.folder, partial(_verify_stage, work, stage))
         yield _guarded(f"{flow}: rows from stage to stage", partial(_chain, work, flow))
     if record.packed:
-        yield _guarded(record.packed, partial(verify_packed, work))
+        yield _guarded(record.packed, partial(_verify_packed, work))
     if record.manifest:
-        yield _guarded(record.manifest, partial(verify_manifest, work))
-    yield _guarded("seal", partial(_seal, work))
+        yield _guarded(record.manifest, partial(_verify_manifest, work))
+    yield _guarded("seal", partial(_verify_seal, work))
 
 
-def verify_dataset(path: str, label: str = "", *, may_be_deleted: bool = False) -> Checked:
+def verify_dataset(path: str, *, may_be_deleted: bool = False) -> Checked:
     """Check a data set: its manifest, then every shard's bytes, columns and rows."""
-    checked = Checked(label or path)
+    checked = Checked(path)
     try:
         dataset = Dataset.open(path)
     except CurateError as error:
@@ -124,25 +127,22 @@ def verify_foreign(path: str) -> Checked:
     return checked
 
 
-def verify_stage(work: WorkFolder, stage: FinishedStage) -> Checked:
+def _verify_stage(work: WorkFolder, stage: FinishedStage, checked: Checked) -> None:
     """Check a stage: its record, its outputs, and its accounts shard by shard."""
-    checked = Checked(stage.entry.folder)
     _check_record(stage, checked)
     for name, digest in stage.entry.record.outputs.items():
         path = storage.join(stage.path, name)
         deletable = name == "raw" and work.stage(stage.flow, "canonicalize") is not None
-        found = verify_dataset(path, name, may_be_deleted=deletable)
-        _merge(checked, found, name)
+        _merge(checked, verify_dataset(path, may_be_deleted=deletable), name)
         if Dataset.is_finished(path) and _digest(path) != digest:
             checked.blame(name, "content digest is not the one in the stage's record")
     _check_receipts(stage, checked)
-    return checked
 
 
-def verify_packed(work: WorkFolder) -> Checked:
+def _verify_packed(work: WorkFolder, checked: Checked) -> None:
     """Check the packed shards: bytes, and that every image lies where its index says."""
     path = storage.join(work.path, str(work.record.packed))
-    checked = verify_dataset(path, str(work.record.packed))
+    _merge(checked, verify_dataset(path))
     packed = Dataset.open(path)
     for index, info in enumerate(packed.manifest.shards):
         for name in info.companion:
@@ -151,13 +151,12 @@ def verify_packed(work: WorkFolder) -> Checked:
     if stage is not None and packed.num_rows != stage.entry.record.rows_out:
         kept = stage.entry.record.rows_out
         checked.blame("", f"{packed.num_rows:,} images are packed, 'pack' kept {kept:,}")
-    return checked
 
 
-def verify_manifest(work: WorkFolder) -> Checked:
+def _verify_manifest(work: WorkFolder, checked: Checked) -> None:
     """Check the published manifest: bytes, unique ids, and that it is what `select` made."""
     path = storage.join(work.path, str(work.record.manifest))
-    checked = verify_dataset(path, str(work.record.manifest))
+    _merge(checked, verify_dataset(path))
     dataset = Dataset.open(path)
     stage = work.stage(POOL, "select")
     if stage is not None:
@@ -168,7 +167,6 @@ def verify_manifest(work: WorkFolder) -> Checked:
             checked.blame("", f"holds {dataset.num_rows:,} rows, 'select' kept {kept:,}")
     for row_id, count in repeated_ids(dataset):
         checked.blame("", f"id {row_id} stands there {count} times")
-    return checked
 
 
 def repeated_ids(dataset: Dataset) -> list[tuple[str, int]]:
@@ -183,12 +181,14 @@ def repeated_ids(dataset: Dataset) -> list[tuple[str, int]]:
     return [(row["id"], row["n"]) for row in rows]
 
 
-def _guarded(where: str, check: Callable[[], Checked]) -> Checked:
+def _guarded(where: str, check: Callable[[Checked], None]) -> Checked:
     """Run a check; what keeps it from going on is a defect, too."""
+    checked = Checked(where)
     try:
-        return check()
+        check(checked)
     except CurateError as error:
-        return Checked(where, defects=[str(error)])
+        checked.blame("", str(error))
+    return checked
 
 
 def _check_totals(manifest: Manifest, checked: Checked) -> None:
@@ -221,12 +221,12 @@ def _check_shard(dataset: Dataset, index: int, info: ShardInfo, checked: Checked
     checked.rows += table.num_rows
     # Parquet calls the inside of lists 'element', Arrow calls it 'item'
     found = {field.name: str(field.type).replace("element:", "item:") for field in table.schema}
-    if found != dataset.manifest.columns:
+    if list(found.items()) != list(dataset.manifest.columns.items()):
         checked.blame(info.name, _columns_differ(dataset.manifest.columns, found))
     if table.num_rows != info.num_rows:
         checked.blame(info.name, f"{table.num_rows:,} rows where {info.num_rows:,} were written")
     elif Content.of(table).hex() != info.content:
-        checked.blame(info.name, "its rows are not those that were written")
+        checked.blame(info.name, _rows_differ(table, info.content))
     if info.num_kept is not None and KEEP in found:
         kept = pc.sum(table[KEEP]).as_py() or 0
         if kept != info.num_kept:
@@ -264,7 +264,7 @@ def _check_form(path: str, checked: Checked) -> None:
     import json
 
     value = storage.read_json(path)
-    expected = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+    expected = (json.dumps(value, indent=1) + "\n").encode()
     if storage.read_bytes(path) != expected:
         checked.blame(path.rpartition("/")[2], "was not written by this program as it stands")
 
@@ -329,9 +329,8 @@ def _check_receipt(stage: FinishedStage, receipt: Receipt, checked: Checked) -> 
         checked.blame(name, "its reasons are not those of the verdicts")
 
 
-def _chain(work: WorkFolder, flow: str) -> Checked:
+def _chain(work: WorkFolder, flow: str, checked: Checked) -> None:
     """Rows that a stage judges are those that the one before let live; outputs hold no others."""
-    checked = Checked(f"{flow}: rows from stage to stage")
     before: FinishedStage | None = None
     for stage in work.stages(flow):
         for part, (first, number) in stage.ranges.items():
@@ -342,7 +341,6 @@ def _chain(work: WorkFolder, flow: str) -> Checked:
                     _compare(source, start + shard, stage, first + shard, checked)
         _check_outputs(stage, checked)
         before = stage
-    return checked
 
 
 def _before(
@@ -407,22 +405,21 @@ def _check_tar(packed: Dataset, index: int, name: str, checked: Checked) -> None
         checked.blame(name, f"{image} lies elsewhere than its index says")
 
 
-def _seal(work: WorkFolder) -> Checked:
-    checked = Checked("seal")
+def _verify_seal(work: WorkFolder, checked: Checked) -> None:
     broken = broken_seals(work.path, work.record)
     if broken is None:
         checked.notes.append("this run was never sealed")
     for what in broken or []:
         checked.blame("", what)
-    return checked
 
 
-def _merge(checked: Checked, found: Checked, name: str) -> None:
+def _merge(checked: Checked, found: Checked, name: str = "") -> None:
+    """Add what was found in one data set; name: of the output, where there are several."""
     checked.files += found.files
     checked.rows += found.rows
     checked.num_bytes += found.num_bytes
-    checked.defects += [f"{name}/{defect}" for defect in found.defects]
-    checked.notes += [f"{name}: {note}" for note in found.notes]
+    checked.defects += [f"{name}/{defect}" if name else defect for defect in found.defects]
+    checked.notes += [f"{name}: {note}" if name else note for note in found.notes]
 
 
 def _present(dataset: Dataset) -> bool:
@@ -464,6 +461,18 @@ def _columns_differ(expected: dict[str, str], found: dict[str, str]) -> str:
         f"column '{name}' is {found.get(name, 'missing')} where "
         f"{expected.get(name, 'no such column')} was written"
     )
+
+
+def _rows_differ(table: pa.Table, content: str) -> str:
+    """Say so, or more where two columns of one type were swapped."""
+    if table.num_rows <= _ROWS_TO_TRY:
+        for one, other in combinations(table.column_names, 2):
+            if table.schema.field(one).type == table.schema.field(other).type:
+                swap = {one: other, other: one}
+                renamed = table.rename_columns([swap.get(n, n) for n in table.column_names])
+                if Content.of(renamed).hex() == content:
+                    return f"columns '{one}' and '{other}' were swapped"
+    return "its rows are not those that were written"
 
 
 def _missing(wanted: pa.ChunkedArray, held: pa.ChunkedArray) -> list[str]:

@@ -1,0 +1,104 @@
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curation.errors import ConfigError, DatasetError
+from pipelines.stats import balance, count_by_column, stats_of, write_csv
+from pipelines.verbs import audit
+from tests.pipelines.audited_run import finished_run
+
+
+def test_stats_of__run_adds_up():
+    found = stats_of(str(finished_run()))
+    assert (found["kind"], found["rows_in"], found["rows_out"]) == ("run", 30, 17)
+    for row in found["funnel"]:
+        assert row["rows_in"] + row["added"] == row["rows_out"] + sum(row["dropped"].values())
+    dropped = {row["reason"]: row["rows"] for row in found["reasons"] if row["flow"] == "pool"}
+    assert dropped["duplicate_bytes"] == dropped["leak:bench"] == dropped["blank"] == 1
+    assert sum(row["rows"] for row in found["duplicates"]) == 27
+    assert {row["component_size"]: row["components"] for row in found["duplicates"]}[2] == 1
+    assert found["seed_sets"][0]["hits"] == 18
+    assert found["manifest"]["rows"] == 17
+
+
+def test_stats_of__scores_have_quantiles_and_limits():
+    scores = {(s["stage"], s["score"]): s for s in stats_of(str(finished_run()))["scores"]}
+    assert scores["quality", "short_side"]["thresholds"] == [16.0]
+    assert scores["near_dedup", "similarity"]["thresholds"] == [0.93]
+    assert scores["quality", "contrast"]["quantiles"]["0.5"] > 10
+
+
+def test_stats_of__data_set_counts_columns():
+    found = stats_of(str(finished_run() / "manifest"))
+    columns = {row["column"]: row for row in found["columns"]}
+    assert found["rows"] == 17
+    assert columns["width"]["min"] == columns["width"]["max"] == 96
+    assert {v["value"]: v["rows"] for v in columns["source_set"]["values"]} == {
+        "web": 14,
+        "taken": 3,
+    }
+    assert "values" not in columns["id"]
+
+
+def test_stats_of__foreign_parquet_without_ids(tmp_path):
+    pq.write_table(
+        pa.table({"url": ["http://a/x", "http://b/y"], "n": [1, 3]}), tmp_path / "a.parquet"
+    )
+    found = stats_of(str(tmp_path))
+    assert found["rows"] == 2
+    assert {c["column"]: c.get("mean") for c in found["columns"]}["n"] == 2
+
+
+def test_stats_of__nothing_there(tmp_path):
+    with pytest.raises(DatasetError, match="does not exist"):
+        stats_of(str(tmp_path / "absent"))
+
+
+def test_count_by_column__host_and_column(tmp_path):
+    urls = ["http://user@A.org:80/x", "https://b.org/?q=http://c.org/", "https://b.org", None]
+    pq.write_table(pa.table({"id": list("wxyz"), "source": urls}), tmp_path / "a.parquet")
+    counts = {row["value"]: row["rows"] for row in count_by_column(str(tmp_path), "host")}
+    assert counts == {"b.org": 2, "A.org": 1, None: 1}
+    by_set = count_by_column(str(finished_run()), "source_set")
+    assert by_set[0] == {"value": "web", "rows": 14}
+
+
+def test_count_by_column__unknown_column():
+    with pytest.raises(ConfigError, match="--by colour: no such column; there are: host, id"):
+        count_by_column(str(finished_run()), "colour")
+
+
+def test_count_by_column__hostile_name_is_no_sql(tmp_path):
+    pq.write_table(pa.table({"id": ["a"], 'x"; drop': ["b"]}), tmp_path / "a.parquet")
+    assert count_by_column(str(tmp_path), 'x"; drop') == [{"value": "b", "rows": 1}]
+
+
+@pytest.mark.parametrize(
+    ("counts", "entropy", "gini"), [([5, 5, 5], 1.0, 0.0), ([7], 1.0, 0.0), ([1, 99], 0.0808, 0.49)]
+)
+def test_balance__known_values(counts, entropy, gini):
+    found = balance(counts)
+    assert found["entropy"] == pytest.approx(entropy, abs=1e-3)
+    assert found["gini"] == pytest.approx(gini, abs=1e-9)
+
+
+def test_write_csv__one_figure_a_line(tmp_path):
+    out = write_csv(stats_of(str(finished_run())), str(tmp_path / "stats.csv"))
+    with open(out) as file:  # noqa: PTH123
+        figures = dict(row for row in csv.reader(file))
+    assert figures["rows_in"] == "30"
+    assert figures["funnel.0.stage"] == "ingest"
+
+
+def test_print_stats__json_and_tables(capsys):
+    audit.print_stats(str(finished_run()), True)
+    assert json.loads(capsys.readouterr().out)["recipe"] == "audited"
+    audit.print_stats(str(finished_run()), False)
+    shown = capsys.readouterr().out
+    assert "near_duplicate" in shown
+    assert "similarity" in shown
+    audit.print_stats(str(finished_run()), False, by="format")
+    assert "JPEG" in capsys.readouterr().out
