@@ -1,0 +1,214 @@
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from curation.errors import DatasetError
+from pipelines.funnel import FunnelRow
+from pipelines.report import charts
+from pipelines.report.page import render, write_page
+from pipelines.report.page_tables import parts_of_set
+from pipelines.report.pictures import MAX_SIDE, Pictures, thumbnail
+from pipelines.report.units import percent, size
+from pipelines.work_folder import WorkFolder
+from tests.pipelines.audited_run import HOSTILE, copied_run, finished_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and all text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def page():
+    return render(WorkFolder(str(finished_run())))
+
+
+def test_write_page__one_file_without_network(page, tmp_path):
+    out = write_page(str(finished_run()), str(tmp_path / "report.html"))
+    assert (tmp_path / "report.html").stat().st_size < 15e6
+    assert out.endswith("report.html")
+    for tag, attributes in Tags(page).tags:
+        for name in ("src", "href"):
+            value = attributes.get(name) or ""
+            assert value == "" or value.startswith(("data:image/jpeg;base64,", "#")), (tag, value)
+    assert "@import" not in page
+    assert "default-src 'none'" in page
+
+
+def test_render__is_the_same_every_time(page):
+    assert render(WorkFolder(str(finished_run()))) == page
+
+
+def test_render__foreign_text_is_shown_as_text(page):
+    tags = Tags(page).tags
+    assert not any("onerror" in attributes for _, attributes in tags)
+    shown = [attributes["data-source"] for _, attributes in tags if "data-source" in attributes]
+    assert HOSTILE in shown
+
+
+def test_render__sections_and_reasons(page):
+    ids = {attributes.get("id") for tag, attributes in Tags(page).tags if tag == "section"}
+    assert ids >= {"funnel", "copies", "leaks", "retrieval", "filtered", "final", "scores", "map"}
+    text = " ".join(Tags(page).text)
+    for word in ("duplicate_bytes", "near_duplicate", "leak:bench", "truncated", "not_retrieved"):
+        assert word in text
+    assert "17" in text
+
+
+def test_render__every_image_is_labelled_and_every_label_unique_target(page):
+    tags = Tags(page).tags
+    assert all("alt" in attributes for tag, attributes in tags if tag == "img")
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {a["href"][1:] for tag, a in tags if tag == "a"}
+    assert targets <= set(ids)
+
+
+def test_render__facts_survive_the_attribute(page):
+    facts = [json.loads(a["data-facts"]) for _, a in Tags(page).tags if "data-facts" in a]
+    assert any("similarity" in one for one in facts)
+
+
+def test_write_page__no_run(tmp_path):
+    with pytest.raises(DatasetError, match=r"no run\.json"):
+        write_page(str(tmp_path), str(tmp_path / "x.html"))
+
+
+def test_render__losses_and_evaluation(tmp_path):
+    work = copied_run(tmp_path)
+    (work / "pretrain").mkdir()
+    lines = [json.dumps({"step": n, "loss": 9 - n / 100, "ibot_loss": 2}) for n in range(900)]
+    (work / "pretrain" / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 9')
+    (work / "evaluate").mkdir()
+    (work / "evaluate" / "_step.json").write_text('{"result": {"text": "k=10: <b>61 %</b>"}}')
+    found = render(WorkFolder(str(work)))
+    assert "k=10: &lt;b&gt;61 %&lt;/b&gt;" in found
+    points = re.search(r'polyline class="line line-0" points="([^"]*)"', found)
+    assert points is not None
+    assert len(points.group(1).split()) == 400
+
+
+def test_pictures__nsfw_is_veiled_and_blocklisted_hidden(monkeypatch):
+    work = WorkFolder(str(finished_run()))
+    pictures = Pictures(work)
+    stages = {"nsfw": work.stage("pool", "near_dedup"), "blocklist": work.stage("pool", "leaks")}
+    monkeypatch.setattr(WorkFolder, "stage", lambda self, flow, name: stages.get(name))
+    verdicts = {
+        name: stage.decisions.read(["id", "keep"]).to_pylist() for name, stage in stages.items()
+    }
+    fallen = {name: next(r["id"] for r in rows if not r["keep"]) for name, rows in verdicts.items()}
+    keys = {name: pictures.want("pool", one) for name, one in fallen.items()}
+    pictures.load()
+    assert pictures.get(keys["nsfw"]).veiled
+    assert pictures.get(keys["nsfw"]).data
+    assert pictures.get(keys["blocklist"]).hidden
+    assert not pictures.get(keys["blocklist"]).data
+
+
+def test_thumbnail__is_small_and_survives_rubbish():
+    assert thumbnail(b"rubbish", []) == ("", 0, 0)
+    work = WorkFolder(str(finished_run()))
+    image = work.making("pool", "images").output("images").read(["image"])["image"][0].as_py()
+    data, width, _ = thumbnail(image, [[0, 0, 40, 40]])
+    assert width == 96 <= MAX_SIDE
+    assert data.startswith("data:image/jpeg;base64,")
+    assert data != thumbnail(image, [])[0]
+
+
+def test_parts_of_set__shares_add_up():
+    parts = parts_of_set(WorkFolder(str(finished_run())))
+    assert sum(part["share"] for part in parts) == pytest.approx(1)
+    assert {part["part"] for part in parts} == {"seeds", "taken"}
+
+
+def test_funnel_chart__tiny_shares_and_hostile_reasons():
+    rows = [FunnelRow("pool", "<b>", 10**9, 0, {"<i>": 10**9 - 1}, 1)]
+    chart = charts.funnel_chart(rows, 900)
+    assert "<b>" not in chart
+    assert "&lt;i&gt;" in chart
+    assert charts.funnel_chart([], 900)
+
+
+def test_histogram_chart__one_value_and_no_counts():
+    chart = charts.histogram_chart(1.0, 1.0, [0, 0], [0, 0], [1.0], "x")
+    assert "nan" not in chart
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0.0%"), (0.5, "50.0%"), (0.00012, "0.012%"), (1, "100.0%")]
+)
+def test_percent__small_shares_keep_digits(value, text):
+    assert percent(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2e15, "2000.0 TB")]
+)
+def test_size__units(value, text):
+    assert size(value) == text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_page__runs_in_a_browser_without_errors(tmp_path):
+    """The script opens a picture, searches, and reports through the title of the page."""
+    out = tmp_path / "report.html"
+    write_page(str(finished_run()), str(out))
+    out.write_text(out.read_text().replace("</body>", f"<script>{PROBE}</script></body>"))
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000"),
+        *("--dump-dom", f"--user-data-dir={tmp_path / 'profile'}", out.as_uri()),
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    title = re.search("<title>(.*?)</title>", found.stdout, re.S)
+    assert title is not None
+    assert json.loads(title.group(1).replace("&quot;", '"')) == {
+        "errors": [],
+        "opened": True,
+        "facts": True,
+        "next": True,
+        "closed": True,
+        "found": "2 images",
+        "dark": "dark",
+    }
+
+
+PROBE = """
+const errors = [];
+addEventListener("error", (event) => errors.push(event.message));
+const click = (one) => one.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+const key = (one, name) =>
+  one.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
+const viewer = document.getElementById("viewer");
+click(document.querySelector(".look"));
+const opened = viewer.open;
+const first = viewer.querySelector("dd").textContent;
+const facts = first.length === 32;
+key(viewer, "ArrowRight");
+const next = viewer.querySelector("dd").textContent !== first;
+viewer.close();
+const search = document.getElementById("search");
+search.value = "dropped leak.jpg";
+search.dispatchEvent(new Event("input"));
+document.documentElement.dataset.theme = "light";
+click(document.getElementById("theme"));
+document.title = JSON.stringify({
+  errors, opened, facts, next, closed: !viewer.open,
+  found: document.getElementById("found").value, dark: document.documentElement.dataset.theme,
+});
+"""
