@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from curation import storage
+from curation.neighbors.quantized import nearest_centroids, quantize_centroids, quantize_rows
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.neighbors.vectors import unit_rows
@@ -131,25 +132,72 @@ class _Train(Work):
 
 
 def spherical_kmeans(rows: np.ndarray, count: int, iterations: int, seed: int) -> np.ndarray:
-    """(C, D) float32: unit centroids of unit rows, by Faiss. rows: (N, D) float32."""
-    import faiss
+    """(C, D) float32: unit centroids of unit rows. rows: (N, D) float32 or float16."""
+    rng = np.random.default_rng(seed)
+    return lloyd(rows, quantize_rows(rows), count, iterations, rng)[0]
 
-    if len(rows) <= count:
-        return rows
-    trained = faiss.Kmeans(
-        rows.shape[1],
-        count,
-        niter=iterations,
-        spherical=True,
-        seed=seed % (1 << 31),
-        min_points_per_centroid=1,
-        max_points_per_centroid=1 << 30,
-    )
-    start = None
+
+def lloyd(
+    rows: np.ndarray,
+    quantized: np.ndarray,
+    count: int,
+    iterations: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Spherical k-means in memory: centroids (C, D) float32, and nearest of each row (N,) int32.
+
+    Rows find their centroid by exact products of 8-bit integers, centroids are means of the rows
+    themselves. A centroid without rows is put beside that with most rows, a little to the side.
+
+    rows: (N, D) of any length; quantized: the same as (N, D) int8.
+    """
+    count = min(count, len(rows))
     if count <= _SPREAD_UP_TO:
-        start = spread_rows(rows[: 16 * count], count, np.random.default_rng(seed))
-    trained.train(np.ascontiguousarray(rows), init_centroids=start)
-    return np.asarray(trained.centroids)
+        centroids = spread_rows(unit_rows(rows[: 16 * count]).astype(np.float32), count, rng)
+    else:
+        chosen = np.sort(rng.choice(len(rows), count, replace=False))
+        centroids = unit_rows(rows[chosen]).astype(np.float32)
+    nearest = nearest_centroids(quantized, quantize_centroids(centroids))
+    for _ in range(iterations):
+        sums, counts = cluster_sums(rows, nearest, count)
+        centroids = means_of(sums, counts, centroids, rng)
+        nearest = nearest_centroids(quantized, quantize_centroids(centroids))
+    return centroids, nearest
+
+
+def cluster_sums(
+    rows: np.ndarray, nearest: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the unit rows of each cluster, (C, D) float64, and their number, (C,) int64."""
+    import torch
+
+    sums = np.zeros((count, rows.shape[1]))
+    block = max(_ROWS_AT_ONCE, count)
+    for start in range(0, len(rows), block):
+        some = rows[start : start + block].astype(np.float32)
+        some /= np.sqrt(np.einsum("nd,nd->n", some, some))[:, None]
+        part = torch.zeros(count, rows.shape[1])
+        own = torch.from_numpy(nearest[start : start + len(some)].astype(np.int64))
+        sums += part.index_add_(0, own, torch.from_numpy(some)).numpy()
+    return sums, np.bincount(nearest, minlength=count)
+
+
+def means_of(
+    sums: np.ndarray, counts: np.ndarray, before: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(C, D) float32: unit means; empty clusters take a place beside the largest ones.
+
+    sums: (C, D) float64; counts: (C,); before: (C, D) the centroids so far.
+    """
+    lengths = np.sqrt(np.einsum("cd,cd->c", sums, sums))
+    known = lengths > 0
+    centroids = before.astype(np.float64)
+    centroids[known] = sums[known] / lengths[known, None]
+    empty = np.flatnonzero(counts == 0)
+    crowded = np.argsort(-counts, kind="stable")[: len(empty)]
+    centroids[empty] = centroids[crowded] + 0.02 * rng.normal(size=(len(empty), sums.shape[1]))
+    centroids /= np.sqrt(np.einsum("cd,cd->c", centroids, centroids))[:, None]
+    return centroids.astype(np.float32)
 
 
 def spread_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

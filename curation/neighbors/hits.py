@@ -17,11 +17,11 @@ from curation.config import Settings
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.exchange import Exchange
 from curation.ledger import Receipt, commit_shard, finished_shards
+from curation.neighbors.layout import Layout, search_in
 from curation.neighbors.matching import assign_free
-from curation.neighbors.products import Products
 from curation.neighbors.review import id_bytes, ids_array
 from curation.neighbors.row_files import RowFiles, write_array
-from curation.neighbors.search import Search, ranks_within, search_exhaustively
+from curation.neighbors.search import Search, ranks_within
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.pool import Pool
 from curation.schema import ids_from_bytes, schema_of
@@ -58,13 +58,19 @@ class Retrieval:
     """The search for hits of some seed sets in an arranged pool."""
 
     rules: tuple[SeedRule, ...]
-    pool: RowFiles
+    layout: Layout
+    """The pool."""
     queries: tuple[RowFiles, ...]
     """The seeds of each rule's set, in the order of their ids."""
     num_clusters: int
     on_collision: Literal["keep", "next"]
     seed: int
     scratch: str
+
+    @property
+    def pool(self) -> RowFiles:
+        """The arranged rows of the pool."""
+        return self.layout.files
 
     @property
     def num_buckets(self) -> int:
@@ -88,28 +94,27 @@ class Retrieval:
             figures |= self._cluster(hits, engine)
         return {"sets": figures}
 
-    def search_of(self, number: int) -> Search:
-        """The search of one set's seeds."""
+    def candidates_of(self, number: int) -> int:
+        """Neighbours to look for: k, or more where taken ones are passed over."""
         wanted = self.rules[number].k
         if self.on_collision == "next":
             wanted = _SPARE * wanted + _SPARE
-        k = max(1, min(wanted, self.pool.num_rows))
-        folder = storage.join(self.scratch, f"search-{number}")
-        products = Products.best_for(self.pool.num_rows)
-        return Search(self.pool, self.queries[number], k, folder, products)
+        return max(1, min(wanted, self.pool.num_rows))
 
     def _sample(self, number: int, hits: "HitFiles", engine: Engine) -> dict[str, Any]:
-        rule, search = self.rules[number], self.search_of(number)
-        search_exhaustively(search, engine)
+        rule, folder = self.rules[number], storage.join(self.scratch, f"search-{number}")
+        k = self.candidates_of(number)
+        search, figures = search_in(self.layout, self.queries[number], k, folder, engine)
         if self.on_collision == "next":
             _write_chosen(search, rule.k)
-        work = _SampleHits(self, hits, number)
+        work = _SampleHits(self, search, hits, number)
         facts = run_steps(
             engine, work, search.queries.num_partitions, f"{search.folder}/hits", "write hits"
         )
         found = sum(fact["hits"] for fact in facts)
         wanted = rule.k * search.queries.num_rows
-        return {"seeds": search.queries.num_rows, "hits": found, "shortfall": wanted - found}
+        counts = {"seeds": search.queries.num_rows, "hits": found, "shortfall": wanted - found}
+        return {**counts, **figures}
 
     def _cluster(self, hits: "HitFiles", engine: Engine) -> dict[str, Any]:
         folder = storage.join(self.scratch, "clusters")
@@ -288,11 +293,12 @@ class _SampleHits(Work):
     """The hits of the seeds of one partition."""
 
     retrieval: Retrieval
+    search: Search
     hits: HitFiles
     number: int
 
     def __call__(self, item: int, opened: Any) -> Done:
-        search, k = self.retrieval.search_of(self.number), self.retrieval.rules[self.number].k
+        search, k = self.search, self.retrieval.rules[self.number].k
         positions, similarities = search.nearest(item)
         if self.retrieval.on_collision == "next":
             chosen = _read_chosen(search, item)

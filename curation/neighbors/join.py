@@ -46,6 +46,11 @@ class Join:
         first = np.asarray(self.files.rows(partition)["first"])
         return first_among(first, self.active_rows(partition))
 
+    def unique_rows(self, partition: int) -> np.ndarray:
+        """(M,) int64: numbers of the active rows, of identical ones only the first."""
+        stand_ins = self.stand_ins(partition)
+        return np.flatnonzero(stand_ins == np.arange(len(stand_ins)))
+
     def met_path(self, kind: str, item: int) -> str:
         """File of one `Meet` task: "edges" or "candidates"."""
         return storage.join(self.folder, "met", f"{kind}-{item:06d}.bin")
@@ -109,11 +114,11 @@ class _MeetAll(Work):
 
     def __call__(self, item: int, opened: Any) -> Done:
         first, second = self.pairs[item]
-        positions, raw = unique_rows(self.join, first)
+        positions, raw = _unique_vectors(self.join, first)
         split = 0
         if first != second:
             split = len(positions)
-            more, more_raw = unique_rows(self.join, second)
+            more, more_raw = _unique_vectors(self.join, second)
             positions, raw = np.concatenate([positions, more]), np.concatenate([raw, more_raw])
         collector = PairCollector(len(raw), self.join.threshold, raw.__getitem__)
         products = self.join.products
@@ -138,28 +143,32 @@ def meet_blocks(collector: PairCollector, products: Products, rows: Any, split: 
             collector.add(a, b, scores, band)
 
 
-def unique_rows(join: Join, partition: int) -> tuple[np.ndarray, np.ndarray]:
+def _unique_vectors(join: Join, partition: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions and vectors of a partition's active rows, of identical ones only the first."""
-    stand_ins = join.stand_ins(partition)
-    rows = np.flatnonzero(stand_ins == np.arange(len(stand_ins)))
+    rows = join.unique_rows(partition)
     return rows + join.files.starts[partition], join.files.vectors(partition)[rows]
 
 
 def write_met(join: Join, item: int, positions: np.ndarray, collector: PairCollector) -> Done:
     """Write what a task found. positions: (M,) int64 of the rows that it held."""
-    edges = positions[collector.edges()]
+    some = collector.candidates()
+    found = Candidates(positions[some.rows], positions[some.twins], some.scores, some.bands)
+    return write_found(join, item, positions[collector.edges()], found, collector.num_pairs)
+
+
+def write_found(
+    join: Join, item: int, edges: np.ndarray, found: Candidates, num_pairs: int
+) -> Done:
+    """Write edges and candidates, candidates by the partition of their row; all are positions."""
     write_array(join.met_path("edges", item), edges)
-    found = collector.candidates()
-    rows = positions[found.rows]
-    order = np.argsort(rows, kind="stable")
-    bounds = np.searchsorted(rows[order], join.files.starts).astype(np.int64)  # (P + 1,)
+    found = found.take(np.argsort(found.rows, kind="stable"))
+    bounds = np.searchsorted(found.rows, join.files.starts).astype(np.int64)  # (P + 1,)
     write_array(
         join.met_path("candidates", item),
-        *(bounds, rows[order], positions[found.twins][order]),
-        *(found.scores[order], found.bands[order]),
+        *(bounds, found.rows, found.twins, found.scores, found.bands),
     )
     paths = [join.met_path(kind, item) for kind in ("edges", "candidates")]
-    return Done(paths, {"pairs": collector.num_pairs})
+    return Done(paths, {"pairs": num_pairs})
 
 
 def read_candidates(join: Join, items: Sequence[int], partition: int) -> Candidates:

@@ -1,20 +1,65 @@
-"""Which way to compare: how rows are laid out, and which join runs over them."""
+"""Which way to compare: how rows are laid out, and which join or search runs over them.
 
+Few rows are compared all with all, which is exact. More are arranged into lists, and rows are
+compared with those of the lists that they visit; then recall is measured and reported.
+"""
+
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from curation.errors import ConfigError, StageError
+from pydantic import Field
+
+from curation import storage
+from curation.config import Settings
+from curation.errors import ConfigError
+from curation.neighbors.coarse import CoarseRouter
 from curation.neighbors.join import Join, Joined, join_exhaustively
+from curation.neighbors.list_join import join_by_lists
+from curation.neighbors.list_search import ListSearch
 from curation.neighbors.partition import IdRanges, Scattered, arrange
 from curation.neighbors.products import Products
+from curation.neighbors.recall import measure_recall
 from curation.neighbors.row_files import RowFiles
+from curation.neighbors.search import Search, search_exhaustively
+from curation.neighbors.train import Budget, train_router
 from curation.neighbors.vectors import VectorSource, check_spaces, check_widths
 from curation.pool import Pool
 from curation.stage import Engine, StageInputs
 
-EXHAUSTIVE_LIMIT = 200_000
-"""Rows up to which all are compared with all."""
-
 _ROWS_PER_PARTITION = 25_000
+
+
+class Comparison(Settings):
+    """How rows are compared with each other."""
+
+    method: Literal["auto", "all", "lists"] = "auto"
+    """all: every pair, exactly. lists: rows of near lists. auto: all, up to `exhaustive_rows`."""
+    exhaustive_rows: int = Field(default=50_000, ge=0)
+    """auto: rows up to which all pairs are compared."""
+    recall: float = Field(default=0.99, gt=0, le=1)
+    """lists: share of the pairs above the threshold to be found, measured on a sample."""
+    memory_gb: float = Field(default=4.0, gt=0)
+    """Memory that the tasks of one machine may hold at once."""
+
+    def by_lists(self, num_rows: int) -> bool:
+        """Whether so many rows are compared by lists."""
+        if self.method == "auto":
+            return num_rows > self.exhaustive_rows
+        return self.method == "lists"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Arranged rows, and how they are to be compared."""
+
+    files: RowFiles
+    comparison: Comparison
+    seed: int
+    router: CoarseRouter | None = None
+    """How lists are found; None where all are compared with all."""
+    threads: int = 0
 
 
 def sources_of(
@@ -37,20 +82,32 @@ def sources_of(
     return sources
 
 
-def lay_out(sources: Sequence[VectorSource], folder: str, engine: Engine) -> RowFiles:
-    """Arrange the rows of all sources for joins.
-
-    Raises:
-        StageError: more rows than can be compared exhaustively.
-    """
+def lay_out(
+    sources: Sequence[VectorSource],
+    folder: str,
+    engine: Engine,
+    *,
+    comparison: Comparison,
+    seed: int,
+) -> Layout:
+    """Arrange the rows of all sources: by lists, or scattered where all are compared with all."""
     num_rows = sum(source.pool.num_rows for source in sources)
-    if num_rows > EXHAUSTIVE_LIMIT:
-        raise StageError(
-            f"{num_rows} rows are to be compared; up to {EXHAUSTIVE_LIMIT} are allowed until the "
-            "partitioned comparison lands"
-        )
-    count = 1 + num_rows // _ROWS_PER_PARTITION
-    return arrange(sources, Scattered(count), range(count + 1), folder, engine)
+    threads = threads_of(engine)
+    if not comparison.by_lists(num_rows) or not num_rows:
+        count = 1 + num_rows // _ROWS_PER_PARTITION
+        files = arrange(sources, Scattered(count), range(count + 1), folder, engine)
+        return Layout(files, comparison, seed, None, threads)
+    budget = Budget(memory=int(comparison.memory_gb * (1 << 30)))
+    router, list_starts = train_router(
+        tuple(sources),
+        storage.join(folder, "coarse"),
+        engine,
+        seed=seed,
+        budget=budget,
+        threads=threads,
+    )
+    files = arrange(sources, router, list_starts, folder, engine)
+    return Layout(files, comparison, seed, router, threads)
 
 
 def lay_out_queries(source: VectorSource, rows: RowFiles, folder: str, engine: Engine) -> RowFiles:
@@ -66,11 +123,46 @@ def lay_out_queries(source: VectorSource, rows: RowFiles, folder: str, engine: E
 
 
 def self_join(
-    files: RowFiles, threshold: float, folder: str, engine: Engine, active: str | None = None
-) -> Joined:
-    """Join arranged rows with themselves above a threshold."""
-    join = Join(files, threshold, folder, Products.best_for(files.num_rows), active)
-    return join_exhaustively(join, engine)
+    layout: Layout, threshold: float, folder: str, engine: Engine, active: str | None = None
+) -> tuple[Joined, dict[str, Any]]:
+    """Join arranged rows with themselves above a threshold; give what it found, and figures."""
+    files = layout.files
+    products = Products.best_for(files.num_rows)
+    join = Join(files, threshold, folder, products, active)
+    if layout.router is None:
+        joined = join_exhaustively(join, engine)
+        return joined, {"compared": "all", "measured_recall": 1.0, "estimated_missed_pairs": 0}
+    recall = measure_recall(
+        files,
+        threshold,
+        layout.comparison.recall,
+        products,
+        storage.join(folder, "recall"),
+        engine,
+        seed=layout.seed,
+        threads=layout.threads,
+    )
+    joined = join_by_lists(join, recall.num_visits, engine, layout.threads)
+    return joined, {"compared": "lists", **recall.figures()}
+
+
+def search_in(
+    layout: Layout, queries: RowFiles, k: int, folder: str, engine: Engine
+) -> tuple[Search, dict[str, Any]]:
+    """The k nearest arranged rows of every query, and figures."""
+    search = Search(layout.files, queries, k, folder, Products.best_for(layout.files.num_rows))
+    if layout.router is None:
+        search_exhaustively(search, engine)
+        return search, {"compared": "all", "measured_recall": 1.0}
+    by_lists = ListSearch(
+        search, layout.router, layout.comparison.recall, layout.seed, layout.threads
+    )
+    return search, {"compared": "lists", **by_lists.run(engine)}
+
+
+def threads_of(engine: Engine) -> int:
+    """Threads of one worker, so that all workers together use the machine once."""
+    return max(1, (os.cpu_count() or 1) // max(1, engine.workers))
 
 
 def _set_of(inputs: StageInputs, name: str) -> Pool:

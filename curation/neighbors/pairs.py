@@ -15,6 +15,7 @@ from curation.neighbors.vectors import exact_similarities
 
 _PENDING = 1 << 22
 """Pairs held before they are boiled down."""
+_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Candidates:
         np.maximum.at(surely, self.rows, self.scores - self.bands)
         return self.take(self.scores + self.bands >= surely[self.rows])
 
+    def possible_of_any(self) -> "Candidates":
+        """Those that may be the best of their row, for rows of any number."""
+        known, numbered = np.unique(self.rows, return_inverse=True)
+        few = Candidates(numbered, np.arange(len(self)), self.scores, self.bands)
+        return self.take(few.possible(len(known)).twins)
+
 
 class PairCollector:
     """Takes approximate pairs of numbered rows, block by block."""
@@ -65,9 +72,9 @@ class PairCollector:
         self._num_rows = num_rows
         self._threshold = np.float32(threshold)
         self._vectors = vectors
-        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pending: list[Candidates] = []
         self._held = 0
-        self._candidates: list[Candidates] = []
+        self._candidates = Candidates.empty()
         self._edges = np.empty((0, 2), np.int64)
         self.num_pairs = 0
 
@@ -80,26 +87,10 @@ class PairCollector:
 
         left, right: (H,) row numbers; scores: (H,) float32.
         """
-        sure = np.abs(scores - self._threshold) > band
-        near = np.flatnonzero(~sure)
-        if len(near):
-            exact = exact_similarities(self._vectors(left[near]), self._vectors(right[near]))
-            sure[near] = exact > self._threshold
-            left, right, scores = left[sure], right[sure], scores[sure]
-        if not len(left):
-            return
-        self.num_pairs += len(left)
-        self._pending.append((left, right))
-        bands = np.full(2 * len(left), band, np.float32)
-        self._candidates.append(
-            Candidates(
-                np.concatenate([left, right]),
-                np.concatenate([right, left]),
-                np.concatenate([scores, scores]),
-                bands,
-            )
-        )
-        self._held += len(left)
+        if len(left):
+            bands = np.full(len(left), band, np.float32)
+            self._pending.append(Candidates(left, right, scores, bands))
+            self._held += len(left)
         if self._held > _PENDING:
             self._boil_down()
 
@@ -111,24 +102,37 @@ class PairCollector:
     def candidates(self) -> Candidates:
         """What may be the most similar other row of each row that has a pair."""
         self._boil_down()
-        return self._candidates[0] if self._candidates else Candidates.empty()
+        return self._candidates
 
     def _boil_down(self) -> None:
-        if self._pending:
-            left, right = (np.concatenate(side) for side in zip(*self._pending, strict=True))
-            pairs = np.stack([left, right], axis=1).astype(np.int64)
-            self._edges = spanning_edges(np.concatenate([self._edges, pairs]))
-            found = Candidates.joined(self._candidates).possible(self._num_rows)
-            if len(found) > 8 * self._num_rows:
-                found = self._settled(found)
-            self._candidates = [found]
-            self._pending, self._held = [], 0
+        if not self._pending:
+            return
+        pairs = self._surely_above(Candidates.joined(self._pending))
+        self._pending, self._held = [], 0
+        self.num_pairs += len(pairs)
+        both = np.stack([pairs.rows, pairs.twins], axis=1)
+        self._edges = spanning_edges(np.concatenate([self._edges, both]))
+        back = Candidates(pairs.twins, pairs.rows, pairs.scores, pairs.bands)
+        found = Candidates.joined([self._candidates, pairs, back]).possible(self._num_rows)
+        if len(found) > 8 * self._num_rows:
+            found = self._settled(found)
+        self._candidates = found
+
+    def _surely_above(self, pairs: Candidates) -> Candidates:
+        """The pairs above the threshold; those within the error of it are scored exactly."""
+        sure = np.abs(pairs.scores - self._threshold) > pairs.bands
+        near = np.flatnonzero(~sure)
+        for start in range(0, len(near), _AT_ONCE):
+            some = near[start : start + _AT_ONCE]
+            left, right = self._vectors(pairs.rows[some]), self._vectors(pairs.twins[some])
+            sure[some] = exact_similarities(left, right) > self._threshold
+        return pairs.take(sure)
 
     def _settled(self, found: Candidates) -> Candidates:
         """In a crowd of near-copies: score exactly, so that few candidates remain."""
         scores = np.empty(len(found), np.float32)
-        for start in range(0, len(found), _PENDING):
-            some = slice(start, start + _PENDING)
+        for start in range(0, len(found), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
             left, right = self._vectors(found.rows[some]), self._vectors(found.twins[some])
             scores[some] = exact_similarities(left, right)
         exact = Candidates(found.rows, found.twins, scores, np.zeros(len(found), np.float32))

@@ -116,7 +116,7 @@ def arrange(
         DatasetError: an id that occurs twice in one source; names it.
         SpaceError: vectors of different widths.
     """
-    groups = tuple(group for number, one in enumerate(sources) for group in _groups(number, one))
+    groups = groups_of_shards(sources)
     plan = Plan(
         sources=tuple(sources),
         router=router,
@@ -140,6 +140,11 @@ def read_bad_rows(folder: str, set_number: int, shard: int) -> np.ndarray:
     """(B,) int64: rows of a shard that have no direction."""
     path = storage.join(folder, "bad", f"{set_number:03d}-{shard:06d}.bin")
     return np.frombuffer(storage.read_bytes(path), np.int64)
+
+
+def groups_of_shards(sources: Sequence[VectorSource]) -> tuple[tuple[int, int, int], ...]:
+    """(set, first shard, end): runs of shards that one task reads."""
+    return tuple(group for number, one in enumerate(sources) for group in _groups(number, one))
 
 
 def _groups(number: int, source: VectorSource) -> list[tuple[int, int, int]]:

@@ -12,6 +12,7 @@ import numpy as np
 
 _SMALL = 20_000
 """Below this many rows, importing torch costs more than it saves."""
+_BUFFER_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,20 @@ class Products:
 
     def prepare(self, vectors: np.ndarray) -> Any:
         """Unit rows in this precision. vectors: (N, D) float16 or float32."""
+        if self.precision == "bfloat16":
+            return _prepare_bfloat16(vectors, self.device)
         rows = vectors.astype(np.float32)
-        rows /= np.abs(rows).max(axis=1, keepdims=True, initial=1e-30)
+        rows /= np.abs(rows).max(axis=1, keepdims=True, initial=1e-30)  # squares stay finite
         rows /= np.sqrt(np.einsum("nd,nd->n", rows, rows))[:, None]
+        return rows
+
+    def rows(self, prepared: Any, numbers: np.ndarray) -> Any:
+        """Some of the prepared rows."""
         if self.precision == "float32":
-            return rows
+            return prepared[numbers]
         import torch
 
-        return torch.from_numpy(rows).to(self.device, torch.bfloat16)
+        return prepared[torch.from_numpy(numbers).to(self.device)]
 
     def above(self, left: Any, right: Any, bound: float) -> tuple[np.ndarray, ...]:
         """Row numbers, column numbers and approximate cosines of the pairs above a bound.
@@ -73,6 +80,23 @@ class Products:
 
 FLOAT32 = Products()
 """The plainest: NumPy, single precision."""
+
+
+def _prepare_bfloat16(vectors: np.ndarray, device: str) -> Any:
+    """Unit rows in bfloat16, block by block in a buffer that stays in the cache."""
+    import torch
+
+    raw = torch.from_numpy(np.require(vectors, requirements=["C", "W"]))
+    prepared = torch.empty(raw.shape, dtype=torch.bfloat16)
+    buffer = torch.empty((_BUFFER_ROWS, raw.shape[1]))
+    for start in range(0, len(raw), _BUFFER_ROWS):
+        block = raw[start : start + _BUFFER_ROWS]
+        rows = buffer[: len(block)].copy_(block)
+        if raw.dtype == torch.float32:
+            rows.div_(rows.abs().amax(dim=1, keepdim=True))
+        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+        prepared[start : start + len(block)].copy_(rows)
+    return prepared.to(device)
 
 
 @cache

@@ -54,7 +54,7 @@ class Found:
     """Candidates of queries."""
 
     queries: np.ndarray
-    """(H,) int64: number of the query in its partition."""
+    """(H,) int64: position of the query."""
     positions: np.ndarray
     """(H,) int64: position of the row."""
     scores: np.ndarray
@@ -72,18 +72,45 @@ class Found:
         """Some of the candidates, by mask or number."""
         return Found(self.queries[which], self.positions[which], self.scores[which])
 
+    def ranks(self) -> np.ndarray:
+        """(H,) int64: 0, 1, … inside each run of one query."""
+        return ranks_within(self.queries)
+
     def possible(self, k: int, band: float) -> "Found":
         """Those that may be among the k nearest of their query, given the largest error."""
-        order = np.lexsort((-self.scores, self.queries))
-        found = self.take(order)
-        ranks = ranks_within(found.queries)
+        found = self.take(np.lexsort((-self.scores, self.queries)))
         floor = np.full(int(found.queries.max(initial=-1)) + 1, -np.inf, np.float32)
-        kth = ranks == k - 1
+        kth = found.ranks() == k - 1
         floor[found.queries[kth]] = found.scores[kth]
         return found.take(found.scores >= floor[found.queries] - np.float32(2 * band))
 
+    def possible_of_any(self, k: int, band: float) -> "Found":
+        """The same, for queries of any number."""
+        known, numbered = np.unique(self.queries, return_inverse=True)
+        few = Found(numbered, self.positions, self.scores).possible(k, band)
+        return Found(known[few.queries], few.positions, few.scores)
 
-def search_exhaustively(search: Search, engine: Engine) -> Search:
+    def write(self, path: str, queries: RowFiles) -> None:
+        """Write candidates by the partition of their query, with an offset table."""
+        found = self.take(np.argsort(self.queries, kind="stable"))
+        bounds = np.searchsorted(found.queries, queries.starts).astype(np.int64)  # (P + 1,)
+        write_array(path, bounds, found.queries, found.positions, found.scores)
+
+    @classmethod
+    def read(cls, path: str, partition: int, queries: RowFiles) -> "Found":
+        """Candidates for the queries of one partition."""
+        head = 8 * (queries.num_partitions + 1)
+        bounds = map_array(path, "int64", 0, (head // 8,))
+        start, stop, total = (int(bounds[i]) for i in (partition, partition + 1, -1))
+        shape = (stop - start,)
+        return cls(
+            map_array(path, "int64", head + 8 * start, shape),
+            map_array(path, "int64", head + 8 * (total + start), shape),
+            map_array(path, "float32", head + 16 * total + 4 * start, shape),
+        )
+
+
+def search_exhaustively(search: Search, engine: Engine) -> None:
     """Compare every query with every row: the exact reference, for small inputs."""
     shape = (search.queries.num_partitions, search.rows.num_partitions)
     pairs = tuple((int(a), int(b)) for a, b in np.ndindex(*shape))
@@ -93,9 +120,13 @@ def search_exhaustively(search: Search, engine: Engine) -> Search:
         tuple(item for item, pair in enumerate(pairs) if pair[0] == partition)
         for partition in range(shape[0])
     )
+    finish_search(search, items, engine)
+
+
+def finish_search(search: Search, items: tuple[tuple[int, ...], ...], engine: Engine) -> None:
+    """Choose the nearest of what `Look` tasks found. items: their numbers, by query partition."""
     ranked = storage.join(search.folder, "ranked")
-    run_steps(engine, _Rank(search, items), shape[0], ranked, "rank neighbours")
-    return search
+    run_steps(engine, _Rank(search, items), len(items), ranked, "rank neighbours")
 
 
 @dataclass(frozen=True)
@@ -107,42 +138,47 @@ class _Look(Work):
 
     def __call__(self, item: int, opened: Any) -> Done:
         of_queries, of_rows = self.pairs[item]
-        products = self.search.products
-        queries = products.prepare(self.search.queries.vectors(of_queries))
-        rows = products.prepare(self.search.rows.vectors(of_rows))
-        start = self.search.rows.starts[of_rows]
+        search, products = self.search, self.search.products
+        queries = products.prepare(search.queries.vectors(of_queries))
+        rows = products.prepare(search.rows.vectors(of_rows))
+        base, start = search.queries.starts[of_queries], search.rows.starts[of_rows]
         parts = []
         for first in range(0, len(queries), _QUERIES):
-            found = self._look(queries[first : first + _QUERIES], rows)
-            found = Found(found.queries + first, found.positions + start, found.scores)
-            parts.append(self._thinned(found, of_queries))
+            found = nearest_in(products, queries[first : first + _QUERIES], rows, search.k)
+            numbers = found.queries + (base + first)
+            parts.append(thinned(search, Found(numbers, found.positions + start, found.scores)))
         found = Found.joined(parts)
-        path = self.search.looked_path(item)
-        write_array(path, found.queries, found.positions, found.scores)
+        path = search.looked_path(item)
+        found.write(path, search.queries)
         return Done([path], {"candidates": len(found.queries)})
 
-    def _look(self, queries: Any, rows: Any) -> Found:
-        """Candidates of a block of queries among all rows of a partition."""
-        products, k = self.search.products, self.search.k
-        band = products.band(queries.shape[1])
-        found = Found.joined([])
-        floor = np.full(len(queries), -np.inf, np.float32)
-        for first in range(0, len(rows), _TILE):
-            scores = products.scores(queries, rows[first : first + _TILE])  # (Q, N)
-            if scores.shape[1] >= k:
-                kth = np.partition(scores, -k, axis=1)[:, -k]
-                floor = np.maximum(floor, kth)
-            near = np.nonzero(scores >= (floor - np.float32(2 * band))[:, None])
-            part = Found(near[0], near[1] + first, scores[near])
-            found = Found.joined([found, part]).possible(k, band)
-        return found
 
-    def _thinned(self, found: Found, partition: int) -> Found:
-        """In a crowd of equals: keep exactly the k nearest, so that few candidates remain."""
-        counts = np.bincount(found.queries, minlength=1)
-        if counts.max() <= 4 * self.search.k + _CROWD:
-            return found
-        return exactly_nearest(self.search, partition, found)
+def nearest_in(products: Products, queries: Any, rows: Any, k: int) -> Found:
+    """What may be among the k nearest rows of each query; numbers instead of positions.
+
+    queries: (Q, D), rows: (N, D), both prepared.
+    """
+    band = products.band(rows.shape[1])
+    found = Found.joined([])
+    floor = np.full(len(queries), -np.inf, np.float32)
+    for first in range(0, len(rows), _TILE):
+        scores = products.scores(queries, rows[first : first + _TILE])  # (Q, N)
+        if scores.shape[1] >= k:
+            floor = np.maximum(floor, np.partition(scores, -k, axis=1)[:, -k])
+        near = np.nonzero(scores >= (floor - np.float32(2 * band))[:, None])
+        part = Found(near[0], near[1] + first, scores[near])
+        found = Found.joined([found, part]) if first else part
+        if len(rows) > _TILE:
+            found = found.possible(k, band)
+    return found
+
+
+def thinned(search: Search, found: Found) -> Found:
+    """In a crowd of equals: keep exactly the k nearest, so that few candidates remain."""
+    _, counts = np.unique(found.queries, return_counts=True)
+    if counts.max(initial=0) <= 4 * search.k + _CROWD:
+        return found
+    return exactly_nearest(search, found)
 
 
 @dataclass(frozen=True)
@@ -151,47 +187,36 @@ class _Rank(Work):
 
     search: Search
     items: tuple[tuple[int, ...], ...]
-    """`Look` tasks of each partition of queries."""
+    """`Look` tasks that met each partition of queries."""
 
     def __call__(self, item: int, opened: Any) -> Done:
         search = self.search
-        found = Found.joined([read_found(search.looked_path(one)) for one in self.items[item]])
+        paths = [search.looked_path(one) for one in self.items[item]]
+        found = Found.joined([Found.read(path, item, search.queries) for path in paths])
         band = search.products.band(search.rows.width)
-        found = exactly_nearest(search, item, found.possible(search.k, band))
+        found = exactly_nearest(search, found.possible_of_any(search.k, band))
         shape = (search.queries.size(item), search.k)
         positions, similarities = np.full(shape, -1, np.int64), np.full(shape, np.nan, np.float32)
-        ranks = ranks_within(found.queries)
-        positions[found.queries, ranks] = found.positions
-        similarities[found.queries, ranks] = found.scores
+        rows, ranks = found.queries - search.queries.starts[item], found.ranks()
+        positions[rows, ranks] = found.positions
+        similarities[rows, ranks] = found.scores
         write_array(search.ranked_path("positions", item), positions)
         write_array(search.ranked_path("similarities", item), similarities)
         return Done([search.ranked_path(kind, item) for kind in ("positions", "similarities")])
 
 
-def exactly_nearest(search: Search, partition: int, found: Found) -> Found:
+def exactly_nearest(search: Search, found: Found) -> Found:
     """The k nearest of the candidates, scored exactly, sorted by query and rank."""
     exact = np.empty(len(found.queries), np.float32)
-    base = search.queries.starts[partition]
     for start in range(0, len(exact), 1 << 15):
         some = slice(start, start + (1 << 15))
-        queries = search.queries.gather("vectors", found.queries[some] + base)
+        queries = search.queries.gather("vectors", found.queries[some])
         rows = search.rows.gather("vectors", found.positions[some])
         exact[some] = exact_similarities(queries, rows)
     ids = search.rows.gather("ids", found.positions).view(">u8")  # (H, 2)
     order = np.lexsort((ids[:, 1], ids[:, 0], -exact, found.queries))
     best = Found(found.queries, found.positions, exact).take(order)
-    return best.take(ranks_within(best.queries) < search.k)
-
-
-def read_found(path: str) -> Found:
-    """Candidates that a `Look` task wrote."""
-    data = storage.read_bytes(path)
-    count = len(data) // 20
-    return Found(
-        np.frombuffer(data, np.int64, count),
-        np.frombuffer(data, np.int64, count, 8 * count),
-        np.frombuffer(data, np.float32, count, 16 * count),
-    )
+    return best.take(best.ranks() < search.k)
 
 
 def ranks_within(groups: np.ndarray) -> np.ndarray:

@@ -80,7 +80,6 @@ def bad_rows(vectors: np.ndarray) -> np.ndarray:
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
     """(N, D) float64, every row divided by its length."""
     rows: np.ndarray = vectors.astype(np.float64)
-    rows /= np.abs(rows).max(axis=1, keepdims=True)  # squares of float32 extremes stay finite
     rows /= np.sqrt(np.einsum("nd,nd->n", rows, rows))[:, None]
     return rows
 
@@ -159,7 +158,8 @@ def default_threshold(source: VectorSource, given: float | None, purpose: str) -
     return float(threshold)
 
 
-_PAIRS_AT_ONCE = 1 << 13
+_PAIRS_AT_ONCE = 1 << 8
+"""Few enough to stay in the cache."""
 
 
 def _holds_lists(kind: pa.DataType) -> bool:

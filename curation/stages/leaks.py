@@ -7,9 +7,8 @@ from pydantic import Field
 
 from curation import storage
 from curation.neighbors.judges import DropLeaks
-from curation.neighbors.layout import lay_out, self_join, sources_of
+from curation.neighbors.layout import Comparison, Layout, lay_out, self_join, sources_of
 from curation.neighbors.review import Reviewed, connect, review
-from curation.neighbors.row_files import RowFiles
 from curation.neighbors.vectors import default_threshold
 from curation.neighbors.verdicts import Verdicts, decide_shards
 from curation.schema import schema_of
@@ -32,6 +31,8 @@ class Leaks(DatasetStage):
     """Names of the benchmarks."""
     assume_same_space: bool = False
     """Compare embeddings whose spaces are unknown or differ."""
+    comparison: Comparison = Comparison()
+    """How rows are compared: exhaustively, or by lists with a measured recall."""
 
     def needs(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
@@ -56,9 +57,9 @@ class Leaks(DatasetStage):
         )
         threshold = default_threshold(sources[0], self.threshold, "leak")
         rows = storage.join(folder.scratch, "rows")
-        files = lay_out(sources, rows, engine)
+        layout = lay_out(sources, rows, engine, comparison=self.comparison, seed=inputs.seed)
         leaks, figures = find_leaks(
-            files, threshold, storage.join(folder.scratch, "leaks"), inputs, engine
+            layout, threshold, storage.join(folder.scratch, "leaks"), inputs, engine
         )
         verdicts = Verdicts(rows, leaks=leaks, leak_threshold=threshold, set_names=self.against)
         decide_shards(self, inputs.pool, folder, verdicts, engine)
@@ -66,7 +67,7 @@ class Leaks(DatasetStage):
 
 
 def find_leaks(
-    files: RowFiles,
+    layout: Layout,
     threshold: float,
     folder: str,
     inputs: StageInputs,
@@ -74,8 +75,8 @@ def find_leaks(
     active: str | None = None,
 ) -> tuple[Reviewed, dict[str, Any]]:
     """Verdicts on the rows that leak, and figures. active: file of the rows that take part."""
-    joined = self_join(files, threshold, folder, engine, active)
+    joined, figures = self_join(layout, threshold, folder, engine, active)
     graph, _ = connect(joined, storage.join(folder, "labels.bin"))
     leaks = review(graph, DropLeaks(threshold), folder, inputs.pool.num_shards, engine)
     leaking = sum(fact["leaking_components"] for fact in leaks.facts)
-    return leaks, {"leaking_components": leaking}
+    return leaks, {"leaking_components": leaking, **figures}

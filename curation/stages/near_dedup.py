@@ -13,7 +13,7 @@ from pydantic import Field
 from curation import storage
 from curation.neighbors.join import Joined
 from curation.neighbors.judges import KeepOne
-from curation.neighbors.layout import lay_out, self_join, sources_of
+from curation.neighbors.layout import Comparison, lay_out, self_join, sources_of
 from curation.neighbors.review import Reviewed, check_largest, connect, review
 from curation.neighbors.row_files import RowFiles, write_array
 from curation.neighbors.vectors import default_threshold
@@ -44,6 +44,8 @@ class NearDedup(DatasetStage):
     """Cosine above which a row leaks; the encoder's own where left out."""
     assume_same_space: bool = False
     """Compare embeddings whose spaces are unknown or differ."""
+    comparison: Comparison = Comparison()
+    """How rows are compared: exhaustively, or by lists with a measured recall."""
 
     def needs(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
@@ -67,13 +69,21 @@ class NearDedup(DatasetStage):
             assume_same_space=self.assume_same_space,
         )
         threshold = default_threshold(sources[0], self.threshold, "dedup")
-        files = lay_out(sources, storage.join(folder.scratch, "rows"), engine)
+        layout = lay_out(
+            sources,
+            storage.join(folder.scratch, "rows"),
+            engine,
+            comparison=self.comparison,
+            seed=inputs.seed,
+        )
+        files = layout.files
         root = storage.join(folder.scratch, "duplicates")
         active = None
         if self.against:
             active = write_active(files, storage.join(root, "active.bin"), [])
-        joined = self_join(files, threshold, root, engine, active)
-        reviewed, figures = self._review(joined, inputs, root, engine)
+        joined, figures = self_join(layout, threshold, root, engine, active)
+        reviewed, found = self._review(joined, inputs, root, engine)
+        figures |= found
         verdicts = Verdicts(storage.join(folder.scratch, "rows"), threshold, reviewed)
         figures |= {"threshold": threshold, **size_figures(inputs)}
         if self.against:
@@ -85,10 +95,10 @@ class NearDedup(DatasetStage):
                 with_sets=True,
             )
             leaks, found = find_leaks(
-                files, limit, storage.join(folder.scratch, "leaks"), inputs, engine, survivors
+                layout, limit, storage.join(folder.scratch, "leaks"), inputs, engine, survivors
             )
             verdicts = replace(verdicts, leaks=leaks, leak_threshold=limit, set_names=self.against)
-            figures |= {"against_threshold": limit, **found}
+            figures |= {"against_threshold": limit, "leaks": found}
         decide_shards(self, inputs.pool, folder, verdicts, engine)
         return figures
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from curation import storage
 from curation.neighbors.hits import HITS, HitFiles, Retrieval, SeedRule, write_hits
-from curation.neighbors.layout import lay_out, lay_out_queries, sources_of
+from curation.neighbors.layout import Comparison, lay_out, lay_out_queries, sources_of
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 
@@ -33,6 +33,8 @@ class Retrieve(DatasetStage):
     """sample: keep: an image may be hit by several seeds. next: take the next nearest free one."""
     assume_same_space: bool = False
     """Compare embeddings whose spaces are unknown or differ."""
+    comparison: Comparison = Comparison()
+    """How seeds are compared with the pool: exhaustively, or by lists with a measured recall."""
 
     @model_validator(mode="after")
     def _one_rule_a_set(self) -> "Retrieve":
@@ -64,9 +66,12 @@ class Retrieve(DatasetStage):
             self.embedding_column,
             assume_same_space=self.assume_same_space,
         )
-        pool = lay_out(sources[:1], storage.join(folder.scratch, "rows"), engine)
+        rows = storage.join(folder.scratch, "rows")
+        pool = lay_out(sources[:1], rows, engine, comparison=self.comparison, seed=inputs.seed)
         queries = tuple(
-            lay_out_queries(source, pool, storage.join(folder.scratch, f"seeds-{name}"), engine)
+            lay_out_queries(
+                source, pool.files, storage.join(folder.scratch, f"seeds-{name}"), engine
+            )
             for name, source in zip(names, sources[1:], strict=True)
         )
         retrieval = Retrieval(

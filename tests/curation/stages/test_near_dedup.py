@@ -165,7 +165,7 @@ def test_near_dedup__against_drops_whole_components_direct_and_chained(embed, de
     assert found[1]["twin_set"] == "bench"
     assert found[1]["similarity"] == pytest.approx(np.cos(np.deg2rad(65)), abs=1e-3)
     assert [row["threshold"] for row in found[:2]] == [pytest.approx(0.45)] * 2
-    assert record.figures["leaking_components"] == 1
+    assert record.figures["leaks"]["leaking_components"] == 1
 
 
 def test_near_dedup__near_duplicate_takes_precedence_over_leak(embed, dedup):

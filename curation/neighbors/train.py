@@ -1,0 +1,182 @@
+"""Training the coarse centroids: a sample of all rows, two levels of k-means, and the partitions.
+
+The sample is the rows with the smallest hash of (seed, id), in its order, so the lists depend on
+the rows and the seed alone. N rows, S sampled rows, D width, L lists, P partitions.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from curation import storage
+from curation.clustering import hash_ids
+from curation.neighbors.coarse import Coarse, CoarseRouter, limit_threads
+from curation.neighbors.partition import groups_of_shards
+from curation.neighbors.row_files import write_array
+from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
+from curation.stage import Engine
+
+_ROWS_PER_LIST = 256
+_MOST_LISTS = 1 << 18
+_SAMPLE_PER_LIST = 64
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the coarse part may cost."""
+
+    memory: int = 4 << 30
+    """Bytes that all tasks of a machine may hold at once."""
+    most_visits: int = 15
+    """Visits of a row that are written down; a join uses as many as its recall needs."""
+    groups_met: int = 12
+    """Groups whose lists a row is compared with."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A sample of the rows of some sources, and the centroids trained on it."""
+
+    sources: tuple[VectorSource, ...]
+    groups: tuple[tuple[int, int, int], ...]
+    folder: str
+    seed: int
+    share: float
+    """Share of the rows that are sampled."""
+    num_lists: int
+    dtype: str
+    budget: Budget
+    num_rows: int
+    threads: int
+    rows_per_partition: int
+
+    def sample_path(self, item: int) -> str:
+        """File of the sample of one run of shards."""
+        return storage.join(self.folder, f"sample-{item:06d}.bin")
+
+    @property
+    def coarse_path(self) -> str:
+        """File of the centroids."""
+        return storage.join(self.folder, "coarse.bin")
+
+
+def train_router(
+    sources: tuple[VectorSource, ...],
+    folder: str,
+    engine: Engine,
+    *,
+    seed: int,
+    budget: Budget,
+    threads: int,
+) -> tuple[CoarseRouter, list[int]]:
+    """Train coarse centroids; give the router and the first list of each partition."""
+    num_rows = sum(source.pool.num_rows for source in sources)
+    num_lists = int(np.clip(num_rows // _ROWS_PER_LIST, 16, _MOST_LISTS))
+    per_partition = max(1 << 16, num_rows >> 11)
+    training = Training(
+        sources=sources,
+        groups=groups_of_shards(sources),
+        folder=folder,
+        seed=seed,
+        share=min(1.0, _SAMPLE_PER_LIST * num_lists / num_rows),
+        num_lists=num_lists,
+        dtype=storage_dtype(sources),
+        budget=budget,
+        num_rows=num_rows,
+        threads=threads,
+        rows_per_partition=per_partition,
+    )
+    sampled = storage.join(folder, "sampled")
+    facts = run_steps(engine, _Sample(training), len(training.groups), sampled, "sample rows")
+    width = check_widths([(fact["where"], fact["width"]) for fact in facts])
+    trained = storage.join(folder, "trained")
+    found = run_steps(engine, _TrainCoarse(training, width), 1, trained, "train centroids")[0]
+    router = CoarseRouter(
+        training.coarse_path,
+        width,
+        found["groups"],
+        found["lists"],
+        min(budget.most_visits, found["lists"] - 1),
+        budget.groups_met,
+        threads,
+    )
+    return router, found["list_starts"]
+
+
+@dataclass(frozen=True)
+class _Sample(Work):
+    """The sampled rows of some shards: (S,) uint64 hashes, then (S, D) vectors."""
+
+    training: Training
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        number, first, end = self.training.groups[item]
+        source = self.training.sources[number]
+        bound = np.uint64(self.training.share * float(2**64 - 2**11))
+        hashes, rows, widths = [], [], []
+        for shard in range(first, end):
+            ids, vectors = source.read(shard)
+            keys = hash_ids(ids, "coarse", self.training.seed)
+            chosen = np.flatnonzero(keys <= bound)
+            chosen = chosen[~bad_rows(vectors[chosen])] if len(chosen) else chosen
+            if len(chosen):
+                hashes.append(keys[chosen])
+                rows.append(vectors[chosen].astype(self.training.dtype))
+                widths.append((source.dataset.shard_path(shard), vectors.shape[1]))
+        width = check_widths(widths)
+        write_array(self.training.sample_path(item), *hashes, *rows)
+        where = source.dataset.path
+        return Done([self.training.sample_path(item)], {"where": where, "width": width})
+
+
+@dataclass(frozen=True)
+class _TrainCoarse(Work):
+    """Both levels of centroids, and how many rows each list will hold."""
+
+    training: Training
+    width: int
+
+    def open(self) -> Any:
+        limit_threads(self.training.threads)
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        rows = self._sample()
+        rng = np.random.default_rng(self.training.seed)
+        coarse = Coarse.trained(rows, self.training.num_lists, rng)
+        path = self.training.coarse_path
+        CoarseRouter.written(path, coarse, 0, 1, 0)
+        counts = np.bincount(coarse.route(rows, 1, 2)[:, 0], minlength=coarse.num_lists)
+        expected = counts * (self.training.num_rows / max(1, len(rows)))
+        facts = {
+            "groups": len(coarse.groups),
+            "lists": coarse.num_lists,
+            "list_starts": split_evenly(expected, self.training.rows_per_partition),
+        }
+        return Done([path], facts)
+
+    def _sample(self) -> np.ndarray:
+        """(S, D) sampled rows in the order of their hashes."""
+        row_bytes = 8 + self.width * np.dtype(self.training.dtype).itemsize
+        hashes, rows = [np.empty(0, np.uint64)], [np.empty((0, self.width), self.training.dtype)]
+        for item in range(len(self.training.groups)):
+            data = storage.read_bytes(self.training.sample_path(item))
+            count = len(data) // row_bytes
+            hashes.append(np.frombuffer(data, np.uint64, count))
+            found = np.frombuffer(data, self.training.dtype, count * self.width, 8 * count)
+            rows.append(found.reshape(count, self.width))
+        order = np.argsort(np.concatenate(hashes), kind="stable")
+        return np.concatenate(rows)[order]
+
+
+def split_evenly(expected: np.ndarray, rows_per_partition: int) -> list[int]:
+    """First list of each partition, and the number of lists: about so many rows in each.
+
+    expected: (L,) rows of each list. A longer list is a partition of its own.
+    """
+    before = np.concatenate([[0.0], np.cumsum(expected)[:-1]])
+    count = max(1, round(expected.sum() / rows_per_partition))
+    owner = np.minimum((before / max(1.0, expected.sum()) * count).astype(np.int64), count - 1)
+    firsts = np.flatnonzero(np.diff(owner, prepend=-1) > 0)
+    return [*(int(first) for first in firsts), len(expected)]
