@@ -332,17 +332,45 @@ def pack(
 @app.command()
 def stats(
     path: Annotated[str, typer.Argument(help="A work folder, a manifest or any data set.")],
+    by: Annotated[
+        str | None, typer.Option("--by", help="Count by host, source_set, seed_set, any column.")
+    ] = None,
+    csv: Annotated[str | None, typer.Option("--csv", help="Write the figures as CSV.")] = None,
     json: Json = False,
 ) -> None:
     """Count rows, reasons, sizes and scores of a run or a data set.
 
-    Example:
+    Examples:
 
         curate stats build/demo --json
+
+        curate stats build/demo/manifest --by host
     """
     from pipelines.verbs import audit as verb
 
-    verb.print_stats(path, json)
+    verb.print_stats(path, json, by, csv)
+
+
+@app.command()
+def sql(
+    work: Annotated[str, typer.Argument(help="Work folder of a run.")],
+    query: Annotated[
+        str | None, typer.Argument(help="One SELECT in DuckDB's SQL; none: list the views.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Rows shown.")] = 100,
+    json: Json = False,
+) -> None:
+    """Ask a run in SQL: decisions, rows, images, fetches, hits, manifest, packed, stages.
+
+    Examples:
+
+        curate sql build/demo
+
+        curate sql build/demo "select reason, count(*) from decisions where not keep group by 1"
+    """
+    from pipelines.verbs import audit as verb
+
+    verb.print_answer(work, query, limit, json)
 
 
 @app.command()

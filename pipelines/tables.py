@@ -1,12 +1,12 @@
 """DuckDB over our Parquet: bounded memory, only the columns asked for, texts only as parameters."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import DatasetError, StorageError
-from pipelines.work_folder import WorkFolder
 
 Row = dict[str, Any]
 
@@ -54,6 +54,10 @@ class Tables:
         """Make a view of a query on other views."""
         self._run(f"create or replace view {name} as {query}")
 
+    def define_macro(self, name: str, argument: str, expression: str) -> None:
+        """Make a function that queries may call."""
+        self._run(f"create or replace macro {name}({argument}) as {expression}")
+
     def columns(self, name: str) -> dict[str, str]:
         """Names and DuckDB types of a view's columns."""
         return {row["column_name"]: row["column_type"] for row in self.rows(f"describe {name}")}
@@ -62,11 +66,11 @@ class Tables:
         """Run a query whose result is small; give its rows."""
         return list(self.batches(query, parameters))
 
-    def batches(self, query: str, parameters: Sequence[Any] = ()) -> Iterable[Row]:
+    def batches(self, query: str, parameters: Sequence[Any] = ()) -> Iterator[Row]:
         """Run a query; give its rows one by one, without holding them all."""
         result = self._run(query, parameters)
         names = [column[0] for column in result.description]
-        while block := result.fetchmany(1024):
+        while block := self._fetch(result):
             for values in block:
                 yield dict(zip(names, values, strict=True))
 
@@ -75,14 +79,14 @@ class Tables:
         return self.rows(query, parameters)[0]
 
     def _run(self, query: str, parameters: Sequence[Any] = ()) -> Any:
-        import duckdb
-
-        try:
+        with duckdb_errors():
             return self._connection.execute(query, list(parameters))
-        except duckdb.IOException as error:
-            raise StorageError(_one_line(error)) from error
-        except duckdb.Error as error:
-            raise DatasetError(f"query failed: {_one_line(error)}") from error
+
+    def _fetch(self, result: Any) -> list[tuple[Any, ...]]:
+        """The next rows; a damaged file may show only here."""
+        with duckdb_errors():
+            block: list[tuple[Any, ...]] = result.fetchmany(1024)
+        return block
 
     def _reach(self, dataset: Dataset) -> None:
         """Let DuckDB read object stores through fsspec."""
@@ -91,6 +95,19 @@ class Tables:
 
             self._connection.register_filesystem(fsspec.filesystem(dataset.path.split("://")[0]))
             self._remote = True
+
+
+@contextlib.contextmanager
+def duckdb_errors() -> Iterator[None]:
+    """Turn DuckDB's errors into ours."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.IOException as error:
+        raise StorageError(_one_line(error)) from error
+    except (duckdb.Error, UnicodeDecodeError) as error:
+        raise DatasetError(f"query failed: {_one_line(error)}") from error
 
 
 def quoted(text: Any) -> str:
@@ -111,37 +128,6 @@ def host_of(column: str = "source") -> str:
     """SQL for the host of a URL; null for what is no URL."""
     pattern = "^[a-zA-Z]+://(?:[^/@]*@)?([^/:?#]+)"
     return f"nullif(regexp_extract({column}, '{pattern}', 1), '')"
-
-
-def run_tables(work: WorkFolder, tables: Tables) -> list[str]:
-    """Make the views of a run: what `curate sql` offers. Gives their names."""
-    made = []
-    stages = work.all_stages()
-    views: dict[str, list[tuple[Dataset, Row]]] = {"decisions": []}
-    for stage in stages:
-        label = {"flow": stage.flow}
-        views["decisions"].append((stage.decisions, label))
-        for output, view in _SIDE_CARS.items():
-            if output in stage.entry.record.outputs and stage.has(output):
-                views.setdefault(view, []).append((stage.output(output), label))
-    for name, dataset in (("manifest", work.manifest), ("packed", work.packed)):
-        if dataset is not None:
-            views[name] = [(dataset, {})]
-    for name, parts in views.items():
-        if tables.add(name, *(part for part, _ in parts), labels=[label for _, label in parts]):
-            made.append(name)
-    return made
-
-
-_SIDE_CARS = {
-    "rows": "rows",
-    "images": "images",
-    "fetches": "fetches",
-    "hits": "hits",
-    "scores": "scores",
-    "faces": "faces",
-}
-"""Output of a stage -> name of its view."""
 
 
 def _files_of(dataset: Dataset) -> list[str]:

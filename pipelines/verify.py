@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from curation import storage
 from curation.dataset import MANIFEST, Dataset, Manifest, ShardInfo
 from curation.digest import Content
-from curation.errors import ConfigError, CurateError, DatasetError, StorageError
+from curation.errors import CurateError, StorageError
 from curation.ledger import RECEIPTS, Receipt, read_receipt, read_stage
 from curation.schema import ID, KEEP
 from curation.stage import DECISIONS, StageFolder
@@ -26,6 +26,8 @@ from pipelines.seal import broken_seals
 from pipelines.tables import Tables
 from pipelines.work_folder import FinishedStage, WorkFolder
 
+_UNREADABLE = (CurateError, OSError, ValueError, pa.ArrowException, OverflowError, MemoryError)
+"""What reading a damaged file may raise: Arrow does not always raise its own errors."""
 _CHUNK = 1 << 22
 _ROWS_TO_TRY = 20_000
 """Swapped columns are looked for in shards of at most so many rows."""
@@ -67,14 +69,14 @@ def verify_run(work: WorkFolder) -> Iterator[Checked]:
     """Check a run: every output of every stage, the accounts between them, and the manifest."""
     try:
         record = work.record
-    except CurateError as error:
-        yield Checked("run.json", defects=[str(error)])
+    except _UNREADABLE as error:
+        yield Checked("run.json", defects=[_one_line(error)])
         return
     for flow in work.flows:
         try:
             stages = work.stages(flow)
-        except CurateError as error:
-            yield Checked(flow, defects=[str(error)])
+        except _UNREADABLE as error:
+            yield Checked(flow, defects=[_one_line(error)])
             continue
         for stage in stages:
             yield _guarded(stage.entry.folder, partial(_verify_stage, work, stage))
@@ -91,8 +93,8 @@ def verify_dataset(path: str, *, may_be_deleted: bool = False) -> Checked:
     checked = Checked(path)
     try:
         dataset = Dataset.open(path)
-    except CurateError as error:
-        checked.blame(MANIFEST, str(error))
+    except _UNREADABLE as error:
+        checked.blame(MANIFEST, _one_line(error))
         return checked
     _check_form(storage.join(path, MANIFEST), checked)
     _check_totals(dataset.manifest, checked)
@@ -118,8 +120,8 @@ def verify_foreign(path: str) -> Checked:
     for index, info in enumerate(dataset.manifest.shards):
         try:
             table = storage.read_parquet(dataset.shard_path(index))
-        except CurateError as error:
-            checked.blame(info.name, str(error))
+        except _UNREADABLE as error:
+            checked.blame(info.name, _one_line(error))
             continue
         checked.files += 1
         checked.rows += table.num_rows
@@ -186,8 +188,8 @@ def _guarded(where: str, check: Callable[[Checked], None]) -> Checked:
     checked = Checked(where)
     try:
         check(checked)
-    except CurateError as error:
-        checked.blame("", str(error))
+    except _UNREADABLE as error:
+        checked.blame("", _one_line(error))
     return checked
 
 
@@ -214,9 +216,9 @@ def _check_shard(dataset: Dataset, index: int, info: ShardInfo, checked: Checked
         _check_bytes(storage.join(dataset.path, name), name, sha256, None, checked)
     try:
         table = storage.read_parquet(dataset.shard_path(index))
-    except CurateError as error:
+    except _UNREADABLE as error:
         if storage.exists(dataset.shard_path(index)):
-            checked.blame(info.name, f"cannot be read: {error}")
+            checked.blame(info.name, f"cannot be read: {_one_line(error)}")
         return
     checked.rows += table.num_rows
     # Parquet calls the inside of lists 'element', Arrow calls it 'item'
@@ -304,8 +306,8 @@ def _read_receipts(stage: FinishedStage, checked: Checked) -> list[Receipt]:
         try:
             receipts.append(read_receipt(storage.join(root, name)))
             _check_form(storage.join(root, name), checked)
-        except (ConfigError, StorageError) as error:
-            checked.blame(f"{RECEIPTS}/{name}", f"cannot be read: {error}")
+        except _UNREADABLE as error:
+            checked.blame(f"{RECEIPTS}/{name}", f"cannot be read: {_one_line(error)}")
     return receipts
 
 
@@ -318,7 +320,7 @@ def _check_receipt(stage: FinishedStage, receipt: Receipt, checked: Checked) -> 
             checked.blame(name, f"says of '{output}' another thing than its manifest")
     try:
         verdicts = stage.decisions.read_shard(receipt.index, [KEEP, "reason"])
-    except CurateError:
+    except _UNREADABLE:
         return  # named already, where the shard's bytes were checked
     kept = pc.sum(verdicts[KEEP]).as_py() or 0
     fallen = verdicts.filter(pc.invert(verdicts[KEEP]))["reason"].to_pylist()
@@ -395,8 +397,8 @@ def _check_tar(packed: Dataset, index: int, name: str, checked: Checked) -> None
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
             held = {one.name: (one.offset_data, one.size) for one in tar if _is_image(one.name)}
-    except (tarfile.TarError, StorageError) as error:
-        checked.blame(name, f"is no readable tar: {error}")
+    except (tarfile.TarError, *_UNREADABLE) as error:
+        checked.blame(name, f"is no readable tar: {_one_line(error)}")
         return
     for image in sorted(told.keys() ^ held.keys())[:_NAMED]:
         side = "is not in the tar" if image in told else "is not in the index"
@@ -430,7 +432,7 @@ def _present(dataset: Dataset) -> bool:
 def _digest(path: str) -> str:
     try:
         return Dataset.open(path).manifest.content_digest
-    except (DatasetError, ConfigError, StorageError):
+    except _UNREADABLE:
         return ""
 
 
@@ -479,6 +481,10 @@ def _missing(wanted: pa.ChunkedArray, held: pa.ChunkedArray) -> list[str]:
     """A few ids of the first that the second lacks."""
     found: list[str] = wanted.filter(pc.invert(pc.is_in(wanted, held.combine_chunks()))).to_pylist()
     return found[:_NAMED]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _is_image(name: str) -> bool:

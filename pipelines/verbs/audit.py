@@ -1,4 +1,4 @@
-"""`curate stats`, `explain`, `report` and `verify`."""
+"""What auditors ask: `curate stats`, `sql`, `explain`, `report`, `verify` and their like."""
 
 from typing import Any
 
@@ -30,6 +30,26 @@ def print_stats(path: str, as_json: bool, by: str | None = None, csv: str | None
         _print_run(found)
     else:
         _print_dataset(found)
+
+
+def print_answer(work: str, query: str | None, limit: int, as_json: bool) -> None:
+    """`curate sql`."""
+    from pipelines.sql import ask, views_of
+
+    if query is None:
+        views = views_of(work)
+        if as_json:
+            console.print_json(views)
+        else:
+            console.print_pairs({n: ", ".join(c) for n, c in views.items()}, title="views")
+        return
+    answer = ask(work, query, limit)
+    if as_json:
+        console.print_json(answer.rows)
+        return
+    _print_table(answer.rows, "")
+    if answer.more:
+        console.print_line(f"the first {limit} rows; --limit shows more")
 
 
 def print_explanation(image: str, work: str, as_json: bool) -> None:
@@ -166,7 +186,8 @@ def _print_life(life: Row) -> None:
     )
     if life["sources"]:
         console.print_pairs(life["sources"], title="images named above")
-    _print_table([{k: v for k, v in hit.items() if k != "id"} for hit in life["hits"]], "hits")
+    own = "id" if life["flow"] == "pool" else "seed_id"
+    _print_table([{k: v for k, v in hit.items() if k != own} for hit in life["hits"]], "hits")
     for part in ("manifest", "packed"):
         if life.get(part):
             shown = {k: v for k, v in life[part].items() if v is not None and k != "id"}
@@ -194,4 +215,6 @@ def _number(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
     return "" if value is None else _number(value) if isinstance(value, float) else value
