@@ -4,9 +4,13 @@ import ipaddress
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_METADATA = ipaddress.ip_address("168.63.129.16")
-"""Azure's wire server: a metadata service on an address that looks public."""
+_METADATA = (
+    ipaddress.ip_network("168.63.129.16/32"),  # Azure's wire server, on a public address
+    ipaddress.ip_network("192.0.0.0/24"),  # protocol assignments; Oracle's metadata lies there
+)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST = ipaddress.ip_network("2000::/3")
+"""All of IPv6 that is assigned to the public internet."""
 
 
 def is_public(text: str) -> bool:
@@ -21,7 +25,10 @@ def is_public(text: str) -> bool:
         return False
     if inner is not None and address in _NAT64:
         return True
-    return address.is_global and not address.is_multicast and address != _METADATA
+    if isinstance(address, ipaddress.IPv6Address) and address not in _UNICAST and inner is None:
+        return False
+    listed = any(address in network for network in _METADATA)
+    return address.is_global and not address.is_multicast and not listed
 
 
 def _embedded(address: Address) -> ipaddress.IPv4Address | None:

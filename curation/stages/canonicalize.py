@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 from pydantic import Field
 
 from curation.blocklists import BlockIndex, Blocklists, RowHashes, md5_of, reject_listed
-from curation.schema import IMAGE_COLUMNS, schema_of
+from curation.schema import IMAGE_COLUMNS, SOURCE_COLUMNS, schema_of
 from curation.stage import Resources, Shard, ShardStage, reject
 from embedder.errors import ImageError
 from embedder.images import REASONS, Limits, Pixels, canonicalize, read_header, resize
@@ -45,6 +46,10 @@ class Canonicalize(ShardStage):
     def needs(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
         return ("raw",)
+
+    def uses(self) -> tuple[str, ...]:
+        """Where each row is from; null in the output where the input does not say."""
+        return SOURCE_COLUMNS
 
     def outputs(self) -> dict[str, pa.Schema]:
         """The images; where lists are given, when a row was found on one (null for all others)."""
@@ -84,7 +89,9 @@ class Canonicalize(ShardStage):
         images = [{} if isinstance(row, str) else row for row in rows]
         if opened is not None:
             _drop_listed(shard, images, opened)
-        names = [name for name in IMAGE_COLUMNS if name != "id"]
+        names = [name for name in IMAGE_COLUMNS if name not in ("id", *SOURCE_COLUMNS)]
+        for name in set(SOURCE_COLUMNS) - set(shard.table.column_names):
+            shard.emit("images", {name: [None] * shard.num_rows})
         shard.emit("images", {name: [image.get(name) for image in images] for name in names})
 
     def _row(self, scalar: Any, limits: Limits) -> dict[str, Any] | str:
@@ -137,6 +144,7 @@ def perceptual_hash(pixels: Pixels) -> tuple[str, int]:
     """PDQ hash (64 hex characters) and its quality, 0 (flat) to 100."""
     import pdqhash
 
-    small = resize(pixels, _PDQ_SIDE, _PDQ_SIDE, "bilinear", reducing_gap=2.0)
-    bits, quality = pdqhash.compute(small)
+    luma = np.asarray(Image.fromarray(pixels).convert("L"))
+    small = resize(luma, _PDQ_SIDE, _PDQ_SIDE, "bilinear", reducing_gap=2.0)
+    bits, quality = pdqhash.compute(np.repeat(small[:, :, None], 3, axis=2))
     return np.packbits(bits.astype(bool)).tobytes().hex(), int(quality)
