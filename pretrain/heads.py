@@ -70,8 +70,9 @@ class PrototypeHead(nn.Module):
     def forward(self, x: Tensor) -> Projected:
         """Project tokens (M, D)."""
         x = self.mlp(x)  # (M, b)
-        eps = 1e-6 if x.dtype == torch.float16 else 1e-12
-        return Projected(F.normalize(x, dim=-1, eps=eps), self.last_layer())
+        # Fresh heads give values near 1e-3, whose squares vanish in float16.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return Projected(F.normalize(x, dim=-1, eps=1e-12), self.last_layer())
 
     def logits(self, x: Tensor) -> Tensor:
         """Give the logits (M, K) of tokens (M, D) whole: for tests and small inputs."""

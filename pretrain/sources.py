@@ -1,5 +1,6 @@
 """Where images come from: shards whose images can be read singly."""
 
+import tarfile
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Protocol
@@ -75,11 +76,7 @@ class ImageFolder:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._files = [
-            name
-            for name in storage.walk_files(path)
-            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
+        self._files = [name for name in storage.walk_files(path) if is_image(name)]
         starts = range(0, len(self._files), FOLDER_SHARD)
         self.sizes = [min(FOLDER_SHARD, len(self._files) - start) for start in starts]
 
@@ -93,18 +90,64 @@ class ImageFolder:
         return np.full(self.sizes[shard], NO_SET)
 
 
+class TarFolder:
+    """WebDataset tars without an index: their headers are read once, when the run begins.
+
+    Held are 12 bytes an image; its id is `tar name/number`.
+    """
+
+    def __init__(self, path: str, names: list[str]) -> None:
+        self._path = path
+        self._names = names
+        self._members = [self._scan(name) for name in names]
+        self.sizes = [len(offsets) for offsets, _ in self._members]
+
+    def read(self, shard: int, row: int) -> tuple[str, bytes]:
+        """Give the id and the file of one image, by its byte range in the tar."""
+        offsets, lengths = self._members[shard]
+        with storage.open_read(storage.join(self._path, self._names[shard])) as file:
+            file.seek(int(offsets[row]))
+            return f"{self._names[shard]}/{row}", file.read(int(lengths[row]))
+
+    def seed_sets(self, shard: int) -> NDArray[np.str_]:
+        """No image of a plain tar has a seed set."""
+        return np.full(self.sizes[shard], NO_SET)
+
+    def _scan(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        path = storage.join(self._path, name)
+        try:
+            with storage.open_read(path) as file, tarfile.open(fileobj=file) as tar:
+                found = [(m.offset_data, m.size) for m in tar if m.isfile() and is_image(m.name)]
+        except tarfile.TarError as error:
+            raise DatasetError(f"{path}: not a readable tar: {error}; remove it") from error
+        offsets, lengths = zip(*found, strict=True) if found else ((), ())
+        return np.asarray(offsets, np.int64), np.asarray(lengths, np.int32)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
 def open_source(path: str) -> Source:
-    """Open packed shards or a folder of images.
+    """Open packed shards, a folder of WebDataset tars or a folder of images.
 
     Raises:
         DatasetError: there are no images, with what was looked for.
     """
     if not storage.exists(path):
         raise DatasetError(f"{path}: no such folder; give packed shards or a folder of images")
-    source: Source = PackedShards(path) if Dataset.is_finished(path) else ImageFolder(path)
+    source = _open(path)
     if sum(source.sizes) == 0:
         raise DatasetError(
             f"{path}: holds no images; want packed shards (_manifest.json, shard-*.tar) with at "
-            "least one row, or a folder of image files"
+            "least one row, a folder of tars, or a folder of image files"
         )
     return source
+
+
+def _open(path: str) -> Source:
+    if Dataset.is_finished(path):
+        return PackedShards(path)
+    tars = storage.list_files(path, ".tar")
+    return TarFolder(path, tars) if tars else ImageFolder(path)

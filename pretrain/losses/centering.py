@@ -39,5 +39,6 @@ class Center(nn.Module):
         count = features.new_full((1,), len(features))
         total = sum_over_ranks(torch.cat([features.sum(0), count]))  # (b + 1,)
         mean = total[:-1] / total[-1].clamp(min=1)
-        logits = F.linear(mean, projected.prototypes.to(mean.dtype))  # (K,)
+        with torch.autocast(mean.device.type, enabled=False):
+            logits = F.linear(mean, projected.prototypes.to(mean.dtype))  # (K,)
         self.center = torch.lerp(logits.to(self.center.dtype), self.center, self.momentum)

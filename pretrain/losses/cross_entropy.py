@@ -19,6 +19,9 @@ from torch import Tensor
 from pretrain.heads import Projected
 from pretrain.losses.targets import Targets
 
+FLOAT16_HEADROOM = 4096.0
+"""Lifts gradients of single prototypes (down to 1e-8) above float16's smallest number."""
+
 
 def cross_entropy(
     projected: Projected,
@@ -58,6 +61,8 @@ class _CrossEntropy(torch.autograd.Function):
         block_rows: int,
     ) -> Tensor:
         full = torch.promote_types(features.dtype, torch.float32)
+        # The loss scaler acts after this pass, so float16 needs a scale of its own here.
+        headroom = FLOAT16_HEADROOM if features.dtype == torch.float16 else 1.0
         loss = weights.new_zeros((), dtype=full)
         features_grad = torch.zeros_like(features, dtype=full)
         prototypes_grad = torch.zeros_like(prototypes, dtype=full)
@@ -67,9 +72,11 @@ class _CrossEntropy(torch.autograd.Function):
             q = _summed(targets, target_rows[rows])  # (r, K)
             part, grad = _block_loss((block @ prototypes.T).to(full), q, weights[rows], temperature)
             loss += part
-            grad = grad.to(block.dtype)
+            grad = grad.mul_(headroom).to(block.dtype)
             features_grad[rows] = grad @ prototypes
             prototypes_grad += grad.T @ block
+        features_grad.div_(headroom)
+        prototypes_grad.div_(headroom)
         ctx.save_for_backward(features_grad, prototypes_grad)
         ctx.dtype = features.dtype
         return loss

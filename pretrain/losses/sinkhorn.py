@@ -80,7 +80,12 @@ def _hold(
 
 
 def _scale(q: Tensor, blocks: list[slice], iterations: int) -> Tensor:
-    """Give u (K,) of Q (M, K) by plain products."""
+    """Give u (K,) of Q (M, K) by plain products, never in half precision."""
+    with torch.autocast(q.device.type, enabled=False):
+        return _iterate(q, blocks, iterations)
+
+
+def _iterate(q: Tensor, blocks: list[slice], iterations: int) -> Tensor:
     u = None
     for _ in range(iterations):
         sums = torch.zeros_like(q[:0].sum(0))  # (K,)

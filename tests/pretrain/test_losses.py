@@ -98,3 +98,11 @@ def test_koleo_loss__equal_rows_and_half_precision_stay_finite() -> None:
     assert koleo_loss(rows).isfinite()
     with torch.autocast("cpu", torch.bfloat16):
         assert koleo_loss(torch.randn(4, 8)).dtype == torch.float32
+
+
+def test_sinkhorn_targets__autocast_leaves_the_sums_alone() -> None:
+    outputs = Projected(*(part.float() for part in projected(20)))
+    expected = sinkhorn_targets(outputs, 0.04).rows(torch.arange(20))
+    with torch.autocast("cpu", torch.float16):
+        rows = sinkhorn_targets(outputs, 0.04).rows(torch.arange(20))
+    torch.testing.assert_close(rows, expected, rtol=0.1, atol=1e-3)

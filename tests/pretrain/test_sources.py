@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from curation.errors import DatasetError
-from pretrain.sources import ImageFolder, PackedShards, open_source
+from pretrain.sources import ImageFolder, PackedShards, TarFolder, open_source
 from tests.pretrain.small_runs import jpeg, write_folder, write_shards
 
 
@@ -42,3 +42,18 @@ def test_open_source__nothing_there(tmp_path: Path) -> None:
     empty = write_shards(tmp_path / "packed", [[]])
     with pytest.raises(DatasetError, match="holds no images"):
         open_source(str(empty))
+
+
+def test_tar_folder__webdataset_without_an_index(tmp_path: Path) -> None:
+    images = [(f"{i:032x}", jpeg(i), None) for i in range(3)]
+    path = write_shards(tmp_path / "tars", [images])
+    for file in path.iterdir():
+        if file.suffix != ".tar":
+            file.unlink()
+    source = open_source(str(path))
+    assert isinstance(source, TarFolder)
+    assert source.sizes == [3]
+    assert source.read(0, 2) == ("shard-00000.tar/2", jpeg(2))
+    (path / "shard-00000.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(DatasetError, match="not a readable tar"):
+        open_source(str(path))

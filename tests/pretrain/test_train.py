@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,3 +198,60 @@ def test_load_config__name_and_overrides() -> None:
 def test_peak_lr__follows_the_effective_batch() -> None:
     config = small_config(optim={"lr_scaling": "sqrt_wrt_1024", "batch_size": 256, "base_lr": 2e-4})
     assert config.peak_lr(12) == pytest.approx(2e-4 * 3**0.5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_run__half_precision_with_recomputed_activations(
+    images: str, tmp_path: Path, precision: str
+) -> None:
+    settings = {"precision": precision, "checkpoint_activations": True}
+    full = run(small_config(optim={"steps": 3}), images, str(tmp_path / "full"))
+    half = run(small_config(optim={"steps": 3}, run=settings), images, str(tmp_path / "half"))
+    assert half.first["loss"] == pytest.approx(full.first["loss"], rel=0.02)
+    assert half.finished  # float16's scaler skips steps until its scale fits
+
+
+def test_run__accumulated_parts_are_the_whole_batch(images: str, tmp_path: Path) -> None:
+    """Apart from KoLeo, which seeks neighbours within a part."""
+    loss = {**small_config().loss.model_dump(), "koleo_weight": 0.0}
+    rest = {"model": {"drop_path": 0.0}, "loss": loss}
+    whole = run(small_config(**rest), images, str(tmp_path / "whole"))
+    config = small_config(**rest, optim={"batch_size": 2, "accumulate": 2})
+    parts = run(config, images, str(tmp_path / "parts"))
+    ours, theirs = ([r["loss"] for r in read_lines(x.log)] for x in (parts, whole))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_run__knn_and_signs_of_collapse_are_logged(images: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            (tmp_path / name / f"{i}.jpg").write_bytes(jpeg(i + 3 * (name == "b")))
+    (tmp_path / "labeled").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).rename(tmp_path / "labeled" / name)
+    labeled = str(tmp_path / "labeled")
+    knn = {"train": labeled, "test": labeled, "every_steps": 2, "k": 1}
+    result = run(small_config(optim={"steps": 2}, knn=knn), images, str(tmp_path / "out"))
+    assert result.last["knn"] == 1.0
+    assert result.last["feature_rank"] > 1
+    assert 0 < result.last["teacher_entropy"] <= 1
+
+
+@pytest.mark.slow
+def test_run__killed_at_three_steps_and_resumed(images: str, tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from pretrain.train import run\n"
+        "from tests.pretrain.small_runs import small_config\n"
+        "def progress(record):\n"
+        "    if record['step'] == int(sys.argv[3]):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run(small_config(run={'checkpoint_every_steps': 2}), *sys.argv[1:3], progress=progress)\n"
+    )
+    for step in (1, 3, 5):
+        command = [sys.executable, "-c", script, images, str(tmp_path / "killed"), str(step)]
+        assert subprocess.run(command, check=False, timeout=200).returncode == -signal.SIGKILL
+    config = small_config(run={"checkpoint_every_steps": 2})
+    resumed = run(config, images, str(tmp_path / "killed"))
+    assert losses(resumed) == losses(run(config, images, str(tmp_path / "calm")))
