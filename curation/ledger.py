@@ -15,7 +15,7 @@ from curation import storage
 from curation.config import Settings, parse_settings
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
 from curation.errors import LedgerError
-from curation.schema import ID, decision_schema
+from curation.schema import ID, SOURCE_COLUMNS, decision_schema
 from curation.stage import DECISIONS, Shard, Stage, StageFolder
 
 RECEIPTS = "_receipts"
@@ -220,6 +220,8 @@ def _output_table(shard: Shard, name: str, schema: pa.Schema) -> pa.Table:
             arrays.append(_to_arrow(columns[field.name], field.type))
         elif field.name in shard.table.column_names:
             arrays.append(shard.table[field.name].cast(field.type))
+        elif field.name in SOURCE_COLUMNS:  # carried along where the input knows it
+            arrays.append(pa.nulls(shard.num_rows, field.type))
         else:
             raise LedgerError(f"output '{name}' promised the column '{field.name}'")
     table = pa.table(arrays, schema=schema)

@@ -87,9 +87,12 @@ FETCH_COLUMNS = (
 )
 """The side-car of what varies from run to run; left out of the content digest."""
 
+SOURCE_COLUMNS = ("source", "source_set")
+"""Where a row is from; carried along by what may be handed on alone: raw bytes and images."""
+
 IMAGE_COLUMNS = (
-    *(ID, "image", "width", "height", "original_width", "original_height", "format"),
-    *("num_bytes", "sha256", "pixel_hash", "phash", "phash_quality"),
+    *(ID, *SOURCE_COLUMNS, "image", "width", "height", "original_width", "original_height"),
+    *("format", "num_bytes", "sha256", "pixel_hash", "phash", "phash_quality"),
 )
 
 

@@ -90,8 +90,6 @@ class Canonicalize(ShardStage):
         if opened is not None:
             _drop_listed(shard, images, opened)
         names = [name for name in IMAGE_COLUMNS if name not in ("id", *SOURCE_COLUMNS)]
-        for name in set(SOURCE_COLUMNS) - set(shard.table.column_names):
-            shard.emit("images", {name: [None] * shard.num_rows})
         shard.emit("images", {name: [image.get(name) for image in images] for name in names})
 
     def _row(self, scalar: Any, limits: Limits) -> dict[str, Any] | str:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from curation.fetching.client import Client, FetchPolicy
 from curation.fetching.outcomes import REASONS, status_of
 from curation.fetching.shard_downloader import Outcome, ShardDownloader, load_downloader
-from curation.schema import FETCH_COLUMNS, schema_of
+from curation.schema import FETCH_COLUMNS, SOURCE_COLUMNS, schema_of
 from curation.stage import Resources, Shard, ShardStage, reject
 from embedder.images import Limits
 
@@ -71,9 +71,14 @@ class Download(ShardStage):
         """The URL."""
         return ("source",)
 
+    def uses(self) -> tuple[str, ...]:
+        """The set that a row belongs to."""
+        return ("source_set",)
+
     def outputs(self) -> dict[str, pa.Schema]:
         """The bytes that arrived, and how each fetch went."""
-        return {"raw": schema_of(["id", "raw"]), "fetches": schema_of(FETCH_COLUMNS)}
+        raw = schema_of(["id", *SOURCE_COLUMNS, "raw"])
+        return {"raw": raw, "fetches": schema_of(FETCH_COLUMNS)}
 
     def varying_outputs(self) -> tuple[str, ...]:
         """Times and attempts differ from run to run."""

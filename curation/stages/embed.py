@@ -46,7 +46,7 @@ class Embed(ShardStage):
 
     def makes(self) -> dict[str, tuple[str, ...]]:
         """Names of the columns of each side-car."""
-        return {name: ("id", "source", "embedding") for name in self.encoders}
+        return dict.fromkeys(self.encoders, ("id", "source", "embedding"))
 
     def attributes(self) -> dict[str, dict[str, Any]]:
         """The embedding space of each side-car, and the encoder's own thresholds."""

@@ -18,7 +18,7 @@ from curation.digest import digest_of
 from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
 from curation.identity import NORMALISATION_VERSION, file_source, normalise_url
 from curation.ledger import commit_shard
-from curation.schema import ID, ids_from_bytes, make_id, schema_of
+from curation.schema import ID, SOURCE_COLUMNS, ids_from_bytes, make_id, schema_of
 from curation.sources import ImageFiles, Piece, UrlList, read_references
 from curation.stage import DatasetStage, Engine, Resources, Shard, StageFolder, StageInputs, reject
 
@@ -66,8 +66,9 @@ class Ingest(DatasetStage):
     def outputs(self) -> dict[str, pa.Schema]:
         """URLs with what the list knows of them, or images with their bytes."""
         if self.urls is not None:
-            return {"rows": schema_of([ID, "source", "source_set", *_URL_COLUMNS[1:]])}
-        return {"rows": schema_of([ID, "source", "source_set"]), "raw": schema_of([ID, "raw"])}
+            return {"rows": schema_of([ID, *SOURCE_COLUMNS, *_URL_COLUMNS[1:]])}
+        rows, raw = (ID, *SOURCE_COLUMNS), (ID, *SOURCE_COLUMNS, "raw")
+        return {"rows": schema_of(rows), "raw": schema_of(raw)}
 
     def fingerprint(self) -> str:
         """Names and sizes of the input files, and for local ones the time of their last change."""

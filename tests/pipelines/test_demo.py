@@ -108,10 +108,39 @@ def test_demo__ray_gives_the_same_content(demo, tmp_path):
     assert summary["content_digest"] == demo[1]["content_digest"]
 
 
-def test_demo__other_shards_and_processes_give_the_same_content(demo, tmp_path):
-    changes = (*CURATION_ONLY, "rows_per_shard=150")
-    summary = run(tmp_path, "--workers", "2", changes=changes)
-    assert summary["content_digest"] == demo[1]["content_digest"]
+NO_WAY_OUT = """
+import socket, sys
+
+def allowed(host):
+    return host in (None, "localhost") or str(host).startswith(("127.", "::1"))
+
+def guard(real, host_of):
+    def guarded(*words, **more):
+        if not allowed(host_of(*words)):
+            sys.stderr.write(f"LEFT {words}\\n")
+            raise OSError("no way out")
+        return real(*words, **more)
+    return guarded
+
+socket.socket.connect = guard(
+    socket.socket.connect,
+    lambda self, address: None if self.family == socket.AF_UNIX else address[0],
+)
+socket.getaddrinfo = guard(socket.getaddrinfo, lambda host, *rest: host)
+from pipelines.cli import main
+main()
+"""
+
+
+def test_demo__other_shards_give_the_same_content_and_nothing_leaves_loopback(demo, tmp_path):
+    """Guarantees 3 and 5: with every socket to the outside refused, no library asks for one."""
+    words = command(tmp_path, changes=(*CURATION_ONLY, "rows_per_shard=150"))[len(CURATE) :]
+    done = subprocess.run(
+        [sys.executable, "-c", NO_WAY_OUT, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "LEFT" not in done.stderr
+    assert json.loads(done.stdout)["content_digest"] == demo[1]["content_digest"]
 
 
 @pytest.mark.parametrize("stages", [("download", "embed", "retrieve")])

@@ -8,7 +8,7 @@ from curation.pool import Pool
 from curation.schema import IMAGE_COLUMNS, make_id, schema_of
 from embedder.images import encode_jpeg
 
-SCHEMA = schema_of([*IMAGE_COLUMNS, "source", "source_set"])
+SCHEMA = schema_of(IMAGE_COLUMNS)
 
 
 def picture(number: int, side: int = 64) -> np.ndarray:

@@ -1,0 +1,254 @@
+"""The command line as users meet it: verbs alone, wrong input, exit codes, no telemetry."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_pictures import picture
+
+from curation.dataset import Dataset, write_dataset
+from curation.schema import embedding_schema, make_id
+from embedder.images import encode_jpeg
+
+CURATE = [sys.executable, "-c", "from pipelines.cli import main; main()"]
+
+
+def curate(*words: object) -> subprocess.CompletedProcess:
+    return subprocess.run([*CURATE, *map(str, words)], capture_output=True, text=True, check=False)
+
+
+def succeeds(*words: object) -> str:
+    done = curate(*words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fails(code: int, *words: object) -> str:
+    """The one line on stderr of a verb that fails with a code."""
+    done = curate(*words)
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("curate: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(12):
+        (folder / f"{number:02d}.jpg").write_bytes(encode_jpeg(picture(number, 128)))
+    (folder / "copy.jpg").write_bytes(encode_jpeg(picture(3, 128), 40))
+    (folder / "broken.jpg").write_bytes(b"no image at all")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embeddings(photos, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("emb") / "emb"
+    succeeds("embed", photos, "--encoder", "lite-copy", "--out", out)
+    return out
+
+
+def vectors(folder, rows: int, width: int, space: str = "s", seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(rows, width))
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    table = pa.table(
+        {
+            "id": [make_id(f"{seed}/{i}") for i in range(rows)],
+            "source": [str(i) for i in range(rows)],
+            "embedding": pa.FixedSizeListArray.from_arrays(
+                pa.array(values.astype(np.float16).reshape(-1)), width
+            ),
+        }
+    )
+    attributes = {"space": space, "encoder": "x", "thresholds": {"dedup": 0.6, "leak": 0.5}}
+    write_dataset(str(folder), [table], embedding_schema(width), attributes)
+    return folder
+
+
+def test_help__shows_every_verb_with_an_example():
+    verbs = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", _LIST_VERBS], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    assert {"run", "dedup", "retrieve", "embed", "filter", "explain", "verify"} <= set(verbs)
+    for verb, text in verbs.items():
+        assert f"curate {verb}" in text, f"{verb} has no example"
+
+
+_LIST_VERBS = (
+    "import json; from pipelines.cli import app; "
+    "print(json.dumps({(c.name or c.callback.__name__): c.callback.__doc__ "
+    "for c in app.registered_commands}))"
+)
+
+
+def test_embed__a_folder_of_images(embeddings):
+    dataset = Dataset.open(str(embeddings))
+    assert dataset.columns == ["id", "source", "embedding"]
+    assert dataset.num_rows == 13
+    assert len(pq.read_table(embeddings)["id"]) == 13  # plain Parquet readers see only the rows
+
+
+def test_embed__like_takes_the_encoder_of_others(photos, embeddings, tmp_path):
+    succeeds("embed", photos, "--like", embeddings, "--out", tmp_path / "e")
+    assert Dataset.open(str(tmp_path / "e")).attributes == Dataset.open(str(embeddings)).attributes
+
+
+def test_dedup__finds_the_copy_and_names_its_twin(embeddings, tmp_path):
+    succeeds("dedup", embeddings, "--out", tmp_path / "d", "--threshold", 0.9)
+    rows = {row["id"]: row for row in Dataset.open(str(tmp_path / "d")).read().to_pylist()}
+    one, other = rows[make_id("web/03.jpg")], rows[make_id("web/copy.jpg")]
+    assert (one["twin"], other["twin"]) == (other["id"], one["id"])
+    assert one["similarity"] == other["similarity"] > 0.9
+    assert {one["reason"], other["reason"]} >= {"near_duplicate"}
+    assert one["component"] == other["component"]
+
+
+def test_dedup__against_an_evaluation_set(embeddings, tmp_path):
+    succeeds("dedup", embeddings, "--against", f"val={embeddings}", "--out", tmp_path / "d")
+    rows = Dataset.open(str(tmp_path / "d")).read().to_pylist()
+    assert {row["reason"] for row in rows} <= {"leak:val", "near_duplicate"}
+    assert all(row["twin_set"] == "val" for row in rows if row["reason"] == "leak:val")
+
+
+def test_retrieve__sample_and_cluster_rules(embeddings, tmp_path):
+    succeeds(
+        "retrieve", embeddings, "--out", tmp_path / "hits", "--seeds", f"a={embeddings}:sample:3"
+    )
+    hits = Dataset.open(str(tmp_path / "hits")).read().to_pylist()
+    assert len(hits) == 39
+    assert {hit["rule"] for hit in hits} == {"sample"}
+
+
+def test_filter__and_pack_what_stays(photos, tmp_path):
+    succeeds("canonicalize", photos, "--out", tmp_path / "images")
+    succeeds("filter", tmp_path / "images", "--out", tmp_path / "v", "--set", "quality.min_side=64")
+    verdicts = Dataset.open(str(tmp_path / "v"))
+    assert {"id", "keep", "reason", "score", "threshold", "nsfw_score"} <= set(verdicts.columns)
+    succeeds("pack", tmp_path / "images", "--keep", tmp_path / "v", "--out", tmp_path / "packed")
+    assert Dataset.open(str(tmp_path / "packed")).num_rows == verdicts.manifest.shards[0].num_kept
+
+
+def test_select__joins_named_sets(photos, tmp_path):
+    succeeds("select", f"a={photos}", f"b={photos}", "--out", tmp_path / "m")
+    assert Dataset.open(str(tmp_path / "m")).num_rows == 13
+
+
+def test_encoders__says_what_works_here():
+    assert "lite-copy" in succeeds("encoders")
+    assert any(
+        row["name"] == "lite-copy" and row["works"]
+        for row in json.loads(succeeds("encoders", "--json"))
+    )
+
+
+def test_wrong_recipe__misspelt_key(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: x\npool:\n  - ingest: {images: /x}\n  - canonicalize: {max_sde: 3}\n")
+    line = fails(2, "run", recipe, "--work", tmp_path / "w")
+    assert "unknown key 'max_sde'; did you mean 'max_side'?" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_wrong_embeddings__missing_column(tmp_path):
+    pq.write_table(pa.table({"id": ["a"], "vector": [[1.0]]}), tmp_path / "e.parquet")
+    line = fails(1, "dedup", tmp_path / "e.parquet", "--out", tmp_path / "o", "--threshold", 0.5)
+    assert "no column 'embedding'; found: id, vector" in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_wrong_encoder__unknown_name(photos, tmp_path):
+    line = fails(2, "embed", photos, "--encoder", "clip", "--out", tmp_path / "o")
+    assert "unknown encoder 'clip'" in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_wrong_encoder__missing_file(photos, tmp_path):
+    line = fails(2, "embed", photos, "--encoder", "sscd:/no/such.pt", "--out", tmp_path / "o")
+    assert "/no/such.pt" in line
+
+
+@pytest.mark.parametrize(("width", "space", "word"), [(8, "t", "space"), (9, "s", "width")])
+def test_wrong_embeddings__another_space_or_width(tmp_path, width, space, word):
+    one = vectors(tmp_path / "one", 5, 8)
+    other = vectors(tmp_path / "other", 5, width, space, seed=1)
+    line = fails(1, "dedup", one, "--against", f"v={other}", "--out", tmp_path / "o")
+    assert word in line
+
+
+def test_wrong_input__no_such_data_set(tmp_path):
+    assert "does not exist" in fails(1, "dedup", tmp_path / "x", "--out", tmp_path / "o")
+    line = fails(1, "explain", "a", "--work", tmp_path)
+    assert "no finished run there" in line
+
+
+def test_wrong_output__other_settings_in_the_same_folder(embeddings, tmp_path):
+    succeeds("dedup", embeddings, "--out", tmp_path / "d", "--threshold", 0.9)
+    line = fails(1, "dedup", embeddings, "--out", tmp_path / "d", "--threshold", 0.8)
+    assert "written with other settings or inputs" in line
+
+
+def test_wrong_words__usage_is_exit_2(tmp_path):
+    assert curate("dedup").returncode == 2
+    assert curate("nonsense").returncode == 2
+    assert "NAME=EMB:sample:K" in fails(2, "retrieve", "p", "--out", tmp_path, "--seeds", "x")
+
+
+@contextlib.contextmanager
+def tmpfs(folder: Path, options: str):
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_output__unwritable_folder_is_one_line(photos, tmp_path):
+    with tmpfs(tmp_path / "ro", "ro,size=1m") as folder:
+        assert "Read-only file system" in fails(1, "canonicalize", photos, "--out", folder / "o")
+
+
+def test_output__full_disk_is_one_line_and_resumable(photos, tmp_path):
+    with tmpfs(tmp_path / "small", "size=24k") as folder:
+        line = fails(1, "canonicalize", photos, "--out", folder / "o")
+        assert "no space left" in line
+        assert not Dataset.is_finished(str(folder / "o"))
+        subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
+        succeeds("canonicalize", photos, "--out", folder / "o")
+        assert Dataset.open(str(folder / "o")).num_rows == 13
+
+
+def test_all_imports__work_without_libgl():
+    """Everything but the [faces] extra imports; the headless OpenCV needs no libGL."""
+    code = (
+        "import cv2, ctypes.util, pkgutil, importlib\n"
+        "import embedder, curation, pretrain, pipelines\n"
+        "for package in (embedder, curation, pretrain, pipelines):\n"
+        "    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "        importlib.import_module(module.name)\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "assert 'libGL.so' not in maps\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pip_check__is_clean():
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
