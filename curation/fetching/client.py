@@ -138,17 +138,15 @@ class Client:
             with self._get(target, deadline) as response:
                 trail.http_status = response.status
                 trail.content_type = response.headers.get("Content-Type")
-                location = _location(response)
-                if location is None:
+                if 200 <= response.status < 300:
                     return self._read(response, trail)
+            location = _location(response)
+            if location is None:
+                raise _status_error(response)
             url = _joined(target.url, location)
         raise FetchError("too_many_redirects")
 
     def _read(self, response: http.client.HTTPResponse, trail: Trail) -> Fetched:
-        if not 200 <= response.status < 300:
-            error = FetchError(http_reason(response.status), http_status=response.status)
-            error.retry_after_s = _retry_after(response.headers.get("Retry-After"))
-            raise error
         policy = self.policy
         check_headers(response.headers, policy.user_agent, policy.directives, tdm=policy.tdm)
         body = read_body(response, policy.max_bytes)
@@ -262,6 +260,12 @@ def _joined(base: str, location: str) -> str:
         return urljoin(base, location.strip())
     except ValueError as error:
         raise FetchError("bad_url") from error
+
+
+def _status_error(response: http.client.HTTPResponse) -> FetchError:
+    error = FetchError(http_reason(response.status), http_status=response.status)
+    error.retry_after_s = _retry_after(response.headers.get("Retry-After"))
+    return error
 
 
 def _retry_after(value: str | None) -> float | None:
