@@ -424,6 +424,64 @@ def verify(
 
 
 @app.command()
+def diff(
+    old: Annotated[str, typer.Argument(help="Work folder of the earlier run.")],
+    new: Annotated[str, typer.Argument(help="Work folder of the later run.")],
+    json: Json = False,
+) -> None:
+    """Tell what changed between two builds, and why: settings, rows, images that left or came.
+
+    Example:
+
+        curate diff build/monday build/tuesday
+    """
+    from pipelines.verbs import audit as verb
+
+    verb.print_diff(old, new, json)
+
+
+@app.command()
+def certificate(
+    work: Annotated[str, typer.Argument(help="Work folder of a run.")],
+    out: Annotated[str | None, typer.Option("--out", help="Write it as Markdown.")] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option("--threshold", min=-1, max=1, help="Cosine of a leak; the run's by default."),
+    ] = None,
+    engine: Kind = EngineName.local,
+    workers: Workers = 1,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Certify how near the finished set comes to every benchmark image; exit 1 if any leaks.
+
+    Example:
+
+        curate certificate build/demo --out certificate.md
+    """
+    from pipelines.verbs import audit as verb
+
+    if not verb.print_certificate(work, out, threshold, _engine(engine, workers, address), json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def card(
+    work: Annotated[str, typer.Argument(help="Work folder of a run.")],
+    out: Out,
+) -> None:
+    """Write the data card of a set: README.md for people, croissant.json for machines.
+
+    Example:
+
+        curate card build/demo --out build/demo/card
+    """
+    from pipelines.verbs import audit as verb
+
+    verb.write_card(work, out)
+
+
+@app.command()
 def pretrain(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
     data: Annotated[

@@ -1,9 +1,12 @@
 """What auditors ask: `curate stats`, `sql`, `explain`, `report`, `verify` and their like."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from curation import storage
 from pipelines import console
+
+if TYPE_CHECKING:
+    from curation.stage import Engine
 
 Row = dict[str, Any]
 
@@ -95,6 +98,56 @@ def print_verification(path: str, as_json: bool) -> bool:
         console.print_line(f"DEFECT {defect}")
     console.print_line(f"{len(defects)} defects" if defects else "everything is as it was written")
     return not defects
+
+
+def print_diff(old: str, new: str, as_json: bool) -> None:
+    """`curate diff`."""
+    from pipelines.differences import diff
+
+    found = diff(old, new)
+    if as_json:
+        console.print_json(found)
+        return
+    _print_table(found["settings"], "settings that differ")
+    _print_table(found["versions"], "versions that differ")
+    _print_table(found["stages"], "rows dropped")
+    for name, title in (("left", "images that left"), ("came", "images that came")):
+        rows = [{**row, "examples": ", ".join(row["examples"])} for row in found[name]]
+        _print_table(rows, f"{title}, by what the other build did with them")
+    console.print_line(
+        f"{found['stayed']:,} images are in both, {found['changed']:,} of them with other figures"
+    )
+    if found["same"]:
+        console.print_line("the two sets have the same content")
+
+
+def print_certificate(
+    work: str, out: str | None, threshold: float | None, engine: "Engine", as_json: bool
+) -> bool:
+    """`curate certificate`: whether no benchmark image has an image of the set near it."""
+    from pipelines.certificate import certify, markdown
+
+    found = certify(work, engine, threshold)
+    if out is not None:
+        storage.write_bytes(out, markdown(found).encode())
+    if as_json:
+        console.print_json(found)
+    else:
+        names = ("benchmark", "images", "above", "nearest", "median")
+        console.print_rows(
+            names, [[_plain(one[name]) for name in names] for one in found["benchmarks"]]
+        )
+        for one in found["benchmarks"]:
+            console.print_line(one["statement"])
+    return not any(one["above"] for one in found["benchmarks"])
+
+
+def write_card(work: str, out: str) -> None:
+    """`curate card`."""
+    from pipelines.card import write_card as write
+
+    for path in write(work, out):
+        console.print_line(path)
 
 
 def _verdict(one: Any) -> str:
