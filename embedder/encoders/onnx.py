@@ -26,7 +26,7 @@ from embedder.errors import EncoderError
 from embedder.images import Pixels
 from embedder.whitening import unit_rows
 
-DEFAULT_BATCH_SIZE = 16
+DEFAULT_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -68,7 +68,7 @@ class Placement:
     @property
     def batch_size(self) -> int:
         """Images a forward pass takes, fixed for each kind of device."""
-        return 256 if self.device.type == "cuda" else 16
+        return 256 if self.device.type == "cuda" else 8
 
 
 def place(options: LoadOptions) -> Placement:
@@ -121,10 +121,19 @@ class TorchTrunk:
     """A torch module with its preprocessing, on a device."""
 
     def __init__(
-        self, module: nn.Module, preprocessing: Preprocessing, placement: Placement, weights: str
+        self,
+        module: nn.Module,
+        preprocessing: Preprocessing,
+        placement: Placement,
+        weights: str,
+        *,
+        casts_itself: bool = False,
     ) -> None:
-        """weights: digest of the module's weights."""
+        """weights: digest of the module's weights; casts_itself: the module takes float32."""
         self._module = module.eval().to(placement.device)
+        self._input_dtype = torch.float32 if casts_itself else placement.dtype
+        if not casts_itself:  # as a whole: autocast would cast the weights anew for every batch
+            self._module.to(placement.dtype)
         self.preprocessing = preprocessing
         self.placement = placement
         self.key = digest_of(
@@ -144,20 +153,16 @@ class TorchTrunk:
 
     def features(self, batch: NDArray[Any]) -> Tensor:
         """(B, size, size, 3) uint8 to the module's output, in float32 and on its device."""
-        with one_thread(), torch.inference_mode(), self._autocast():
+        with one_thread(), torch.inference_mode():
             images = self._to_device(torch.from_numpy(batch)).permute(0, 3, 1, 2)
-            output: Tensor = self._module((images.float() - self._mean) / self._std)
+            inputs = ((images.float() - self._mean) / self._std).to(self._input_dtype)
+            output: Tensor = self._module(inputs)
             return output.float()
 
     def _to_device(self, batch: Tensor) -> Tensor:
         if self.placement.device.type == "cpu":
             return batch
         return batch.pin_memory().to(self.placement.device, non_blocking=True)
-
-    def _autocast(self) -> Any:
-        if self.placement.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.placement.device.type, self.placement.dtype)
 
 
 @dataclass(frozen=True, eq=False)
