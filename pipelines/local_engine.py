@@ -2,10 +2,14 @@
 
 import logging
 import multiprocessing
+import pickle
+import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from curation.stage import Engine, Item, Result, Task
@@ -13,18 +17,21 @@ from pipelines.attempts import Attempts
 
 logger = logging.getLogger(__name__)
 
-_opened: dict[str, Any] = {}
+_worker_state: dict[str, Any] = {}
+"""In a worker process: the task that it has open, under its file's name."""
 
 
 class LocalEngine(Engine):
     """Runs tasks in this process (one worker), or in worker processes started once.
 
-    A worker that dies takes only its unfinished items with it: they are tried again.
+    Workers read a task from a file when they meet it first, and open it then. One that dies takes
+    only its unfinished items with it: they are tried again.
     """
 
     def __init__(self, workers: int = 1, *, attempts: int = 3) -> None:
         self._workers = workers
         self._attempts = attempts
+        self._pool: ProcessPoolExecutor | None = None
 
     @property
     def workers(self) -> int:
@@ -64,34 +71,43 @@ class LocalEngine(Engine):
     ) -> Iterator[tuple[Item, Result]]:
         attempts = Attempts(label, self._attempts)
         waiting = list(reversed(items))
-        while waiting:
-            try:
-                yield from self._drain(task, waiting, attempts)
-            except BrokenProcessPool:
-                logger.warning("%s: a worker process died; its items are tried again", label)
+        with tempfile.TemporaryDirectory(prefix="curate-task-") as folder:
+            file = Path(folder) / uuid.uuid4().hex
+            file.write_bytes(pickle.dumps(task))
+            while waiting:
+                try:
+                    yield from self._drain(str(file), waiting, attempts)
+                except BrokenProcessPool:
+                    logger.warning("%s: a worker process died; its items are tried again", label)
+                    self._pool = None
         attempts.raise_failures(len(items))
 
+    def _processes(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("forkserver")
+            self._pool = ProcessPoolExecutor(self._workers, context)
+        return self._pool
+
     def _drain(
-        self, task: Task[Item, Result], waiting: list[Item], attempts: Attempts
-    ) -> Iterator[tuple[Item, Result]]:
+        self, task_file: str, waiting: list[Item], attempts: Attempts
+    ) -> Iterator[tuple[Item, Any]]:
         """Run until `waiting` is empty; what is in flight when a worker dies goes back into it."""
-        running: dict[Future[Result], Item] = {}
-        context = multiprocessing.get_context("forkserver")
-        with ProcessPoolExecutor(self._workers, context, _open_task, (task,)) as pool:
-            while waiting or running:
-                for item in islice(_popped(waiting), 2 * self._workers - len(running)):
-                    running[pool.submit(_run_item, item)] = item
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    item = running.pop(future)
-                    error = future.exception()
-                    if isinstance(error, BrokenProcessPool):
-                        lost = [item, *running.values()]
-                        waiting.extend(one for one in lost if attempts.failed(one, error))
-                        raise error
-                    if error is None:
-                        yield item, future.result()
-                    elif attempts.failed(item, error):
-                        waiting.append(item)
+        running: dict[Future[Any], Item] = {}
+        pool = self._processes()
+        while waiting or running:
+            for item in islice(_popped(waiting), 2 * self._workers - len(running)):
+                running[pool.submit(_run_item, task_file, item)] = item
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                item = running.pop(future)
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    lost = [item, *running.values()]
+                    waiting.extend(one for one in lost if attempts.failed(one, error))
+                    raise error
+                if error is None:
+                    yield item, future.result()
+                elif attempts.failed(item, error):
+                    waiting.append(item)
 
 
 def _popped(waiting: list[Item]) -> Iterator[Item]:
@@ -99,9 +115,10 @@ def _popped(waiting: list[Item]) -> Iterator[Item]:
         yield waiting.pop()
 
 
-def _open_task(task: Task[Any, Any]) -> None:
-    _opened["task"], _opened["value"] = task, task.open()
-
-
-def _run_item(item: Any) -> Any:
-    return _opened["task"](item, _opened["value"])
+def _run_item(task_file: str, item: Any) -> Any:
+    if task_file not in _worker_state:
+        _worker_state.clear()  # the last task's model goes first
+        task = pickle.loads(Path(task_file).read_bytes())
+        _worker_state[task_file] = (task, task.open())
+    task, opened = _worker_state[task_file]
+    return task(item, opened)

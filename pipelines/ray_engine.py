@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,11 +17,12 @@ _IN_FLIGHT_PER_WORKER = 2
 
 
 class RayEngine(Engine):
-    """Runs tasks in open-once Ray actors; paths travel, never images or vectors.
+    """Runs tasks in a pool of Ray actors; paths travel, never images or vectors.
 
-    Work in flight is bounded by the number of actors. A node that dies costs only the items that
-    it had not finished: its actors are started again elsewhere and the items are retried.
-    Ray starts with the first task, not with the engine: finished runs do not pay for it.
+    The actors live as long as the engine and open each task once, so that a stage costs no start
+    of processes. Work in flight is bounded by their number. A node that dies costs only the items
+    that it had not finished: its actors are started again elsewhere and the items are retried.
+    Ray starts with the first item, not with the engine: finished runs do not pay for it.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class RayEngine(Engine):
         self._attempts = attempts
         self._limit = workers
         self._address = address
+        self._pool: _ActorPool | None = None
 
     @property
     def workers(self) -> int:
@@ -45,13 +48,20 @@ class RayEngine(Engine):
         """Run a task on every item (see `Engine.map`)."""
         if not items:
             return
+        _connect(self._limit, self._address)
         attempts = Attempts(label, self._attempts)
-        pool = _ActorPool(task, self._pool_size(task.resources, len(items), label))
-        try:
-            yield from pool.run(list(items), attempts)
-        finally:
-            pool.close()
+        pool = self._pool_for(task.resources, len(items), label)
+        yield from pool.run(task, list(items), attempts)
         attempts.raise_failures(len(items))
+
+    def _pool_for(self, needed: Resources, num_items: int, label: str) -> "_ActorPool":
+        """The pool of the last task where it fits, else a new one in its place."""
+        size = self._pool_size(needed, num_items, label)
+        if self._pool is None or not self._pool.serves(needed, size):
+            if self._pool is not None:
+                self._pool.close()
+            self._pool = _ActorPool(needed, size)
+        return self._pool
 
     def _pool_size(self, needed: Resources, num_items: int, label: str) -> int:
         """Actors that fit the cluster.
@@ -61,7 +71,6 @@ class RayEngine(Engine):
         """
         import ray
 
-        _connect(self._limit, self._address)
         have = ray.cluster_resources()
         cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
         fits = int(cpus // needed.cpus) if needed.cpus else num_items
@@ -83,16 +92,12 @@ def _connect(workers: int | None, address: str | None) -> None:
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=address, **options)
         else:
-            ray.init(
-                num_cpus=workers,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            ray.init(num_cpus=workers, include_dashboard=False, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray answers at {address or 'this machine'}: {error}; check --address and "
@@ -101,45 +106,53 @@ def _connect(workers: int | None, address: str | None) -> None:
 
 
 class _Worker:
-    """Runs inside an actor: opens the task with its first item, then works on items."""
+    """Runs inside an actor: opens each task with its first item, then works on items."""
 
-    def __init__(self, task: Task[Any, Any]) -> None:
-        self._task = task
-        self._is_open = False
+    def __init__(self) -> None:
+        self._key = ""
         self._opened: Any = None
 
-    def run(self, item: Any) -> Any:
-        if not self._is_open:
-            self._opened, self._is_open = self._task.open(), True
-        return self._task(item, self._opened)
+    def run(self, key: str, task: Task[Any, Any], item: Any) -> Any:
+        if self._key != key:
+            self._key, self._opened = "", None  # the last task's model goes first
+            self._opened = task.open()
+            self._key = key
+        return task(item, self._opened)
 
 
 class _ActorPool:
-    """Actors of one task, each with a few items queued; a dead one is replaced."""
+    """Actors with the same resources, each with a few items queued; a dead one is replaced."""
 
-    def __init__(self, task: Task[Any, Any], size: int) -> None:
+    def __init__(self, needed: Resources, size: int) -> None:
         import ray
 
-        self._task = ray.put(task)
-        needed = task.resources
+        self._needed = needed
         self._actor_class = ray.remote(_Worker).options(
             num_cpus=needed.cpus, num_gpus=needed.gpus, max_restarts=0
         )
-        self._actors = [self._actor_class.remote(self._task) for _ in range(size)]
+        self._actors = [self._actor_class.remote() for _ in range(size)]
         self._running: dict[Any, tuple[int, Any]] = {}
 
-    def run(self, items: list[Any], attempts: Attempts) -> Iterator[tuple[Any, Any]]:
+    def serves(self, needed: Resources, size: int) -> bool:
+        """Whether a task with these needs can use the pool."""
+        same = (needed.cpus, needed.gpus) == (self._needed.cpus, self._needed.gpus)
+        return same and len(self._actors) >= size
+
+    def run(
+        self, task: Task[Any, Any], items: list[Any], attempts: Attempts
+    ) -> Iterator[tuple[Any, Any]]:
         """Give (item, result) as they finish."""
         import ray
 
+        call = (uuid.uuid4().hex, ray.put(task))
         waiting = list(reversed(items))
-        while waiting or self._running:
-            self._submit(waiting)
-            done, _ = ray.wait(list(self._running), num_returns=1)
-            for reference in done:
-                slot, item = self._running.pop(reference)
+        try:
+            while waiting or self._running:
+                self._submit(call, waiting)
+                done, _ = ray.wait(list(self._running), num_returns=1)
+                slot, item = self._running.pop(done[0])
                 try:
-                    result = ray.get(reference)
+                    result = ray.get(done[0])
                 except ray.exceptions.RayActorError as error:
                     self._replace(slot, waiting, attempts, item, error)
                 except ray.exceptions.RayTaskError as error:
@@ -147,6 +160,8 @@ class _ActorPool:
                         waiting.append(item)
                 else:
                     yield item, result
+        finally:
+            self._running.clear()  # what an abandoned map had in flight is nobody's any more
 
     def close(self) -> None:
         """Stop the actors and free their resources."""
@@ -155,14 +170,14 @@ class _ActorPool:
         for actor in self._actors:
             ray.kill(actor)
 
-    def _submit(self, waiting: list[Any]) -> None:
+    def _submit(self, call: tuple[str, Any], waiting: list[Any]) -> None:
         loads = [0] * len(self._actors)
         for slot, _ in self._running.values():
             loads[slot] += 1
         while waiting and min(loads) < _IN_FLIGHT_PER_WORKER:
             slot = loads.index(min(loads))
             item = waiting.pop()
-            self._running[self._actors[slot].run.remote(item)] = (slot, item)
+            self._running[self._actors[slot].run.remote(*call, item)] = (slot, item)
             loads[slot] += 1
 
     def _replace(
@@ -176,9 +191,9 @@ class _ActorPool:
         if getattr(error, "actor_init_failed", False):
             raise EngineError(f"Ray workers cannot start: {' '.join(str(error).split())[:500]}")
         logger.warning("a worker died on shard %s: %s", describe(item), str(error).split("\n")[0])
-        lost = [item]
         for reference in [ref for ref, (where, _) in self._running.items() if where == slot]:
             waiting.append(self._running.pop(reference)[1])
-        waiting.extend(one for one in lost if attempts.failed(one, error))
+        if attempts.failed(item, error):
+            waiting.append(item)
         time.sleep(0.2)
-        self._actors[slot] = self._actor_class.remote(self._task)
+        self._actors[slot] = self._actor_class.remote()
