@@ -30,6 +30,8 @@ class FetchPolicy(Settings):
     """Sent with each request; its leading letters are the token that robots.txt files name."""
     allow_private: bool
     """Whether private, loopback and link-local addresses may be fetched from."""
+    allow_public: bool
+    """Whether public addresses may: only for crawlers that say who they are."""
     max_bytes: int
     """Larger bodies are refused."""
     max_redirects: int
@@ -101,7 +103,9 @@ class Client:
 
     def __init__(self, policy: FetchPolicy, resolver: Resolver | None = None) -> None:
         self.policy = policy
-        self._resolver = resolver or Resolver(allow_private=policy.allow_private)
+        self._resolver = resolver or Resolver(
+            allow_private=policy.allow_private, allow_public=policy.allow_public
+        )
         tls = ssl.create_default_context()
         if policy.ca_file is not None:
             tls.load_verify_locations(policy.ca_file)
@@ -232,7 +236,7 @@ class Client:
                 url = _joined(target.url, location)
                 _Target.parse(url)
             except FetchError as error:
-                if error.reason in ("dns", "private_address", "tls"):
+                if error.reason in ("dns", "private_address", "public_address", "tls"):
                     raise  # the image's own fetch would end the same way
                 return RobotsRules() if error.reason in ("bad_url", "bad_scheme") else None
         return RobotsRules()
@@ -263,7 +267,7 @@ def _joined(base: str, location: str) -> str:
 
 
 def _status_error(response: http.client.HTTPResponse) -> FetchError:
-    error = FetchError(http_reason(response.status), http_status=response.status)
+    error = FetchError(http_reason(response.status))
     error.retry_after_s = _retry_after(response.headers.get("Retry-After"))
     return error
 

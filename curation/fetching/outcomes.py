@@ -17,7 +17,7 @@ TEMPORARY = (
 """What another attempt may cure, now or on another day."""
 
 PERMANENT = (
-    *("bad_url", "bad_scheme", "private_address", "dns", "tls", "bad_encoding"),
+    *("bad_url", "bad_scheme", "private_address", "public_address", "dns", "tls", "bad_encoding"),
     *("too_many_redirects", "http_3xx", "http_4xx"),
     *(reason for reason in _HTTP if reason < "http_500" and reason not in TEMPORARY),
 )
@@ -29,10 +29,9 @@ REASONS = tuple(dict.fromkeys((*OPTED_OUT, *TEMPORARY, *PERMANENT, *IMAGE_REASON
 class FetchError(Exception):
     """A fetch that ended without an image; its text is the reason, one of `REASONS`."""
 
-    def __init__(self, reason: str, *, http_status: int | None = None) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.http_status = http_status
         self.retry_after_s: float | None = None
 
     @property

@@ -39,14 +39,17 @@ class Resolver:
         self,
         *,
         allow_private: bool,
+        allow_public: bool = True,
         timeout_s: float = 20.0,
         attempts: int = 4,
         first_pause_s: float = 1.0,
         max_lookups: int = 8,
         lookup: Lookup = system_lookup,
-        is_allowed: Callable[[str], bool] = is_public,
+        is_public: Callable[[str], bool] = is_public,
     ) -> None:
-        self._is_allowed = (lambda _: True) if allow_private else is_allowed
+        self._allow_private = allow_private
+        self._allow_public = allow_public
+        self._is_public = is_public
         self._timeout_s = timeout_s
         self._attempts = attempts
         self._first_pause_s = first_pause_s
@@ -61,16 +64,19 @@ class Resolver:
         """Addresses of a host that may be connected to, IPv4 first.
 
         Raises:
-            FetchError: dns, dns_unavailable, or private_address where none is public.
+            FetchError: dns, dns_unavailable, private_address or public_address where none may be.
         """
-        allowed = [address for address in self._ask(host) if self._is_allowed(address)]
+        allowed = [address for address in self._ask(host) if self._allows(address)]
         if not allowed:
-            raise FetchError("private_address")
+            raise FetchError("public_address" if self._allow_private else "private_address")
         return allowed
 
     def close(self) -> None:
         """Stop; lookups that hang are left behind."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _allows(self, address: str) -> bool:
+        return self._allow_public if self._is_public(address) else self._allow_private
 
     def _ask(self, host: str) -> list[str]:
         with self._lock:

@@ -99,6 +99,7 @@ class Download(ShardStage):
         return FetchPolicy(
             user_agent=self.user_agent or _LOCAL_USER_AGENT,
             allow_private=self.allow_private,
+            allow_public=self.user_agent is not None,
             max_bytes=self.max_bytes,
             max_redirects=self.max_redirects,
             connect_timeout_s=self.connect_timeout_s,

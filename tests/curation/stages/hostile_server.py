@@ -1,12 +1,15 @@
 """A web server on loopback that misbehaves by path, for the tests of downloading."""
 
+import contextlib
 import gzip
 import io
 import itertools
+import ssl
 import struct
 import threading
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -227,8 +230,12 @@ class HostileServer(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 256
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            self.socket = tls.wrap_socket(
+                self.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.hits: Counter[str] = Counter()
         self.agents: set[str | None] = set()
         self.lock = threading.Lock()
@@ -242,3 +249,17 @@ class HostileServer(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass
+
+
+@contextlib.contextmanager
+def serving(server: HostileServer) -> Iterator[HostileServer]:
+    """Serve in a thread."""
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()

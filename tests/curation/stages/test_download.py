@@ -1,9 +1,12 @@
+import shutil
+import ssl
+import subprocess
 import time
 import urllib.request
 
 import pyarrow as pa
 import pytest
-from hostile_server import HostileServer, jpeg
+from hostile_server import HostileServer, jpeg, serving
 
 from curation.config import parse_settings
 from curation.dataset import write_dataset
@@ -114,10 +117,10 @@ def guarded_client(stage: Download, names: dict[str, list[str]]) -> Client:
     def lookup(host: str) -> list[str]:
         return names.get(host, [host])
 
-    def allowed(address: str) -> bool:
+    def public(address: str) -> bool:
         return address == "127.0.0.1" or is_public(address)
 
-    resolver = Resolver(allow_private=False, lookup=lookup, is_allowed=allowed)
+    resolver = Resolver(allow_private=False, lookup=lookup, is_public=public)
     return Client(stage.policy, resolver)
 
 
@@ -152,7 +155,7 @@ def test_download__the_checked_address_is_the_one_connected_to(hostile_server):
     resolver = Resolver(
         allow_private=False,
         lookup=lambda _: next(answers),
-        is_allowed=lambda address: address == "127.0.0.1",
+        is_public=lambda address: address == "127.0.0.1",
     )
     url = f"http://rebind.test:{hostile_server.server_port}/ok/1.jpg"
     shard = downloaded(stage, url, client=Client(stage.policy, resolver))
@@ -177,6 +180,33 @@ def test_download__a_public_crawl_names_its_crawler(hostile_server):
         parse_settings(Download, {}, "download")
     downloaded(Download(**QUICK, user_agent="testbot/2.0"), f"{hostile_server.url}/ok/3.jpg")
     assert "testbot/2.0" in hostile_server.agents
+
+
+def test_download__without_a_user_agent_only_private_addresses(hostile_server):
+    shard = downloaded(Download(**QUICK), "http://8.8.8.8/x.jpg", f"{hostile_server.url}/ok/1.jpg")
+    assert shard.reasons.tolist() == ["public_address", None]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_download__certificates_are_verified(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-keyout", str(key), "-out", str(certificate), "-subj", "/CN=test"),
+            *("-addext", "subjectAltName=IP:127.0.0.1"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    with serving(HostileServer(tls)) as server:
+        url = server.url.replace("http:", "https:") + "/ok/1.jpg"
+        refused = downloaded(Download(**QUICK), url)
+        trusted = downloaded(Download(**QUICK, ca_file=str(certificate)), url)
+    assert refused.reasons.tolist() == ["tls"]
+    assert trusted.reasons.tolist() == [None]
 
 
 def test_download__runs_on_into_canonicalize(hostile_server: HostileServer, tmp_path):
