@@ -72,7 +72,11 @@ class PrototypeHead(nn.Module):
         x = self.mlp(x)  # (M, b)
         # Fresh heads give values near 1e-3, whose squares vanish in float16.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return Projected(F.normalize(x, dim=-1, eps=1e-12), self.last_layer())
+        prototypes = self.last_layer()
+        if torch.is_autocast_enabled(x.device.type):
+            # Once here rather than in every product: the matrix is as large as the backbone.
+            prototypes = prototypes.to(torch.get_autocast_dtype(x.device.type))
+        return Projected(F.normalize(x, dim=-1, eps=1e-12), prototypes)
 
     def logits(self, x: Tensor) -> Tensor:
         """Give the logits (M, K) of tokens (M, D) whole: for tests and small inputs."""

@@ -65,32 +65,36 @@ class _CrossEntropy(torch.autograd.Function):
         headroom = FLOAT16_HEADROOM if features.dtype == torch.float16 else 1.0
         loss = weights.new_zeros((), dtype=full)
         features_grad = torch.zeros_like(features, dtype=full)
-        prototypes_grad = torch.zeros_like(prototypes, dtype=full)
+        prototypes_grad: Tensor | None = None
         for start in range(0, len(features), block_rows):
             rows = slice(start, start + block_rows)
             block = features[rows]
             q = _summed(targets, target_rows[rows])  # (r, K)
-            part, grad = _block_loss((block @ prototypes.T).to(full), q, weights[rows], temperature)
+            mass = target_rows.shape[1]
+            logits = (block @ prototypes.T).to(full)
+            part, grad = _block_loss(logits, q, mass, weights[rows], temperature)
             loss += part
-            grad = grad.mul_(headroom).to(block.dtype)
+            grad = (grad if headroom == 1 else grad.mul_(headroom)).to(block.dtype)
             features_grad[rows] = grad @ prototypes
-            prototypes_grad += grad.T @ block
-        features_grad.div_(headroom)
-        prototypes_grad.div_(headroom)
+            part_grad = grad.T @ block  # (K, b)
+            if prototypes_grad is None:
+                prototypes_grad = part_grad.to(full)
+            else:
+                prototypes_grad += part_grad
+        if prototypes_grad is None:
+            prototypes_grad = torch.zeros_like(prototypes, dtype=full)
         ctx.save_for_backward(features_grad, prototypes_grad)
+        ctx.headroom = headroom
         ctx.dtype = features.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         features_grad, prototypes_grad = ctx.saved_tensors
-        scale = grads[0]
+        scale = grads[0] / ctx.headroom
         rest = (None,) * 5
-        return (
-            (features_grad * scale).to(ctx.dtype),
-            (prototypes_grad * scale).to(ctx.dtype),
-            *rest,
-        )
+        scaled = (grad.mul(scale).to(ctx.dtype) for grad in (features_grad, prototypes_grad))
+        return *scaled, *rest
 
 
 def _summed(targets: Targets, rows: Tensor) -> Tensor:
@@ -102,14 +106,17 @@ def _summed(targets: Targets, rows: Tensor) -> Tensor:
 
 
 def _block_loss(
-    logits: Tensor, q: Tensor, weights: Tensor, temperature: float
+    logits: Tensor, q: Tensor, mass: int, weights: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Give a block's loss and its gradient (r, K) by the logits; `logits` is used up."""
+    """Give a block's loss and its gradient (r, K) by the logits; `logits` is used up.
+
+    mass: the sum of each row of q, the number of its targets.
+    """
     logits.div_(temperature)
     weights = weights.to(logits.dtype)
-    mass = q.sum(1)
     normalizer = logits.logsumexp(1)  # (r,)
     agreement = torch.linalg.vecdot(q, logits)  # (r,)
     loss = (weights * (mass * normalizer - agreement)).sum()
-    grad = logits.sub_(normalizer[:, None]).exp_().mul_(mass[:, None]).sub_(q)
+    grad = logits.sub_(normalizer[:, None]).exp_()
+    grad = (grad if mass == 1 else grad.mul_(mass)).sub_(q)
     return loss, grad.mul_((weights / temperature)[:, None])

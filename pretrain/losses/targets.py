@@ -49,13 +49,14 @@ class ScaledTargets:
 
     def rows(self, index: Tensor) -> Tensor:
         """Give the rows (r, K) at positions (r,)."""
-        weights = self.exponentials[index] * self.scale
+        weights = self.exponentials.index_select(0, index).mul_(self.scale)
         return weights.div_(weights.sum(1, keepdim=True))
 
 
 def scores(projected: Projected, index: Tensor | slice) -> Tensor:
-    """Give the logits (r, K) of some rows, in the dtype of the features."""
-    return F.linear(projected.features[index], projected.prototypes)
+    """Give the logits (r, K) of some rows, in the dtype of the prototypes."""
+    features, prototypes = projected.features[index], projected.prototypes
+    return F.linear(features.to(prototypes.dtype), prototypes)
 
 
 def wide(x: Tensor) -> Tensor:

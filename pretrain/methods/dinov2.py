@@ -211,7 +211,7 @@ def _total(losses: dict[str, Tensor]) -> Tensor:
 
 def _joined(outputs: list[Projected]) -> Projected:
     features = torch.cat([output.features for output in outputs])
-    return Projected(features, outputs[0].prototypes.to(features.dtype))
+    return Projected(features, outputs[0].prototypes)
 
 
 def _local(parameter: Tensor) -> Tensor:
