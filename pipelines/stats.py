@@ -18,10 +18,13 @@ Stats = dict[str, Any]
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _MOST_COMMON = 20
+_ALL_HOSTS = 1_000_000
 _FEW_VALUES = 200
 """Text columns with at most so many values are counted by value,"""
 _REPEATED = 4
-"""if each stands there so often on average."""
+"""if each stands there so often on average,"""
+_REPEATING_BYTES = 12.0
+"""and the file stores so few bytes a row that values must repeat."""
 _BULKY = ("BLOB", "[]", "[", "MAP", "STRUCT")
 _NO_SCORE = ("rank", "cluster", "component_size", "threshold")
 _LIMITS = {
@@ -213,16 +216,15 @@ def hosts(work: WorkFolder) -> list[Row]:
     with Tables() as tables:
         if not tables.add("listed", stage.output("rows")):
             return []
-        kept = f"select {host_of()} as host, count(*) as kept from manifest group by 1"
-        if not tables.add("manifest", work.manifest):
-            kept = "select null::varchar as host, 0 as kept where false"
-        return tables.rows(
-            f"select host, rows, coalesce(kept, 0)::bigint as kept "
-            f"from (select {host_of()} as host, count(*) as rows from listed group by 1) "
-            f"left join ({kept}) using (host) where host is not null "
-            "order by rows desc, host limit ?",
-            [_MOST_COMMON],
-        )
+        listed = [row for row in host_counts(tables, "listed", _MOST_COMMON + 1) if row["value"]]
+        kept = {}
+        if tables.add("manifest", work.manifest):
+            counts = host_counts(tables, "manifest", _ALL_HOSTS)
+            kept = {row["value"]: row["rows"] for row in counts}
+    return [
+        {"host": row["value"], "rows": row["rows"], "kept": kept.get(row["value"], 0)}
+        for row in listed[:_MOST_COMMON]
+    ]
 
 
 def image_stats(work: WorkFolder) -> Row | None:
@@ -277,7 +279,9 @@ def column_stats(tables: Tables, columns: dict[str, str]) -> list[Row]:
     return [{"column": name, "type": kind, **found.get(name, {})} for name, kind in columns.items()]
 
 
-def count_by(tables: Tables, by: str, columns: dict[str, str]) -> list[Row]:
+def count_by(
+    tables: Tables, by: str, columns: dict[str, str], limit: int = _MOST_COMMON
+) -> list[Row]:
     """Rows of the view `rows` by a column, or by the host of its source, the most common first.
 
     Raises:
@@ -285,11 +289,23 @@ def count_by(tables: Tables, by: str, columns: dict[str, str]) -> list[Row]:
     """
     if by != "host" and by not in columns:
         raise ConfigError(f"--by {by}: no such column; there are: host, {', '.join(columns)}")
-    value = host_of() if by == "host" else named(by)
+    if by == "host":
+        return host_counts(tables, "rows", limit)
     return tables.rows(
-        f"select {value} as value, count(*) as rows from rows group by 1 "
+        f"select {named(by)} as value, count(*) as rows from rows group by 1 "
         "order by rows desc, value limit ?",
-        [_MOST_COMMON],
+        [limit],
+    )
+
+
+def host_counts(tables: Tables, view: str, limit: int) -> list[Row]:
+    """Rows by the host of their source: first by what stands between slashes, which is quick."""
+    return tables.rows(
+        f"select {host_of('place')} as value, sum(rows)::bigint as rows from ("
+        "select case when contains(source, '://') then "
+        "split_part(source, '/', 1) || '//' || split_part(source, '/', 3) end as place, "
+        f"count(*) as rows from {view} group by 1) group by 1 order by rows desc, value limit ?",
+        [limit],
     )
 
 
@@ -342,21 +358,32 @@ def _quantile_names(values: list[float] | None) -> dict[str, float] | None:
 
 
 def _text_stats(tables: Tables, texts: list[str]) -> dict[str, Row]:
-    """How many texts are there, about how many different ones, and counts where these are few."""
-    if not texts:
-        return {}
-    asked = ", ".join(
-        f"count({named(c)}) as n{i}, approx_count_distinct({named(c)}) as d{i}"
-        for i, c in enumerate(texts)
-    )
-    counts = tables.first(f"select {asked} from rows")
+    """How many texts are there, and counts by value where these are few.
+
+    The footers tell which columns repeat their values: those are stored in a dictionary, with a
+    few bytes a row. Only they are read.
+    """
     found: dict[str, Row] = {}
-    for i, name in enumerate(texts):
-        rows, distinct = counts[f"n{i}"], counts[f"d{i}"]
-        found[name] = {"rows": rows, "distinct": distinct}
-        if 0 < distinct <= _FEW_VALUES and rows >= _REPEATED * distinct:
-            found[name]["values"] = count_by(tables, name, {name: "VARCHAR"})
+    for name, (filled, bytes_a_row) in _footers(tables, texts).items():
+        found[name] = {"rows": filled}
+        if filled > 0 and bytes_a_row < _REPEATING_BYTES:
+            values = count_by(tables, name, {name: "VARCHAR"}, _FEW_VALUES + 1)
+            if len(values) <= min(_FEW_VALUES, filled // _REPEATED):
+                found[name]["values"] = values[:_MOST_COMMON]
     return found
+
+
+def _footers(tables: Tables, columns: list[str]) -> dict[str, tuple[int, float]]:
+    """Filled rows, and stored bytes a row before compression, of some columns."""
+    files = tables.files("rows")
+    rows = tables.rows(
+        "select path_in_schema as name, sum(num_values) - sum(coalesce(stats_null_count, 0)) as n, "
+        "sum(total_uncompressed_size) / greatest(sum(num_values), 1) as bytes "
+        "from parquet_metadata(?) group by all",
+        [files],
+    )
+    known = {row["name"]: (int(row["n"]), float(row["bytes"])) for row in rows}
+    return {name: known[name] for name in columns if name in known}
 
 
 def _any_column(path: str) -> str:

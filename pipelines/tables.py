@@ -22,6 +22,7 @@ class Tables:
 
         self._connection = duckdb.connect(config={"memory_limit": _MEMORY, "threads": _THREADS})
         self._remote = False
+        self._files: dict[str, list[str]] = {}
 
     def __enter__(self) -> "Tables":
         return self
@@ -47,6 +48,7 @@ class Tables:
                 parts.append(f"select *{extra} from read_parquet([{listed}])")
         if not parts:
             return False
+        self._files[name] = [file for dataset in datasets for file in _files_of(dataset)]
         self._run(f"create or replace view {name} as {' union all by name '.join(parts)}")
         return True
 
@@ -57,6 +59,10 @@ class Tables:
     def define_macro(self, name: str, argument: str, expression: str) -> None:
         """Make a function that queries may call."""
         self._run(f"create or replace macro {name}({argument}) as {expression}")
+
+    def files(self, name: str) -> list[str]:
+        """Files of a view that `add` made."""
+        return self._files[name]
 
     def columns(self, name: str) -> dict[str, str]:
         """Names and DuckDB types of a view's columns."""
