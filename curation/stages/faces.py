@@ -41,6 +41,7 @@ class Faces(ShardStage):
     """Images searched at once."""
 
     reasons = ("face", UNREADABLE)
+    on_sets = True  # sets taken as they are enter training, and like must be compared with like
 
     @model_validator(mode="after")
     def _model_is_there(self) -> "Faces":
