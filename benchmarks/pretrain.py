@@ -172,6 +172,7 @@ def show(name: str, row: dict[str, float]) -> None:
 
 
 def main() -> None:
+    sys.path[0] = str(ROOT)  # this file's folder would make it the package `pretrain`
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default=str(PHOTOS), help="folder of images")
     parser.add_argument("--lightly", help="interpreter that has lightly-train")
