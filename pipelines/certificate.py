@@ -72,6 +72,20 @@ def certify(path: str, engine: Engine, threshold: float | None = None) -> dict[s
     }
 
 
+def embeddings_of_leaks(work: WorkFolder) -> tuple[str, float | None, float | None]:
+    """Name of the embeddings that copies are looked for in, and both thresholds of the run.
+
+    Raises:
+        DatasetError: the run looked for no copies.
+    """
+    dedup, leak = work.stage(POOL, "near_dedup"), work.stage(POOL, "leaks")
+    stage = dedup or leak
+    if stage is None:
+        raise DatasetError(f"{work.path}: this run has no embeddings for copies (no 'near_dedup')")
+    limit = dedup.entry.record.figures.get("threshold") if dedup else None
+    return str(stage.entry.record.settings["embeddings"]), limit, _limit_of(leak or stage)
+
+
 def nearest(benchmark: np.ndarray, rows: np.ndarray, ids: list[str]) -> Nearest:
     """The most similar of some rows to each benchmark image; ties go to the smallest id.
 

@@ -375,15 +375,19 @@ def sql(
 
 @app.command()
 def explain(
-    image: Annotated[str, typer.Argument(help="An id or a URL.")],
+    image: Annotated[str, typer.Argument(help="An id, a URL, or a file of your own.")],
     work: Work,
     json: Json = False,
 ) -> None:
     """Tell one image's whole life: every stage's verdict, its rule, score and threshold.
 
-    Example:
+    Of a file on this machine: whether the set holds it or a near copy of it.
+
+    Examples:
 
         curate explain http://127.0.0.1:18700/bomb.png --work build/demo
+
+        curate explain my-photo.jpg --work build/demo
     """
     from pipelines.verbs import audit as verb
 

@@ -1,7 +1,9 @@
 """DuckDB over our Parquet: bounded memory, only the columns asked for, texts only as parameters."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from curation import storage
@@ -20,7 +22,11 @@ class Tables:
     def __init__(self) -> None:
         import duckdb
 
-        self._connection = duckdb.connect(config={"memory_limit": _MEMORY, "threads": _THREADS})
+        scratch = str(Path(tempfile.gettempdir()) / "curate-duckdb")
+        self._connection = duckdb.connect(
+            config={"memory_limit": _MEMORY, "threads": _THREADS, "temp_directory": scratch}
+        )
+        self._connection.execute("set enable_progress_bar = false")
         self._remote = False
         self._files: dict[str, list[str]] = {}
 

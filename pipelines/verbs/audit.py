@@ -1,5 +1,6 @@
 """What auditors ask: `curate stats`, `sql`, `explain`, `report`, `verify` and their like."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curation import storage
@@ -59,6 +60,9 @@ def print_explanation(image: str, work: str, as_json: bool) -> None:
     """`curate explain`."""
     from pipelines.explain import explain
 
+    if Path(image).is_file():
+        _print_file(image, work, as_json)
+        return
     lives = explain(image, work)
     if as_json:
         console.print_json(lives)
@@ -247,6 +251,21 @@ def _print_life(life: Row) -> None:
             console.print_pairs(shown, title=part)
 
 
+def _print_file(image: str, work: str, as_json: bool) -> None:
+    """What the run holds of a photo that may never have been listed."""
+    from pipelines.seen import look_for
+
+    found = look_for(Path(image), work)
+    if as_json:
+        console.print_json(found)
+        return
+    shown = {name: _plain(value) for name, value in found.items() if not isinstance(value, list)}
+    console.print_pairs(shown, title="photo")
+    _print_table(found["equal"], "equal images in the run")
+    _print_table(found["nearest"], "nearest images of the set")
+    _print_table(found["nearest_benchmark"], "nearest benchmark images")
+
+
 def _worth(name: str, value: Any) -> bool:
     return value is not None and name != "id"
 
@@ -270,4 +289,6 @@ def _number(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return f"{len(value):,} bytes"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "" if value is None else _number(value) if isinstance(value, float) else value
