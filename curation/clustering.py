@@ -203,14 +203,23 @@ def means_of(
 def spread_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """(C, D): rows far from each other, drawn as k-means++ does: by squared distance.
 
+    Of a few rows drawn at a time, the one that brings all rows nearest is taken.
     rows: (N, D) float32, unit rows, N at least `count`.
     """
+    trials = 2 + int(np.log(count))
     chosen = [int(rng.integers(len(rows)))]
-    squared = np.full(len(rows), np.inf)  # (N,) distances to the nearest chosen row
+    squared = _squared_distances(rows, rows[chosen])[0]  # (N,) to the nearest chosen row
     for _ in range(count - 1):
-        squared = np.minimum(squared, np.maximum(0, 2 - 2 * (rows @ rows[chosen[-1]])))
-        squared[chosen[-1]] = 0
         total = squared.sum()
-        weights = squared / total if total > 0 else np.full(len(rows), 1 / len(rows))
-        chosen.append(int(rng.choice(len(rows), p=weights)))
+        weights = squared / total if total > 0 else None
+        tried = rng.choice(len(rows), trials, p=weights)
+        after = np.minimum(squared, _squared_distances(rows, rows[tried]))  # (trials, N)
+        best = int(after.sum(axis=1).argmin())
+        chosen.append(int(tried[best]))
+        squared = after[best]
     return np.ascontiguousarray(rows[chosen])
+
+
+def _squared_distances(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(M, N) float64, between (M, D) and (N, D) unit rows."""
+    return np.asarray(np.maximum(0, 2 - 2 * (others @ rows.T)), np.float64)

@@ -92,20 +92,21 @@ def lay_out(
 ) -> Layout:
     """Arrange the rows of all sources: by lists, or scattered where all are compared with all."""
     num_rows = sum(source.pool.num_rows for source in sources)
-    threads = threads_of(engine)
-    if not comparison.by_lists(num_rows) or not num_rows:
+    threads, trained = threads_of(engine), None
+    if num_rows and comparison.by_lists(num_rows):
+        trained = train_router(
+            tuple(sources),
+            storage.join(folder, "coarse"),
+            engine,
+            seed=seed,
+            budget=Budget(memory=int(comparison.memory_gb * (1 << 30))),
+            threads=threads,
+        )
+    if trained is None:
         count = 1 + num_rows // _ROWS_PER_PARTITION
         files = arrange(sources, Scattered(count), range(count + 1), folder, engine)
         return Layout(files, comparison, seed, None, threads)
-    budget = Budget(memory=int(comparison.memory_gb * (1 << 30)))
-    router, list_starts = train_router(
-        tuple(sources),
-        storage.join(folder, "coarse"),
-        engine,
-        seed=seed,
-        budget=budget,
-        threads=threads,
-    )
+    router, list_starts = trained
     files = arrange(sources, router, list_starts, folder, engine)
     return Layout(files, comparison, seed, router, threads)
 

@@ -70,8 +70,11 @@ def train_router(
     seed: int,
     budget: Budget,
     threads: int,
-) -> tuple[CoarseRouter, list[int]]:
-    """Train coarse centroids; give the router and the first list of each partition."""
+) -> tuple[CoarseRouter, list[int]] | None:
+    """Train coarse centroids; give the router and the first list of each partition.
+
+    Gives None where no row has a direction, so that there is nothing to be trained on.
+    """
     num_rows = sum(source.pool.num_rows for source in sources)
     num_lists = int(np.clip(num_rows // _ROWS_PER_LIST, 16, _MOST_LISTS))
     per_partition = max(1 << 16, num_rows >> 11)
@@ -91,6 +94,8 @@ def train_router(
     sampled = storage.join(folder, "sampled")
     facts = run_steps(engine, _Sample(training), len(training.groups), sampled, "sample rows")
     width = check_widths([(fact["where"], fact["width"]) for fact in facts])
+    if not width:
+        return None
     trained = storage.join(folder, "trained")
     found = run_steps(engine, _TrainCoarse(training, width), 1, trained, "train centroids")[0]
     router = CoarseRouter(

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+
+from curation.neighbors.layout import Comparison
+from curation.schema import make_id
+from curation.stage import StageFolder, StageInputs
+from curation.stages.near_dedup import NearDedup
+from pipelines.local_engine import LocalEngine
+from pipelines.stage_runner import Silent, run_stage
+
+WIDTH = 48
+LISTS = Comparison(method="lists", recall=0.999)
+
+
+@pytest.fixture
+def dedup(tmp_path):
+    def run(pool, sets=None, *, name="out", workers=1, **settings):
+        return run_stage(
+            NearDedup(embeddings="copy", **settings),
+            StageInputs(pool, sets or {}),
+            StageFolder(str(tmp_path / name), "near_dedup"),
+            LocalEngine(workers),
+            Silent(),
+        )
+
+    return run
+
+
+def crowd(seed, count=1500):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(count // 25, WIDTH))
+    rows = centres[rng.integers(0, len(centres), count)] + 1.6 * rng.normal(size=(count, WIDTH))
+    rows[: count // 10] = rows[-(count // 10) :] + 0.4 * rng.normal(size=(count // 10, WIDTH))
+    return rows
+
+
+def test_join_by_lists__finds_what_exhaustive_comparison_finds(embed, dedup):
+    pool = embed(crowd(0))
+    exact, exactly = dedup(pool, name="all", comparison=Comparison(method="all"))
+    record, outputs = dedup(pool, name="lists", comparison=LISTS)
+    assert record.figures["compared"] == "lists"
+    assert record.figures["measured_recall"] >= 0.999
+    assert record.figures["sampled_pairs"] > 100
+    a, b = (found["decisions"].read().to_pandas() for found in (exactly, outputs))
+    found = (a["twin"] == b["twin"]) | (a["twin"].isna() & b["twin"].isna())
+    assert found.mean() > 0.995
+    same = found & a["twin"].notna()
+    assert (a["similarity"][same] == b["similarity"][same]).all()
+    assert abs(record.rows_out - exact.rows_out) <= 0.002 * exact.rows_in
+
+
+def test_join_by_lists__content_does_not_depend_on_shards_order_or_workers(embed, dedup):
+    rng = np.random.default_rng(1)
+    rows, ids = crowd(1), [make_id(str(i)) for i in range(1500)]
+    bench = {"bench": embed(rows[50:90] + 0.1, "bench")}
+    pools = [
+        embed(rows, ids=ids),
+        embed(rows, ids=ids, sizes=[11, 0, 1489], order=rng.permutation(1500)),
+    ]
+    digests = set()
+    for number, workers in ((0, 1), (1, 1), (1, 2)):
+        _, outputs = dedup(
+            pools[number],
+            bench,
+            name=f"{number}-{workers}",
+            workers=workers,
+            against=("bench",),
+            comparison=Comparison(method="lists", recall=0.9),
+        )
+        digests.add(outputs["decisions"].manifest.content_digest)
+    assert len(digests) == 1
+
+
+def test_join_by_lists__identical_rows_cost_linear(embed, dedup):
+    rows = np.concatenate([np.ones((3000, 8)), np.eye(8)])
+    record, outputs = dedup(embed(rows), comparison=LISTS, threshold=0.9, max_component_share=1.0)
+    assert record.dropped == {"near_duplicate": 2999}
+    ids = sorted(outputs["decisions"].read()["id"].to_pylist()[:3000])
+    kept = outputs["decisions"].read().to_pandas().query("keep and component_size > 1")
+    assert kept["id"].tolist() == ids[:1]
+    assert kept["twin"].tolist() == ids[1:2]
+
+
+def test_join_by_lists__few_rows_and_bad_rows(embed, dedup):
+    rows = np.random.default_rng(0).normal(size=(9, WIDTH))
+    rows[3] = 0
+    rows[4] = rows[5]
+    record, _ = dedup(embed(rows, sizes=[4, 0, 5]), comparison=LISTS)
+    assert record.dropped == {"bad_vector": 1, "near_duplicate": 1}
+
+
+def test_join_by_lists__only_bad_rows_and_no_rows(embed, dedup):
+    record, _ = dedup(embed(np.zeros((3, WIDTH))), comparison=LISTS)
+    assert record.dropped == {"bad_vector": 3}
+    record, _ = dedup(embed(np.empty((0, WIDTH))), comparison=LISTS, name="none")
+    assert record.rows_in == 0
+
+
+def test_join_by_lists__damaged_scratch_is_noticed_and_made_again(
+    embed, dedup, tmp_path, monkeypatch
+):
+    pool = embed(crowd(3), sizes=[700, 800])
+    whole = dedup(pool, name="whole", comparison=LISTS)[1]["decisions"].manifest.content_digest
+    monkeypatch.setattr("curation.stages.near_dedup.decide_shards", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dedup(pool, comparison=LISTS)
+    monkeypatch.undo()
+    scratch = tmp_path / "out" / "_scratch"
+    files = sorted(path for path in scratch.rglob("*") if path.suffix in (".bin", ".arrow"))
+    for number, path in enumerate(files):
+        if number % 2:
+            path.unlink()
+        elif path.stat().st_size:
+            path.write_bytes(path.read_bytes()[:-1])
+    again = dedup(pool, comparison=LISTS)[1]["decisions"].manifest.content_digest
+    assert again == whole
+
+
+def _interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
