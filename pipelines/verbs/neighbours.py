@@ -1,12 +1,17 @@
 """`curate dedup` and `curate retrieve` on embeddings, ours or foreign."""
 
+import re
 from typing import Any
 
+import pyarrow as pa
+
+from curation import storage
 from curation.config import parse_settings
-from curation.dataset import open_foreign
+from curation.dataset import Dataset, commit, open_foreign, write_shard
 from curation.errors import ConfigError, SchemaError
 from curation.pool import Pool
 from curation.registry import load_stage
+from curation.schema import ID, make_id
 from curation.stage import DECISIONS, Engine, StageInputs
 from pipelines.verbs.stages import parse_changes, run_single
 
@@ -26,7 +31,7 @@ def run_dedup(
     engine: Engine,
 ) -> None:
     """`curate dedup`."""
-    sets = dict(_named_set(text, columns) for text in against)
+    sets = dict(_named_set(text, columns, out) for text in against)
     values = {
         **settings,
         **parse_changes(changes),
@@ -35,7 +40,7 @@ def run_dedup(
         "against": list(sets),
     }
     stage = parse_settings(load_stage("near_dedup", "curate dedup"), values, "curate dedup")
-    inputs = StageInputs(embedding_pool(embeddings, columns), sets)
+    inputs = StageInputs(embedding_pool(embeddings, columns, out), sets)
     run_single(stage, inputs, out, DECISIONS, engine)
 
 
@@ -51,7 +56,7 @@ def run_retrieve(
 ) -> None:
     """`curate retrieve`."""
     rules = [parse_seeds(text) for text in seeds]
-    sets = {rule["set"]: embedding_pool(path, columns, rule["set"]) for rule, path in rules}
+    sets = {rule["set"]: embedding_pool(path, columns, out, rule["set"]) for rule, path in rules}
     values = {
         **settings,
         **parse_changes(changes),
@@ -60,12 +65,15 @@ def run_retrieve(
         "seeds": [rule for rule, _ in rules],
     }
     stage = parse_settings(load_stage("retrieve", "curate retrieve"), values, "curate retrieve")
-    inputs = StageInputs(embedding_pool(pool, columns), sets, seed)
+    inputs = StageInputs(embedding_pool(pool, columns, out), sets, seed)
     run_single(stage, inputs, out, "hits", engine)
 
 
-def embedding_pool(path: str, columns: Columns, name: str = "pool") -> Pool:
+def embedding_pool(path: str, columns: Columns, out: str, name: str = "pool") -> Pool:
     """Embeddings as a pool of one side-car.
+
+    Foreign rows whose ids are not ours get one: the hash of their own, which stays beside it as
+    `source` in OUT/_input-NAME.
 
     Raises:
         SchemaError: the id column or the column of vectors is missing.
@@ -76,7 +84,37 @@ def embedding_pool(path: str, columns: Columns, name: str = "pool") -> Pool:
             f"{path}: no column '{columns[1]}'; found: {', '.join(dataset.columns)}; "
             "name the vectors' with --embedding-column"
         )
+    if columns[0] != ID or not _has_our_ids(dataset):
+        dataset = _with_our_ids(dataset, columns, storage.join(out, f"_input-{name}"))
     return Pool(name, {_LAYER: dataset})
+
+
+def _has_our_ids(dataset: Dataset) -> bool:
+    """Whether the first row of a data set has an id like ours."""
+    for index, shard in enumerate(dataset.manifest.shards):
+        if shard.num_rows:
+            first = dataset.read_shard(index, [ID])[ID][0].as_py()
+            return isinstance(first, str) and re.fullmatch("[0-9a-f]{32}", first) is not None
+    return True
+
+
+def _with_our_ids(dataset: Dataset, columns: Columns, folder: str) -> Dataset:
+    """A copy of foreign embeddings under ids of ours, shard by shard."""
+    infos = []
+    schema = None
+    for index in range(dataset.num_shards):
+        table = dataset.read_shard(index, columns)
+        sources = [str(value) for value in table[columns[0]].to_pylist()]
+        renamed = pa.table(
+            {
+                ID: pa.array([make_id(source) for source in sources], pa.string()),
+                "source": pa.array(sources, pa.string()),
+                columns[1]: table[columns[1]],
+            }
+        )
+        schema = renamed.schema
+        infos.append(write_shard(folder, index, renamed))
+    return commit(folder, schema or pa.schema([]), infos, dataset.attributes)
 
 
 def parse_seeds(text: str) -> tuple[dict[str, Any], str]:
@@ -102,8 +140,8 @@ def parse_seeds(text: str) -> tuple[dict[str, Any], str]:
     )
 
 
-def _named_set(text: str, columns: Columns) -> tuple[str, Pool]:
+def _named_set(text: str, columns: Columns, out: str) -> tuple[str, Pool]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise ConfigError(f"--against {text}: write NAME=EMBEDDINGS")
-    return name, embedding_pool(path, columns, name)
+    return name, embedding_pool(path, columns, out, name)

@@ -121,6 +121,22 @@ def test_dedup__against_an_evaluation_set(embeddings, tmp_path):
     assert all(row["twin_set"] == "val" for row in rows if row["reason"] == "leak:val")
 
 
+def test_dedup__foreign_parquet_with_its_own_ids(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(20, 16)).astype(np.float32)
+    rows[7] = 3 * rows[2]  # not of unit length
+    table = pa.table({"key": [f"img {i}" for i in range(20)], "vec": list(rows)})
+    pq.write_table(table, tmp_path / "e.parquet")
+    columns = ("--id-column", "key", "--embedding-column", "vec")
+    succeeds("dedup", tmp_path / "e.parquet", "--out", tmp_path / "o", "--threshold", 0.9, *columns)
+    decisions = Dataset.open(str(tmp_path / "o")).read().to_pylist()
+    dropped = [row for row in decisions if not row["keep"]]
+    ids = {make_id("img 2"), make_id("img 7")}
+    assert [{row["id"], row["twin"]} for row in dropped] == [ids]
+    names = Dataset.open(str(tmp_path / "o" / "_input-pool")).read().to_pydict()
+    assert dict(zip(names["id"], names["source"], strict=True))[dropped[0]["id"]].startswith("img ")
+
+
 def test_retrieve__sample_and_cluster_rules(embeddings, tmp_path):
     succeeds(
         "retrieve", embeddings, "--out", tmp_path / "hits", "--seeds", f"a={embeddings}:sample:3"
