@@ -8,7 +8,6 @@ headers, and its writer seam keeps the bytes in memory: our ledger commits, or n
 import contextlib
 import io
 import os
-import random
 import sys
 import tempfile
 import time
@@ -104,10 +103,11 @@ class ShardDownloader:
             disallowed_header_directives=None,
         )
 
-    def pause_s(self, attempts: int, error: FetchError) -> float:
-        """Seconds until the next attempt: doubling, jittered, and what the server asked for."""
-        doubled = self.back_off_s * 2 ** (attempts - 1) * random.uniform(0.5, 1.5)
-        return min(max(doubled, error.retry_after_s or 0.0), _MAX_BACK_OFF_S)
+    def pause_s(self, row: int, attempts: int, error: FetchError) -> float:
+        """Seconds until a row's next attempt: doubling, spread, and what the server asked for."""
+        spread = 0.5 + row * 0.618034 % 1  # rows that failed together do not come back together
+        doubled = self.back_off_s * 2 ** (attempts - 1) * spread
+        return float(min(max(doubled, error.retry_after_s or 0.0), _MAX_BACK_OFF_S))
 
 
 class _Tickets:
@@ -169,7 +169,7 @@ class _Tickets:
             except FetchError as error:
                 if not error.is_temporary or outcome.attempts > self._settings.retries:
                     raise
-                retry_in_s = self._settings.pause_s(outcome.attempts, error)
+                retry_in_s = self._settings.pause_s(row, outcome.attempts, error)
             finally:
                 outcome.seconds = time.monotonic() - began
                 outcome.ended_at = time.time()

@@ -85,12 +85,13 @@ def test_download__no_rows():
 def test_pause_s__doubles_and_listens_to_the_server():
     one = downloader(Answers(), back_off_s=1.0)
     error = FetchError("http_503")
-    assert 0.5 <= one.pause_s(1, error) <= 1.5
-    assert 2.0 <= one.pause_s(3, error) <= 6.0
+    assert 0.5 <= one.pause_s(7, 1, error) <= 1.5
+    assert 2.0 <= one.pause_s(7, 3, error) <= 6.0
+    assert len({one.pause_s(row, 1, error) for row in range(50)}) == 50
     error.retry_after_s = 20.0
-    assert one.pause_s(1, error) == 20.0
+    assert one.pause_s(7, 1, error) == 20.0
     error.retry_after_s = 1e6
-    assert one.pause_s(1, error) == 60.0
+    assert one.pause_s(7, 1, error) == 60.0
 
 
 def test_load_downloader__imports_little_and_calls_nobody():
