@@ -486,6 +486,31 @@ def card(
 
 
 @app.command()
+def forget(
+    work: Annotated[str, typer.Argument(help="Work folder of a run.")],
+    ids: Annotated[str | None, typer.Option("--ids", help="File with an id a line.")] = None,
+    urls: Annotated[str | None, typer.Option("--urls", help="File with a URL a line.")] = None,
+    hashes: Annotated[
+        str | None, typer.Option("--hashes", help="File with a SHA-256 or pixel hash a line.")
+    ] = None,
+    near: Annotated[bool, typer.Option("--near", help="Their copies, too.")] = False,
+    json: Json = False,
+) -> None:
+    """Take images out of every table, packed shard and report of a finished run.
+
+    Leaves tombstones in WORK/forgotten, which `blocklist` reads in later builds, and lists the
+    checkpoints that may have seen the images.
+
+    Example:
+
+        curate forget build/demo --urls requests.txt --near
+    """
+    from pipelines.verbs import audit as verb
+
+    verb.forget_images(work, {"ids": ids, "urls": urls, "hashes": hashes}, near, json)
+
+
+@app.command()
 def pretrain(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
     data: Annotated[

@@ -34,7 +34,7 @@ def explain(text: str, work: str) -> list[Life]:
     lives = [
         _life(folder, flow, row_id)
         for flow in folder.flows
-        for row_id in _ids_in(folder, flow, text.strip())
+        for row_id in ids_in(folder, flow, text.strip())
     ]
     if not lives:
         raise DatasetError(
@@ -64,7 +64,7 @@ def fate(verdicts: list[Row]) -> str:
     return f"kept by every stage up to {last['stage']}"
 
 
-def _ids_in(folder: WorkFolder, flow: str, text: str) -> list[str]:
+def ids_in(folder: WorkFolder, flow: str, text: str) -> list[str]:
     """Ids of a flow that the text stands for."""
     first = folder.stages(flow)[0]
     settings = first.entry.record.settings
@@ -89,9 +89,9 @@ def _with_prefix(stage: FinishedStage, prefix: str) -> list[str]:
 def _life(folder: WorkFolder, flow: str, row_id: str) -> Life:
     verdicts = [row for stage in _path_of(folder, flow) for row in _verdicts(stage, flow, row_id)]
     life: Life = {"id": row_id, "flow": flow, "fate": fate(verdicts)}
-    life["origin"] = _from_side_car(folder, flow, "rows", row_id)
-    life["fetch"] = _from_side_car(folder, flow, "fetches", row_id)
-    life["image"] = _from_side_car(folder, flow, "images", row_id)
+    life["origin"] = side_car_row(folder, flow, "rows", row_id)
+    life["fetch"] = side_car_row(folder, flow, "fetches", row_id)
+    life["image"] = side_car_row(folder, flow, "images", row_id)
     life["verdicts"] = verdicts
     life["sources"] = _sources_of_twins(folder, verdicts, flow)
     life["hits"] = _hits(folder, flow, row_id)
@@ -128,7 +128,7 @@ def _verdict(stage: FinishedStage, row: Row) -> Row:
     return {**decided, "stage": stage.name, **extras}
 
 
-def _from_side_car(folder: WorkFolder, flow: str, output: str, row_id: str) -> Row | None:
+def side_car_row(folder: WorkFolder, flow: str, output: str, row_id: str) -> Row | None:
     """What a side-car of the flow says of a row, without bytes and vectors."""
     stage = folder.making(flow, output)
     if stage is None:
@@ -147,7 +147,7 @@ def _sources_of_twins(folder: WorkFolder, verdicts: list[Row], flow: str) -> dic
             other = row.get(name)
             for candidate in [of or flow, POOL, *folder.record.as_is]:
                 if other and other not in found and candidate in folder.flows:
-                    origin = _from_side_car(folder, candidate, "rows", other)
+                    origin = side_car_row(folder, candidate, "rows", other)
                     if origin:
                         found[other] = origin["source"]
     return found

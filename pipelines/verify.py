@@ -205,7 +205,7 @@ def _check_totals(manifest: Manifest, checked: Checked) -> None:
         content = "unreadable"
     if content != manifest.content_digest:
         checked.blame(MANIFEST, "content digest does not follow from its shards")
-    if _files_digest(manifest.shards) != manifest.files_digest:
+    if files_digest(manifest.shards) != manifest.files_digest:
         checked.blame(MANIFEST, "files digest does not follow from its shards")
 
 
@@ -445,7 +445,8 @@ def _hash_file(path: str) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def _files_digest(shards: Iterable[ShardInfo]) -> str:
+def files_digest(shards: Iterable[ShardInfo]) -> str:
+    """The digest over all bytes as written, as the manifest has it."""
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(f"{shard.name} {shard.sha256}\n".encode())

@@ -154,6 +154,30 @@ def write_card(work: str, out: str) -> None:
         console.print_line(path)
 
 
+def forget_images(work: str, lists: dict[str, str | None], near: bool, as_json: bool) -> None:
+    """`curate forget`."""
+    from curation.errors import ConfigError
+    from pipelines.forget import forget
+
+    given = [(kind, path) for kind, path in lists.items() if path is not None]
+    if len(given) != 1:
+        raise ConfigError("curate forget: give one of --ids, --urls and --hashes")
+    kind, path = given[0]
+    names = storage.read_bytes(path).decode("utf-8", "replace").splitlines()
+    done = forget(work, kind, names, near=near)  # type: ignore[arg-type]  # the keys above
+    if as_json:
+        console.print_json(vars(done))
+        return
+    _print_table([{k: r[k] for k in ("flow", "id", "sha256")} for r in done.rows], "forgotten")
+    for text in done.not_found:
+        console.print_line(f"never seen: {text}")
+    for checkpoint in done.checkpoints:
+        console.print_line(f"may have seen them: {checkpoint}")
+    if done.rows:
+        console.print_line(f"content digest now {done.content_digest}")
+        console.print_line(f"for later builds: blocklist with {', '.join(done.tombstones)}")
+
+
 def _verdict(one: Any) -> str:
     if one.defects:
         return f"{len(one.defects)} defects"
