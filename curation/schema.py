@@ -64,6 +64,9 @@ _TYPES: dict[str, pa.DataType] = {
     "seed_id": pa.string(),
     "rank": pa.int32(),
     "cluster": pa.int32(),
+    # clusters of every level, leaves first; how often a balanced sample draws the row
+    "clusters": pa.list_(pa.int32()),
+    "draws": pa.int32(),
     # faces: (x0, y0, x1, y1) in pixels of the canonical image
     "boxes": pa.list_(pa.list_(pa.int32(), 4)),
     # fetches: what varies from run to run
