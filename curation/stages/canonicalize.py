@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import Field
 
 from curation.blocklists import BlockIndex, Blocklists, RowHashes, md5_of, reject_listed
-from curation.schema import IMAGE_COLUMNS, SOURCE_COLUMNS, schema_of
+from curation.schema import IMAGE_COLUMNS, SOURCE_COLUMNS, column_type, schema_of
 from curation.stage import Resources, Shard, ShardStage, reject
 from embedder.errors import ImageError
 from embedder.images import REASONS, Limits, Pixels, canonicalize, read_header, resize
@@ -89,8 +89,11 @@ class Canonicalize(ShardStage):
         images = [{} if isinstance(row, str) else row for row in rows]
         if opened is not None:
             _drop_listed(shard, images, opened)
-        names = [name for name in IMAGE_COLUMNS if name not in ("id", *SOURCE_COLUMNS)]
-        shard.emit("images", {name: [image.get(name) for image in images] for name in names})
+        for name in IMAGE_COLUMNS:
+            if name not in ("id", *SOURCE_COLUMNS):
+                # Taken out of the rows as it goes: a shard's images are in memory once, not twice.
+                column = pa.array([image.pop(name, None) for image in images], column_type(name))
+                shard.emit("images", {name: column})
 
     def _row(self, scalar: Any, limits: Limits) -> dict[str, Any] | str:
         """Columns of one image, or the reason why it is none."""

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from curation.fetching.client import Client, FetchPolicy
 from curation.fetching.outcomes import REASONS, status_of
 from curation.fetching.shard_downloader import Outcome, ShardDownloader, load_downloader
-from curation.schema import FETCH_COLUMNS, SOURCE_COLUMNS, schema_of
+from curation.schema import FETCH_COLUMNS, SOURCE_COLUMNS, column_type, schema_of
 from curation.stage import Resources, Shard, ShardStage, reject
 from embedder.images import Limits
 
@@ -86,7 +86,7 @@ class Download(ShardStage):
 
     def resources(self) -> Resources:
         """What one shard's task needs."""
-        return Resources(cpus=1, memory=2 << 30)
+        return Resources(cpus=1, memory=3 << 30)
 
     def open(self) -> Client:
         """Make the client that a worker uses for all of its shards."""
@@ -124,10 +124,18 @@ class Download(ShardStage):
         )
         outcomes = downloader.download([url or "" for url in shard.values("source")])
         opened.rest()
-        shard.emit("raw", {"raw": [outcome.body for outcome in outcomes]})
+        shard.emit("raw", {"raw": _take_bodies(outcomes)})
         shard.emit("fetches", _fetch_columns(outcomes), rejected_too=True)
         shard.count("bytes", sum(outcome.num_bytes or 0 for outcome in outcomes))
         _reject_failures(shard, outcomes)
+
+
+def _take_bodies(outcomes: list[Outcome]) -> pa.Array:
+    """The bodies as a column, taken out of the outcomes: a shard is in memory once, not twice."""
+    bodies = pa.array([outcome.body for outcome in outcomes], column_type("raw"))
+    for outcome in outcomes:
+        outcome.body = None
+    return bodies
 
 
 def _reject_failures(shard: Shard, outcomes: list[Outcome]) -> None:

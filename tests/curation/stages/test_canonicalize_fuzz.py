@@ -90,7 +90,7 @@ def fuzz(count: int) -> Counter[str | None]:
         stage.process(shard, None)
         assert time.monotonic() - began < 5
         ends.update(shard.reasons.tolist())
-        for data in filter(None, shard.emitted["images"]["image"]):
+        for data in filter(None, shard.emitted["images"]["image"].to_pylist()):
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
                 assert (image.format, image.mode) in (("JPEG", "RGB"), ("JPEG", "L"))

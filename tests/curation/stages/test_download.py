@@ -107,7 +107,7 @@ def test_download__each_behaviour_has_its_reason_within_its_deadline(hostile_ser
     assert moved["content_type"] == "image/jpeg"
     assert dict(zip(columns, by_path["/noai"], strict=True))["status"] == "opted_out"
     assert dict(zip(columns, by_path["/nowhere"], strict=True))["attempts"] == 1
-    assert shard.emitted["raw"]["raw"][0] == jpeg(1)
+    assert shard.emitted["raw"]["raw"][0].as_py() == jpeg(1)
     assert hostile_server.hits["/robots.txt"] == 1
 
 
