@@ -1,0 +1,36 @@
+import pyarrow as pa
+
+from curation.dataset import write_dataset
+from curation.fetching.hosts import summarise_hosts
+from curation.schema import FETCH_COLUMNS, make_id, schema_of
+
+
+def test_summarise_hosts__adds_up_over_shards(tmp_path):
+    rows = [
+        ("http://a.test/1", "arrived", 10),
+        ("https://b.test:8443/?x", "failed", None),
+        ("http://a.test/2", "opted_out", None),
+        ("http://[::1]:80/x", "arrived", 5),
+        (None, "failed", None),
+        ("http://a.test/3", "arrived", 7),
+    ]
+    table = pa.Table.from_pylist(
+        [
+            {
+                "id": make_id(str(i)),
+                "final_url": url,
+                "status": status,
+                "num_bytes": size,
+                "seconds": 0.5,
+            }
+            for i, (url, status, size) in enumerate(rows)
+        ],
+        schema_of(FETCH_COLUMNS),
+    )
+    parts = [table.slice(0, 2), table.slice(2, 0), table.slice(2)]
+    found = summarise_hosts(write_dataset(str(tmp_path / "f"), parts, table.schema)).to_pylist()
+    assert [row["host"] for row in found] == ["a.test", "[::1]", "b.test", None]
+    assert list(found[0].values()) == ["a.test", 3, 2, 1, 0, 17, 1.5]
+    assert found[3]["failed"] == 1
+    empty = write_dataset(str(tmp_path / "e"), [], table.schema)
+    assert summarise_hosts(empty).num_rows == 0
