@@ -94,6 +94,46 @@ class ConsoleWatcher:
         return f"{stage}: {self._done}/{self._total} shards, {self._rate()}, {left:,.0f} s left"
 
 
+class TrainingWatcher:
+    """Shows the losses of a training run: a bar on a terminal, else about a line a minute."""
+
+    def __init__(self, total_steps: int, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True)
+        self._total = total_steps
+        self._spoke = float("-inf")
+        self._quiet = quiet
+        self._bars = Progress(
+            TextColumn("{task.description:>14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[losses]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._bar = self._bars.add_task("pretrain", total=total_steps, losses="")
+        if self._console.is_terminal and not quiet:
+            self._bars.start()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Show one logged step."""
+        shown = [
+            f"{name} {record[name]:.3f}" for name in ("loss", "dino", "ibot") if name in record
+        ]
+        losses = ", ".join(shown)
+        self._bars.update(self._bar, completed=record["step"], losses=losses)
+        if self._quiet or self._console.is_terminal:
+            return
+        if time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
+            self._spoke = time.monotonic()
+            line = f"pretrain: step {record['step']}/{self._total}, {losses}"
+            self._console.print(line, highlight=False)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bars.stop()
+
+
 def print_funnel(rows: list[FunnelRow], *, title: str) -> None:
     """Print the funnel as a table."""
     table = Table(title=title, title_justify="left")

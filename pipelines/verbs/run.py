@@ -9,7 +9,7 @@ from typing import Any
 from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
-from curation.errors import LedgerError
+from curation.errors import LedgerError, StageError
 from curation.stage import Engine
 from pipelines import console
 from pipelines.demo_site import build_site, serve_site
@@ -32,7 +32,7 @@ def run_recipe(name: str, work: str, engine: Engine, changes: list[str], as_json
         record = RecipeRun(checked, work, engine, watcher).run()
     if not adds_up(funnel(record)):
         raise LedgerError(f"{work}: the funnel does not add up; please report this with run.json")
-    results = _run_steps(checked, record, work)
+    results = _run_steps(checked, record, work, quiet=as_json)
     worked = watcher.num_run > 0 or any(step["ran"] for step in results.values())
     summary = _summary(record, work, results, worked, time.monotonic() - began)
     if as_json:
@@ -52,7 +52,9 @@ def _demo_site(recipe: Recipe, work: str) -> Iterator[None]:
         yield
 
 
-def _run_steps(checked: CheckedRecipe, record: RunRecord, work: str) -> dict[str, dict[str, Any]]:
+def _run_steps(
+    checked: CheckedRecipe, record: RunRecord, work: str, *, quiet: bool
+) -> dict[str, dict[str, Any]]:
     """Pretrain, evaluate and report, each only if what it rests on has changed."""
     results: dict[str, dict[str, Any]] = {}
     recipe = checked.recipe
@@ -61,7 +63,7 @@ def _run_steps(checked: CheckedRecipe, record: RunRecord, work: str) -> dict[str
         results["pretrain"] = _step(
             storage.join(work, "pretrain"),
             digest_of("pretrain", recipe.pretrain.model_dump_json(), digest),
-            lambda: _pretrain(recipe, record, work),
+            lambda: _pretrain(recipe, record, work, quiet=quiet),
         )
     if recipe.evaluate is not None and recipe.pretrain is not None:
         results["evaluate"] = _step(
@@ -90,13 +92,20 @@ def _step(folder: str, key: str, action: Any) -> dict[str, Any]:
     return {**result, "ran": True}
 
 
-def _pretrain(recipe: Recipe, record: RunRecord, work: str) -> dict[str, Any]:
+def _pretrain(recipe: Recipe, record: RunRecord, work: str, *, quiet: bool) -> dict[str, Any]:
     from pipelines.verbs.training import pretrain_on
 
     assert recipe.pretrain is not None, "called without a pretrain step"
     packed = storage.join(work, str(record.packed))
     out = storage.join(work, "pretrain")
-    return pretrain_on(recipe.pretrain.config, packed, out, list(recipe.pretrain.set))
+    changes = list(recipe.pretrain.set)
+    result = pretrain_on(recipe.pretrain.config, packed, out, changes, quiet=quiet)
+    if not result["finished"]:
+        raise StageError(
+            f"{out}: pretraining was stopped after {result['steps']} steps; run the same command "
+            "again to go on"
+        )
+    return result
 
 
 def _evaluate(recipe: Recipe, work: str) -> dict[str, Any]:

@@ -20,13 +20,18 @@ def run_pretrain(config: str, data: str, out: str, changes: list[str]) -> None:
 
 
 def pretrain_on(
-    config: str, packed: str, out: str, changes: list[str], progress: Any = None
+    config: str, packed: str, out: str, changes: list[str], *, quiet: bool = False
 ) -> dict[str, Any]:
-    """Pretrain; give the figures of the run. progress: called with each logged step."""
+    """Pretrain, showing its progress; give the figures of the run."""
     from pretrain.config import load_config
     from pretrain.train import run
 
-    result = run(load_config(config, changes), packed, out, progress=progress)
+    settings = load_config(config, changes)
+    watcher = console.TrainingWatcher(settings.optim.steps, quiet=quiet)
+    try:
+        result = run(settings, packed, out, progress=watcher)
+    finally:
+        watcher.close()
     return {
         "steps": result.steps,
         "finished": result.finished,
