@@ -153,7 +153,7 @@ def lloyd(
     """
     count = min(count, len(rows))
     if count <= _SPREAD_UP_TO:
-        centroids = spread_rows(unit_rows(rows[: 16 * count]).astype(np.float32), count, rng)
+        centroids = spread_rows(unit_rows(rows[: 64 * count]).astype(np.float32), count, rng)
     else:
         chosen = np.sort(rng.choice(len(rows), count, replace=False))
         centroids = unit_rows(rows[chosen]).astype(np.float32)

@@ -17,7 +17,7 @@ def balanced_cut(available: np.ndarray, target: int) -> int:
 
     available: (C,) int64, what each child can give.
     """
-    order = np.sort(np.asarray(available, np.int64))
+    order: np.ndarray = np.sort(np.asarray(available, np.int64))
     before = np.concatenate([[0], np.cumsum(order)[:-1]])
     left = len(order) - np.arange(len(order))  # children that give at least order[i]
     cuts = (target - before) // left  # where the cut lies if child i is the first not exhausted
@@ -29,13 +29,13 @@ def share_out(available: np.ndarray, target: int, rng: np.random.Generator) -> n
     """(C,) int64: what each child gives; they add up to the target, or to all that there is."""
     available = np.asarray(available, np.int64)
     if available.sum() <= target:
-        return available.copy()
+        return np.array(available)
     cut = balanced_cut(available, target)
     shares = np.minimum(available, cut)
     able = np.flatnonzero(available > cut)
     lucky = rng.choice(able, target - int(shares.sum()), replace=False)
     shares[lucky] += 1
-    return shares
+    return np.asarray(shares)
 
 
 @dataclass(frozen=True)

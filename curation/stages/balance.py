@@ -1,0 +1,167 @@
+"""Draws a balanced sample: equal shares down the tree of clusters (SPEC A.5, Vo et al. 2024)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from curation import storage
+from curation.clustering import hash_ids
+from curation.exchange import Exchange
+from curation.ledger import Receipt, commit_shard, finished_shards
+from curation.neighbors.row_files import map_array, write_array
+from curation.neighbors.steps import Done, Work, run_steps
+from curation.pool import Pool
+from curation.sampling import Tree, draw_counts, leaf_targets, level_summary
+from curation.schema import ID, ids_to_bytes, schema_of
+from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, Task, reject
+
+_ROWS_PER_BUCKET = 1 << 18
+
+
+class Balance(DatasetStage):
+    """Keeps a sample to which every cluster of a level gives as equally as it can."""
+
+    reasons = ("not_drawn",)
+
+    target: int = Field(ge=1)
+    """Rows to draw."""
+    clusters: str = "clusters"
+    """Name of the side-car with the clusters of every row."""
+    multiplier: int = Field(default=1, ge=1)
+    """How often one row may be drawn; with more than 1, `draws` says how often it was."""
+
+    def needs(self) -> tuple[str, ...]:
+        """Columns that the stage reads."""
+        return ("clusters",)
+
+    def extras(self) -> pa.Schema:
+        """The row's cluster, and how often it was drawn."""
+        return schema_of(["cluster", "draws"])
+
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+        """Count the rows of each cluster, share the target out, draw, and tell the shards."""
+        pool, scratch = inputs.pool.only(self.clusters), folder.scratch
+        buckets = 1 + pool.num_rows // _ROWS_PER_BUCKET
+        by_cluster = Exchange(storage.join(scratch, "by-cluster"), buckets)
+        split = _Split(pool, by_cluster, inputs.seed)
+        run_steps(engine, split, pool.num_shards, by_cluster.folder, "count clusters")
+        tree = _tree_of(split)
+        rng = np.random.default_rng([inputs.seed, 0xBA1A])
+        targets = leaf_targets(tree, self.target, rng, multiplier=self.multiplier)
+        target_path = storage.join(scratch, "targets.bin")
+        write_array(target_path, targets[0])
+        by_shard = Exchange(storage.join(scratch, "by-shard"), max(1, pool.num_shards))
+        draw = _Draw(by_cluster, by_shard, pool.num_shards, target_path, len(targets[0]))
+        run_steps(engine, draw, buckets, by_shard.folder, "draw")
+        task = _TellShard(self, inputs.pool, folder, by_shard, buckets)
+        waiting = [i for i in range(pool.num_shards) if i not in finished_shards(folder)]
+        for _ in engine.map(task, waiting, folder.stage):
+            pass
+        drawn = int(targets[0].sum())
+        return {
+            "drawn": drawn,
+            "shortfall": self.target - drawn,
+            "levels": level_summary(tree, targets),
+        }
+
+
+@dataclass(frozen=True)
+class _Split(Work):
+    """Rows of one shard by cluster, and the paths of clusters that occur in it."""
+
+    pool: Pool
+    by_cluster: Exchange
+    seed: int
+
+    def paths_path(self, item: int) -> str:
+        return storage.join(self.by_cluster.folder, f"paths-{item:06d}.bin")
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        rows = self.pool.read(item, ["clusters"])
+        paths = _paths(rows["clusters"])  # (N, levels)
+        known, counts = np.unique(paths, axis=0, return_counts=True)
+        write_array(self.paths_path(item), np.concatenate([known, counts[:, None]], axis=1))
+        columns = {
+            "cluster": paths[:, 0],
+            "lot": hash_ids(ids_to_bytes(rows[ID]), "balance", self.seed),
+            "shard": np.full(len(paths), item, np.int32),
+            "row": np.arange(len(paths), dtype=np.int32),
+        }
+        self.by_cluster.write(item, pa.table(columns), paths[:, 0] % self.by_cluster.num_buckets)
+        files = [self.paths_path(item), self.by_cluster.mapped_path(item)]
+        return Done(files, {"levels": int(paths.shape[1]), "rows": len(paths)})
+
+
+def _paths(column: pa.ChunkedArray) -> np.ndarray:
+    """(N, levels) int64: the clusters of each row, leaves first."""
+    values = column.combine_chunks()
+    values = pa.concat_arrays(values.chunks) if isinstance(values, pa.ChunkedArray) else values
+    if len(values) == 0:
+        return np.empty((0, 1), np.int64)
+    return np.asarray(values.flatten()).astype(np.int64).reshape(len(values), -1)
+
+
+def _tree_of(split: _Split) -> Tree:
+    """The tree of all clusters that hold rows; a few numbers a cluster in the driver."""
+    parts = []
+    for item in range(split.pool.num_shards):
+        receipt = storage.join(split.by_cluster.folder, f"{item:06d}.json")
+        fact = storage.read_json(receipt)["facts"]
+        data = np.frombuffer(storage.read_bytes(split.paths_path(item)), np.int64)
+        if fact["rows"]:
+            parts.append(data.reshape(-1, fact["levels"] + 1))
+    if not parts:
+        return Tree(np.zeros(0, np.int64))
+    found = np.concatenate(parts)
+    sizes = np.bincount(found[:, 0], weights=found[:, -1]).astype(np.int64)
+    parents = []
+    for level in range(found.shape[1] - 2):
+        above = np.zeros(int(found[:, level].max()) + 1, np.int64)
+        above[found[:, level]] = found[:, level + 1]
+        parents.append(above)
+    return Tree(sizes, tuple(parents))
+
+
+@dataclass(frozen=True)
+class _Draw(Work):
+    """How often each row of some clusters is drawn."""
+
+    by_cluster: Exchange
+    by_shard: Exchange
+    num_items: int
+    target_path: str
+    num_clusters: int
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        rows = self.by_cluster.read(item, self.num_items)
+        targets = map_array(self.target_path, "int64", 0, (self.num_clusters,))
+        own = np.asarray(rows["cluster"])
+        counts = draw_counts(np.asarray(rows["lot"]), own, np.asarray(targets))
+        columns = {"row": rows["row"], "cluster": own.astype(np.int32), "draws": counts}
+        self.by_shard.write(item, pa.table(columns), np.asarray(rows["shard"]))
+        return Done([self.by_shard.mapped_path(item)])
+
+
+@dataclass(frozen=True)
+class _TellShard(Task[int, Receipt]):
+    """One shard of the pool: kept where drawn."""
+
+    stage: Balance
+    pool: Pool
+    folder: StageFolder
+    by_shard: Exchange
+    num_items: int
+
+    def __call__(self, item: int, opened: Any) -> Receipt:
+        shard = Shard(self.pool.read(item, []), item)
+        found = self.by_shard.read(item, self.num_items)
+        rows = np.asarray(found["row"])
+        draws, clusters = (np.zeros(shard.num_rows, np.int32) for _ in range(2))
+        draws[rows], clusters[rows] = np.asarray(found["draws"]), np.asarray(found["cluster"])
+        reject(shard, draws == 0, "not_drawn")
+        shard.note("cluster", clusters)
+        shard.note("draws", draws)
+        return commit_shard(self.stage, self.folder, shard)
