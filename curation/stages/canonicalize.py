@@ -76,7 +76,7 @@ class Canonicalize(ShardStage):
 
     def resources(self) -> Resources:
         """What one shard's task needs."""
-        return Resources(cpus=1, memory=1 << 31)
+        return Resources(cpus=1, memory=4 << 30)
 
     def process(self, shard: Shard, opened: BlockIndex | None) -> None:
         """Canonicalize each row; rows that are no images are dropped with the decoder's reason."""
