@@ -1,0 +1,343 @@
+"""Neighbours against their rivals, all in one run, on one machine.
+
+    .venv/bin/python benchmarks/neighbours.py --rows 1000000 --work /tmp/neighbours
+
+Data (issue 3): N x 512 unit float16: N/50 centres, 0.9 N points at in-cluster cosine 0.29 to 0.67,
+0.1 N near-copies at 0.80 to 0.95, shuffled. Every system starts from the same data set on disk or
+the same array in memory; k-means, routing, files and components count for ours, k-means and adding
+for theirs. Peak is anonymous memory of the process tree: mapped file pages are not counted.
+Seconds of CPU stand beside seconds of the wall: on a busy machine only they compare.
+"""
+
+import argparse
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from curation.clustering import assign_exactly, spherical_kmeans
+from curation.components import connected_components
+from curation.dataset import Dataset, write_dataset
+from curation.neighbors.layout import (
+    Comparison,
+    Layout,
+    lay_out,
+    lay_out_queries,
+    search_in,
+    self_join,
+)
+from curation.neighbors.products import Products
+from curation.neighbors.recall import lists_of
+from curation.neighbors.row_files import RowFiles
+from curation.neighbors.vectors import VectorSource
+from curation.pool import Pool
+from curation.schema import make_id
+from pipelines.local_engine import LocalEngine
+
+WIDTH, THRESHOLD = 512, 0.6
+Pairs = np.ndarray
+
+
+class Peak:
+    """Samples the anonymous memory of this process and its children."""
+
+    def __enter__(self) -> "Peak":
+        self.base, self.most, self._done = anonymous_bytes(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.1):
+            self.most = max(self.most, anonymous_bytes() - self.base)
+
+
+def anonymous_bytes() -> int:
+    total = 0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            continue
+        lines = [line for line in status.splitlines() if line.startswith("RssAnon")]
+        total += sum(1024 * int(line.split()[1]) for line in lines)
+    return total
+
+
+def measured(name: str, work: Callable[[], Any], table: list[dict[str, Any]], **facts: Any) -> Any:
+    """Run, and note wall and CPU seconds and peak memory."""
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    with Peak() as peak:
+        result = work()
+    row = {
+        "what": name,
+        "wall_s": round(time.perf_counter() - wall, 2),
+        "cpu_s": round(cpu_seconds() - cpu, 2),
+        "peak_gb": round(peak.most / 1e9, 2),
+        **facts,
+    }
+    table.append(row)
+    print(row, flush=True)
+    return result
+
+
+def cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def generate(num_rows: int, seed: int = 0) -> tuple[np.ndarray, Pairs]:
+    """(N, 512) float16, and (0.1 N, 2) rows of each planted copy and its original."""
+    rng = np.random.default_rng(seed)
+    centres = unit(rng.normal(size=(num_rows // 50, WIDTH)).astype(np.float32))
+    points = int(0.9 * num_rows)
+    owner = rng.integers(0, len(centres), points)
+    # two points at cosine a to their centre have cosine a^2 to each other, on average
+    to_centre = np.sqrt(rng.uniform(0.29, 0.67, points)).astype(np.float32)
+    rows = np.empty((num_rows, WIDTH), np.float16)
+    for some in blocks(0, points):
+        rows[some] = around(centres[owner[some]], to_centre[some], rng)
+    source = rng.integers(0, points, num_rows - points)
+    alike = rng.uniform(0.80, 0.95, num_rows - points).astype(np.float32)
+    for some in blocks(0, num_rows - points):
+        base = unit(rows[source[some]].astype(np.float32))
+        rows[points + some.start : points + some.stop] = around(base, alike[some], rng)
+    order = rng.permutation(num_rows)
+    place = np.argsort(order)
+    return rows[order], np.stack([place[source], place[points:]], axis=1)
+
+
+def around(base: np.ndarray, cosines: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    noise = rng.normal(size=base.shape).astype(np.float32)
+    noise -= (noise * base).sum(axis=1, keepdims=True) * base
+    return cosines[:, None] * base + np.sqrt(1 - cosines[:, None] ** 2) * unit(noise)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def blocks(start: int, stop: int, size: int = 1 << 15) -> Iterator[slice]:
+    for first in range(start, stop, size):
+        yield slice(first, min(stop, first + size))
+
+
+def write_pool(rows: np.ndarray, folder: str, name: str) -> VectorSource:
+    kind = pa.list_(pa.float16(), WIDTH)
+    schema = pa.schema([("id", pa.string()), ("embedding", kind)])
+
+    def tables() -> Iterator[pa.Table]:
+        for some in blocks(0, len(rows), 50_000):
+            flat = pa.array(rows[some].reshape(-1))
+            ids = [make_id(f"{name} {row}") for row in range(some.start, some.stop)]
+            yield pa.table([ids, pa.FixedSizeListArray.from_arrays(flat, type=kind)], schema=schema)
+
+    if not Dataset.is_finished(folder):
+        write_dataset(folder, tables(), schema, {"space": "made"})
+    return VectorSource(Pool(name, {"copy": Dataset.open(folder)}), "copy")
+
+
+def true_pairs(rows: np.ndarray, sample: np.ndarray) -> Pairs:
+    """All pairs above the threshold of sampled rows with any other row."""
+    products = Products.best_for(len(rows))
+    left = products.prepare(rows[sample])
+    found = []
+    for some in blocks(0, len(rows)):
+        a, b, _ = products.above(left, products.prepare(rows[some]), THRESHOLD - 0.02)
+        found.append(np.stack([sample[a], b + some.start], axis=1))
+    pairs = np.concatenate(found)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    return pairs[cosines_of(rows, pairs) > THRESHOLD]
+
+
+def cosines_of(rows: np.ndarray, pairs: Pairs) -> np.ndarray:
+    left, right = (unit(rows[side].astype(np.float64)) for side in pairs.T)
+    return np.einsum("nd,nd->n", left, right)
+
+
+def bench_join(source: VectorSource, rows: np.ndarray, planted: Pairs, args: Any) -> list[Any]:
+    table: list[dict[str, Any]] = []
+    rng = np.random.default_rng(1)
+    truth = true_pairs(rows, rng.choice(len(rows), 2000, replace=False))
+    planted = planted[cosines_of(rows, planted) > THRESHOLD]
+    for recall in args.recall:
+        folder = f"{args.work}/join-{recall}"
+        shutil.rmtree(folder, ignore_errors=True)
+        result = measured("ours", lambda: our_join(source, recall, folder, args), table)  # noqa: B023
+        layout, figures = result
+        met = [round(met_share(layout.files, figures, rows, p), 4) for p in (truth, planted)]
+        table[-1] |= {"recall": met[0], "planted": met[1], "lists_met": figures.get("lists_met")}
+        print("   ", table[-1], flush=True)
+    for lists in args.ivf_lists:
+        table += faiss_join(rows, lists, truth, planted, args)
+    table += exhaustive_rate(rows)
+    return table
+
+
+def our_join(
+    source: VectorSource, recall: float, folder: str, args: Any
+) -> tuple[Layout, dict[str, Any]]:
+    engine = LocalEngine(args.workers)
+    how = Comparison(method="lists", recall=recall, memory_gb=args.memory_gb)
+    layout = lay_out((source,), f"{folder}/rows", engine, comparison=how, seed=0)
+    joined, figures = self_join(layout, THRESHOLD, f"{folder}/join", engine)
+    connected_components(layout.files.num_rows, joined.edges())
+    return layout, figures
+
+
+def met_share(files: RowFiles, figures: dict[str, Any], rows: np.ndarray, pairs: Pairs) -> float:
+    """Share of pairs of which one row visits the list of the other: what the join compares."""
+    partitions = range(files.num_partitions)
+    lists = np.concatenate([lists_of(files, p)[:, : figures["lists_met"]] for p in partitions])
+    shards = np.concatenate([np.asarray(files.rows(p)["shard"]) for p in partitions])
+    inside = np.concatenate([np.asarray(files.rows(p)["row"]) for p in partitions])
+    own = np.empty((len(rows), lists.shape[1]), np.int32)
+    own[shards.astype(np.int64) * 50_000 + inside] = lists
+    a, b = own[pairs[:, 0]], own[pairs[:, 1]]
+    met = (a == b[:, :1]).any(axis=1) | (b == a[:, :1]).any(axis=1)
+    return float(met.mean())
+
+
+def faiss_join(
+    rows: np.ndarray, lists: int, truth: Pairs, planted: Pairs, args: Any
+) -> list[dict[str, Any]]:
+    """IVFFlat, k = 64: a pair counts as found where either row has the other among its 64."""
+    import faiss
+
+    table: list[dict[str, Any]] = []
+    data = unit(rows.astype(np.float32))
+
+    def build() -> Any:
+        index = faiss.index_factory(WIDTH, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        index.train(data)
+        index.add(data)
+        return index
+
+    index = measured(f"IVF{lists},Flat: k-means and adding", build, table)
+    for probes in args.probes:
+        index.nprobe = probes
+        name = f"IVF{lists},Flat: {probes} probes, k=64"
+        near = measured(name, lambda: index.search(data, 64)[1], table)
+        shares = [
+            (near[p[:, 0]] == p[:, 1:]).any(axis=1) | (near[p[:, 1]] == p[:, :1]).any(axis=1)
+            for p in (truth, planted)
+        ]
+        table[-1] |= {
+            "recall": round(float(shares[0].mean()), 4),
+            "planted": round(float(shares[1].mean()), 4),
+        }
+        print("   ", table[-1], flush=True)
+    return table
+
+
+def exhaustive_rate(rows: np.ndarray) -> list[dict[str, Any]]:
+    import faiss
+
+    table: list[dict[str, Any]] = []
+    index = faiss.IndexFlatIP(WIDTH)
+    data = unit(rows.astype(np.float32))
+    index.add(data)
+    queries = min(1000, len(rows))
+    measured("IndexFlatIP, k=64", lambda: index.search(data[:queries], 64), table)
+    table[-1]["queries_per_s"] = round(queries / table[-1]["wall_s"])
+    return table
+
+
+def bench_search(source: VectorSource, rows: np.ndarray, args: Any) -> list[Any]:
+    """32 neighbours of 10,000 seeds; building left out."""
+    table: list[dict[str, Any]] = []
+    rng = np.random.default_rng(2)
+    chosen = rng.choice(len(rows), min(10_000, len(rows)), replace=False)
+    seeds = around(unit(rows[chosen].astype(np.float32)), np.full(len(chosen), 0.7), rng)
+    seeds = seeds.astype(np.float16)
+    engine, folder = LocalEngine(args.workers), f"{args.work}/search"
+    shutil.rmtree(folder, ignore_errors=True)
+    queries = write_pool(seeds, f"{args.work}/seeds-{len(rows)}", "seeds")
+    how = Comparison(method="lists", recall=0.99)
+    layout = lay_out((source,), f"{folder}/rows", engine, comparison=how, seed=0)
+    arranged = lay_out_queries(queries, layout.files, f"{folder}/seeds", engine)
+
+    def ours() -> Any:
+        return search_in(layout, arranged, 32, f"{folder}/found", engine)
+
+    _, figures = measured("ours, 32 of each seed", ours, table)
+    table[-1] |= {"recall@32": figures["measured_recall"], "lists_met": figures["lists_met"]}
+    table[-1]["queries_per_s"] = round(len(seeds) / table[-1]["wall_s"])
+    products = Products("bfloat16")
+    left, right = products.prepare(seeds[:1000]), products.prepare(rows)
+
+    def exact() -> None:
+        for some in blocks(0, len(rows)):
+            (left @ right[some].T).topk(32, dim=1)
+
+    measured("exact bfloat16 products, 32 of 1,000 seeds", exact, table)
+    table[-1]["queries_per_s"] = round(1000 / table[-1]["wall_s"])
+    return table
+
+
+def bench_kmeans(args: Any) -> list[Any]:
+    """200,000 x 256, 1,000 centroids, 10 iterations."""
+    import faiss
+
+    table: list[dict[str, Any]] = []
+    rng = np.random.default_rng(3)
+    centres = rng.normal(size=(2000, 256))
+    rows = centres[rng.integers(0, 2000, 200_000)] + 1.5 * rng.normal(size=(200_000, 256))
+    rows = unit(rows).astype(np.float32)
+
+    def theirs() -> np.ndarray:
+        trained = faiss.Kmeans(
+            256, 1000, niter=10, spherical=True, seed=0, max_points_per_centroid=1 << 20
+        )
+        trained.train(rows)
+        return np.asarray(trained.centroids)
+
+    for name, work in (("ours", lambda: spherical_kmeans(rows, 1000, 10, 0)), ("faiss", theirs)):
+        centroids = measured(f"k-means: {name}", work, table)
+        cosine = float(assign_exactly(rows, centroids)[1].mean())
+        table[-1]["mean_cosine"] = round(cosine, 5)
+        print("   ", table[-1], flush=True)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--work", default="/tmp/neighbours")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--memory-gb", type=float, default=4.0)
+    parser.add_argument("--recall", type=float, nargs="+", default=[0.99, 0.995])
+    parser.add_argument("--ivf-lists", type=int, nargs="*", default=[4000, 16000])
+    parser.add_argument("--probes", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--parts", nargs="+", default=["kmeans", "join", "search"])
+    args = parser.parse_args()
+    table: list[dict[str, Any]] = []
+    if "kmeans" in args.parts:
+        table += bench_kmeans(args)
+    if {"join", "search"} & set(args.parts):
+        rows, planted = generate(args.rows)
+        source = write_pool(rows, f"{args.work}/pool-{args.rows}", "pool")
+        if "join" in args.parts:
+            table += bench_join(source, rows, planted, args)
+        if "search" in args.parts:
+            table += bench_search(source, rows, args)
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in table:
+        print("| " + " | ".join(str(row.get(name, "")) for name in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()
