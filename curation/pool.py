@@ -6,6 +6,7 @@ that were alive before its stage, so the last one alone says what is alive now.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,10 @@ class Pool:
         """The pool after a stage: its side-cars on top, its decisions in force."""
         return replace(self, layers={**self.layers, **outputs}, decisions=decisions)
 
+    def with_layer(self, name: str, side_car: Dataset) -> Self:
+        """The pool with one more side-car on top."""
+        return replace(self, layers={**self.layers, name: side_car})
+
     def only(self, layer: str) -> "Pool":
         """The live rows with the columns of one side-car, such as one of several embeddings.
 
@@ -48,6 +53,18 @@ class Pool:
                 f"{self.name}: no side-car '{layer}'; there are: {', '.join(self.layers)}"
             )
         return replace(self, layers={layer: self.layers[layer]})
+
+    def layer(self, name: str) -> Dataset:
+        """One side-car.
+
+        Raises:
+            SchemaError: there is no such side-car.
+        """
+        return self.only(name).layers[name]
+
+    def locate(self, index: int) -> tuple["Pool", int]:
+        """The flow that a shard belongs to, and its number there."""
+        return self, index
 
     @property
     def columns(self) -> list[str]:
@@ -154,6 +171,10 @@ class UnionPool(Pool):
     def only(self, layer: str) -> "UnionPool":
         """The live rows with one side-car of every part."""
         return replace(self, parts=tuple(part.only(layer) for part in self.parts), layers={})
+
+    def layer(self, name: str) -> Dataset:
+        """One side-car of the first part, which speaks for all: they passed the same stages."""
+        return self.parts[0].layer(name)
 
     def shard_rows(self) -> np.ndarray:
         """(S,) int64: live rows of each shard."""

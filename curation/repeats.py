@@ -31,8 +31,8 @@ class RepeatFinder:
     def run(self, engine: Engine, scratch: str, writer: Reducer) -> None:
         """Find the repeats and hand those of each shard to `writer`.
 
-        The writer's rows have id, twin (the first of the group), and each of `columns` for the
-        row itself and, as `twin_<column>`, for its twin.
+        The writer's rows have id, twin (the first of the group), and each of `columns` and the
+        number of the shard for the row itself and, as `twin_<column>`, for its twin.
         """
         buckets = max(1, -(-self.pool.num_rows // _ROWS_PER_BUCKET))
         groups = Exchange(storage.join(scratch, "groups"), buckets)
@@ -68,7 +68,7 @@ class _FindFirst(Reducer):
         first[1:] = keys[1:] != keys[:-1]
         leader = np.maximum.accumulate(np.where(first, np.arange(len(keys)), 0))
         leaders = rows.take(pa.array(leader))
-        for column in self.finder.columns:
+        for column in (*self.finder.columns, "shard"):
             rows = rows.append_column(f"twin_{column}", leaders[column])
         repeats = rows.append_column("twin", leaders[ID]).filter(pa.array(~first))
         storage.write_parquet(_repeats_path(self.folder, bucket), repeats)

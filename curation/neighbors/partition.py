@@ -176,7 +176,7 @@ class _Split(Work):
             write_array(self.plan.bad_path(number, shard), bad)
             files.append(self.plan.bad_path(number, shard))
             tables.append(table)
-            widths.append((self.plan.sources[number].dataset.shard_path(shard), width))
+            widths.append((self.plan.sources[number].where(shard), width))
         width = check_widths(widths)
         rows = _concatenated([table for table in tables if table.num_rows], tables)
         lists = np.asarray(rows["list"])

@@ -129,7 +129,7 @@ class _Sample(Work):
             if len(chosen):
                 hashes.append(keys[chosen])
                 rows.append(vectors[chosen].astype(self.training.dtype))
-                widths.append((source.dataset.shard_path(shard), vectors.shape[1]))
+                widths.append((source.where(shard), vectors.shape[1]))
         width = check_widths(widths)
         write_array(self.training.sample_path(item), *hashes, *rows)
         where = source.dataset.path

@@ -31,7 +31,7 @@ class VectorSource:
         Raises:
             SchemaError: the pool has no such side-car, or the side-car no such column.
         """
-        dataset = self.pool.only(self.layer).layers[self.layer]
+        dataset = self.pool.layer(self.layer)
         if self.column not in dataset.columns:
             raise SchemaError(
                 f"{dataset.path}: column '{self.column}' is missing; "
@@ -39,10 +39,15 @@ class VectorSource:
             )
         return dataset
 
+    def where(self, index: int) -> str:
+        """Path of one shard's vectors."""
+        part, local = self.pool.locate(index)
+        return part.layer(self.layer).shard_path(local)
+
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and vectors of the live rows of one shard: (N, 16) uint8, (N, D) float16 or 32."""
         table = self.pool.only(self.layer).read(index, [self.column])
-        vectors = vectors_of(table[self.column], self.dataset.shard_path(index))
+        vectors = vectors_of(table[self.column], self.where(index))
         return ids_to_bytes(table[ID]), vectors
 
 

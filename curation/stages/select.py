@@ -9,13 +9,31 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
+from curation import storage
+from curation.dataset import Dataset
 from curation.exchange import Reducer
-from curation.ledger import commit_shard
+from curation.ledger import (
+    commit_shard,
+    finish_stage,
+    finished_shards,
+    open_outputs,
+    read_stage,
+)
 from curation.pool import Pool
 from curation.repeats import RepeatFinder
 from curation.schema import ID, column_type, schema_of
-from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, reject
+from curation.stage import (
+    DECISIONS,
+    DatasetStage,
+    Engine,
+    Shard,
+    StageFolder,
+    StageInputs,
+    reject,
+)
+from curation.stages.near_dedup import NearDedup
 
 MANIFEST_COLUMNS = (
     *(ID, "source", "source_set", "alt", "page", "license"),
@@ -26,10 +44,17 @@ MANIFEST_COLUMNS = (
 
 
 class Select(DatasetStage):
-    """Joins the sets taken as they are with the pool's survivors, in this order of precedence."""
+    """Joins the sets taken as they are with the pool's survivors, in this order of precedence.
+
+    Duplicates across them fall; a set taken as it is keeps what it holds twice itself.
+    """
 
     as_is: tuple[str, ...] = ()
     """Sets of which every image that is no leak is taken."""
+    embeddings: str | None = None
+    """Side-car by which near-duplicates across sets are found; null: only equal images are."""
+    threshold: float | None = Field(default=None, ge=-1, le=1)
+    """Cosine above which two images are duplicates; the encoder's own where left out."""
 
     reasons = ("duplicate_in_union",)
     on_union = True
@@ -51,18 +76,34 @@ class Select(DatasetStage):
         return {"manifest": schema_of(MANIFEST_COLUMNS)}
 
     def extras(self) -> pa.Schema:
-        """The image of the union that a dropped one equals."""
+        """The image of the union that a dropped one repeats."""
         return schema_of(["twin"])
 
     def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
-        """Drop images that an earlier flow, or a smaller id, has already; write the manifest.
+        """Drop images that an earlier flow has already; write the manifest.
 
         The union's shards lie flow by flow, each sorted by ranges of id, so that the first by
         (shard, id) is the first by (flow, id), however many shards a flow has.
         """
-        finder = RepeatFinder(inputs.pool, "pixel_hash", (), (("shard", "ascending"),))
+        compared, key = inputs.pool, "pixel_hash"
+        if self.embeddings is not None:
+            components = self._near_duplicates(self.embeddings, inputs, folder, engine)
+            compared, key = compared.with_layer("near_dedup", components), "component"
+        finder = RepeatFinder(compared, key, (), (("shard", "ascending"),))
         finder.run(engine, folder.scratch, _WriteManifest(self, inputs.pool, folder))
-        return {}
+        return {"compared_by": key}
+
+    def _near_duplicates(
+        self, embeddings: str, inputs: StageInputs, folder: StageFolder, engine: Engine
+    ) -> Dataset:
+        """Components of near-duplicates of the whole union, shard by shard beside it."""
+        stage = NearDedup(embeddings=embeddings, threshold=self.threshold)
+        nested = StageFolder(storage.join(folder.scratch, "near_dedup"), "near_dedup")
+        if read_stage(nested) is None:
+            stage.run(inputs, nested, engine)
+            receipts = finished_shards(nested).values()
+            finish_stage(stage, nested, "", receipts, expected_rows=inputs.pool.num_rows)
+        return open_outputs(stage, nested)[DECISIONS]
 
 
 @dataclass(frozen=True)
@@ -76,9 +117,15 @@ class _WriteManifest(Reducer):
         shard = Shard(self.pool.read(bucket, present), bucket)
         for name in set(MANIFEST_COLUMNS) - set(present):
             shard.emit("manifest", {name: pa.nulls(shard.num_rows, column_type(name))})
+        rows = rows.filter(pa.array(self._from_another_flow(bucket, rows)))
         place = pc.index_in(shard.ids, value_set=rows[ID].combine_chunks())
         reject(shard, np.asarray(pc.is_valid(place)), "duplicate_in_union")
-        shard.emit("manifest", {})
         shard.note("twin", rows["twin"].take(place))
         commit_shard(self.stage, self.folder, shard)
         return shard.num_rows
+
+    def _from_another_flow(self, bucket: int, rows: pa.Table) -> np.ndarray:
+        """(N,) bool: rows whose twin lies in an earlier flow."""
+        own, _ = self.pool.locate(bucket)
+        twins = rows["twin_shard"].to_pylist()
+        return np.array([self.pool.locate(shard)[0] is not own for shard in twins], bool)

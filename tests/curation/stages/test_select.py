@@ -1,7 +1,10 @@
+import numpy as np
+import pyarrow as pa
 from small_pictures import image_row, pool_of
 
+from curation.dataset import write_dataset
 from curation.pool import UnionPool
-from curation.schema import make_id
+from curation.schema import embedding_schema, make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.select import MANIFEST_COLUMNS, Select
 from pipelines.local_engine import LocalEngine
@@ -33,3 +36,39 @@ def test_select__each_image_once_and_curated_sets_first(tmp_path):
 
 def test_select__content_is_free_of_shards(tmp_path):
     assert select(tmp_path)[0].outputs == select(tmp_path, 4, "again")[0].outputs
+
+
+def with_vectors(tmp_path, pool, directions):
+    """The pool with a side-car `copy`: one of some directions, and a little noise, for each row."""
+    tables = []
+    for index in range(pool.num_shards):
+        ids = pool.read(index, ["source"])
+        rng = np.random.default_rng(len(tables) + len(ids))
+        rows = np.array([directions[name] for name in ids["source"].to_pylist()]).reshape(-1, 16)
+        rows = rows + 0.01 * rng.normal(size=rows.shape)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        flat = pa.array(rows.astype(np.float16).reshape(-1))
+        vectors = pa.FixedSizeListArray.from_arrays(flat, 16)
+        tables.append(pa.table({"id": ids["id"], "source": ids["source"], "embedding": vectors}))
+    side_car = write_dataset(str(tmp_path / f"{pool.name}-emb"), tables, embedding_schema(16))
+    return pool.with_layer("copy", side_car)
+
+
+def test_select__near_duplicates_across_sets_fall_within_a_set_they_stay(tmp_path):
+    directions = dict(enumerate(np.eye(16)))
+    curated = [image_row(n, f"seeds/{n}.jpg", source_set="seeds") for n in range(4)]
+    web = [image_row(n) for n in range(20, 26)]
+    same = {f"seeds/{n}.jpg": directions[min(n, 2)] for n in range(4)}  # 2 and 3 are alike
+    same |= {f"{n}.jpg": directions[n - 18] for n in range(20, 26)}  # 20 is like 2 and 3
+    parts = (
+        with_vectors(tmp_path, pool_of(tmp_path / "s", curated, 2, "seeds"), same),
+        with_vectors(tmp_path, pool_of(tmp_path / "w", web, 3), same),
+    )
+    union = UnionPool("union", {}, None, parts)
+    folder = StageFolder(str(tmp_path / "out"), "select")
+    stage = Select(as_is=("seeds",), embeddings="copy", threshold=0.8)
+    record, outputs = run_stage(stage, StageInputs(union), folder, LocalEngine(), Silent())
+    assert record.dropped == {"duplicate_in_union": 1}
+    dropped = [row for row in outputs["decisions"].read().to_pylist() if not row["keep"]]
+    assert dropped[0]["id"] == make_id("20.jpg")
+    assert dropped[0]["twin"] in {make_id("seeds/2.jpg"), make_id("seeds/3.jpg")}
