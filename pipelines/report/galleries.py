@@ -75,6 +75,7 @@ class GalleryMaker:
                     continue
                 if "component" in columns:
                     made += self._components(tables)
+                    made += self._chains(stage, tables)
                 made += self._pairs(stage, tables)
         return [gallery for gallery in made if gallery.groups]
 
@@ -156,6 +157,21 @@ class GalleryMaker:
         groups = [self._component(row, tables) for row in largest if row["size"] > 2]
         intro = "All rows joined by pairs above the threshold; one of them stays."
         return [Gallery("Largest groups of near duplicates", intro, groups, count)]
+
+    def _chains(self, stage: FinishedStage, tables: Tables) -> list[Gallery]:
+        """Components whose members are least like their representative."""
+        groups = []
+        for found in stage.entry.record.figures.get("least_alike", [])[:_COMPONENTS]:
+            row = tables.first(
+                "select max(component_size) as size from verdicts where component = ?",
+                [found["component"]],
+            )
+            if (row["size"] or 0) > 2:
+                group = self._component({**row, "component": found["component"]}, tables)
+                group.note = f"a member has only {found['lowest_similarity']:.4f} to the kept one"
+                groups.append(group)
+        intro = "Chains join images that need not be alike: the lowest similarity to the kept one."
+        return [Gallery("Widest chains", intro, groups, len(groups))]
 
     def _component(self, row: Row, tables: Tables) -> Group:
         members = tables.rows(

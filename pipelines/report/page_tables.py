@@ -27,6 +27,7 @@ def page_tables(work: WorkFolder, facts: Stats) -> dict[str, Any]:
         "side_rows": _sides(facts),
         "host_rows": _hosts(facts),
         "fetch_rows": _fetches(facts),
+        "search_rows": _searches(work),
     }
 
 
@@ -112,6 +113,24 @@ def _hosts(facts: Stats) -> TableRows:
         (row["host"], count(row["rows"]), count(row["kept"]), percent(row["kept"] / row["rows"]))
         for row in facts["hosts"]
     ]
+
+
+def _searches(work: WorkFolder) -> TableRows:
+    """How completely each search for neighbours was done, as it was measured."""
+    rows = []
+    for stage in work.all_stages():
+        figures = stage.entry.record.figures
+        if "measured_recall" in figures:
+            recall, missed = figures["measured_recall"], figures.get("estimated_missed_pairs")
+            rows.append(
+                (
+                    f"{stage.flow}: {stage.name}",
+                    figures.get("compared", ""),
+                    "–" if recall is None else f"{recall:.4f}",
+                    "–" if missed is None else count(missed),
+                )
+            )
+    return rows
 
 
 def _fetches(facts: Stats) -> TableRows:
