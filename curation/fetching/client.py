@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 from curation.config import Settings
-from curation.fetching.bodies import read_body, read_up_to
+from curation.fetching.bodies import BodyReader, ByteBudget, read_up_to
 from curation.fetching.connections import Connection, ConnectionPool, Deadline, Origin
 from curation.fetching.optouts import check_headers
 from curation.fetching.outcomes import FetchError, http_reason
@@ -34,6 +34,8 @@ class FetchPolicy(Settings):
     """Whether public addresses may: only for crawlers that say who they are."""
     max_bytes: int
     """Larger bodies are refused."""
+    max_bytes_in_flight: int
+    """Room for large bodies that are being read at the same time."""
     max_redirects: int
     """Longer chains of redirects are refused."""
     connect_timeout_s: float
@@ -115,6 +117,7 @@ class Client:
             connect_timeout_s=policy.connect_timeout_s,
             read_timeout_s=policy.read_timeout_s,
         )
+        self._bodies = BodyReader(policy.max_bytes, ByteBudget(policy.max_bytes_in_flight))
         self._lock = threading.Lock()
         self._robots: dict[Origin, Future[RobotsRules | None]] = {}
 
@@ -143,17 +146,19 @@ class Client:
                 trail.http_status = response.status
                 trail.content_type = response.headers.get("Content-Type")
                 if 200 <= response.status < 300:
-                    return self._read(response, trail)
+                    return self._read(response, trail, deadline)
             location = _location(response)
             if location is None:
                 raise _status_error(response)
             url = _joined(target.url, location)
         raise FetchError("too_many_redirects")
 
-    def _read(self, response: http.client.HTTPResponse, trail: Trail) -> Fetched:
+    def _read(
+        self, response: http.client.HTTPResponse, trail: Trail, deadline: Deadline
+    ) -> Fetched:
         policy = self.policy
         check_headers(response.headers, policy.user_agent, policy.directives, tdm=policy.tdm)
-        body = read_body(response, policy.max_bytes)
+        body = self._bodies.read(response, deadline)
         return Fetched(body, trail.final_url, response.status, trail.content_type or "")
 
     @contextlib.contextmanager

@@ -43,6 +43,8 @@ class Download(ShardStage):
     """Time for one attempt with all its redirects, however steadily bytes drip."""
     max_bytes: int = Field(20 << 20, ge=1)
     """Larger bodies are refused, also where they only unpack to more."""
+    max_bytes_in_flight: int = Field(128 << 20, ge=1)
+    """Room that bodies over 1 MiB share while they are read; what finds none waits."""
     max_pixels: int = Field(50_000_000, ge=1)
     """Images whose header announces more are refused before anything is decoded."""
     max_redirects: int = Field(5, ge=0, le=20)
@@ -101,6 +103,7 @@ class Download(ShardStage):
             allow_private=self.allow_private,
             allow_public=self.user_agent is not None,
             max_bytes=self.max_bytes,
+            max_bytes_in_flight=self.max_bytes_in_flight,
             max_redirects=self.max_redirects,
             connect_timeout_s=self.connect_timeout_s,
             read_timeout_s=self.read_timeout_s,
