@@ -12,6 +12,7 @@ from curation.stage import DECISIONS
 from embedder.errors import ImageError
 from embedder.images import blur_boxes, decode, encode_jpeg, resize
 from pipelines.lookup import find_rows, stream_rows
+from pipelines.runner import POOL
 from pipelines.work_folder import FinishedStage, WorkFolder
 
 MAX_SIDE = 160
@@ -64,6 +65,24 @@ class Pictures:
             ids = [row_id for of, row_id in list(self.chosen)[:MAX_PICTURES] if of == flow]
             if ids:
                 self._load_flow(flow, ids)
+        self._load_from_union()
+
+    def _load_from_union(self) -> None:
+        """A row of the union that the pool does not hold is of a set taken as it is."""
+        lost = [
+            picture
+            for picture in self.chosen.values()
+            if picture.flow == POOL and not (picture.source or picture.data or picture.hidden)
+        ]
+        for flow in self.work.record.as_is if lost else ():
+            other = Pictures(self.work)
+            for picture in lost:
+                other.want(flow, picture.id)
+            other.load()
+            for picture in lost:
+                found = other.get((flow, picture.id))
+                if found.source:
+                    self.chosen[(POOL, picture.id)] = found
 
     def _load_flow(self, flow: str, ids: list[str]) -> None:
         rows, images = self.work.making(flow, "rows"), self.work.making(flow, "images")

@@ -212,3 +212,15 @@ document.title = JSON.stringify({
   found: document.getElementById("found").value, dark: document.documentElement.dataset.theme,
 });
 """
+
+
+def test_pictures__row_of_the_union_is_found_in_its_set():
+    work = WorkFolder(str(finished_run()))
+    pictures = Pictures(work)
+    taken = next(r["id"] for r in work.manifest.read().to_pylist() if r["source_set"] == "taken")
+    key = pictures.want("pool", taken)
+    unknown = pictures.want("pool", "f" * 32)
+    pictures.load()
+    assert pictures.get(key).data
+    assert pictures.get(key).flow == "taken"
+    assert not pictures.get(unknown).data
