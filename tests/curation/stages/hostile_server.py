@@ -1,6 +1,7 @@
 """A web server on loopback that misbehaves by path, for the tests of downloading."""
 
 import contextlib
+import functools
 import gzip
 import io
 import itertools
@@ -23,6 +24,12 @@ def jpeg(seed: int = 0, size: int = 32) -> bytes:
     return buffer.getvalue()
 
 
+@functools.cache
+def gzip_bomb() -> bytes:
+    return gzip.compress(b"\0" * (200 << 20), 1)
+
+
+@functools.cache
 def png_bomb(side: int = 30_000) -> bytes:
     """A valid black PNG of side x side pixels in about a hundred kilobytes."""
     squeeze = zlib.compressobj(9)
@@ -80,7 +87,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send(jpeg(int(path.rpartition("/")[2].partition(".")[0])), Content_Type="image/jpeg")
 
     def on_robots_txt(self, path: str) -> None:
-        self.send(b"User-agent: *\nDisallow: /disallowed\nAllow: /disallowed/but\n")
+        self.send(
+            b"User-agent: *\nDisallow: /disallowed\nAllow: /disallowed/but\n", self.server.robots
+        )
 
     def on_disallowed(self, path: str) -> None:
         self.send(jpeg(1))
@@ -240,7 +249,9 @@ class HostileServer(ThreadingHTTPServer):
         self.agents: set[str | None] = set()
         self.lock = threading.Lock()
         self.closing = threading.Event()
-        self.gzip_bomb = gzip.compress(b"\0" * (200 << 20), 1)
+        self.robots = 200
+        """Status of robots.txt."""
+        self.gzip_bomb = gzip_bomb()
         self.png_bomb = png_bomb()
 
     @property

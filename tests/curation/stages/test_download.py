@@ -187,6 +187,19 @@ def test_download__without_a_user_agent_only_private_addresses(hostile_server):
     assert shard.reasons.tolist() == ["public_address", None]
 
 
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(404, None), (403, None), (503, "robots_unreachable"), (200, "opted_out:robots")],
+)
+def test_download__robots_txt_that_is_missing_or_down(status, expected):
+    with serving(HostileServer()) as server:
+        server.robots = status
+        shard = downloaded(Download(**QUICK), f"{server.url}/disallowed/1.jpg")
+        ignoring = downloaded(Download(**QUICK, robots=False), f"{server.url}/disallowed/1.jpg")
+    assert shard.reasons.tolist() == [expected]
+    assert ignoring.reasons.tolist() == [None]
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 def test_download__certificates_are_verified(tmp_path):
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
