@@ -120,16 +120,19 @@ class _Compare(Work):
         files, queries = self.pick.files, self.pick.positions()
         raw = files.gather("vectors", queries)
         prepared = self.products.prepare(raw)
-        bound = self.threshold - self.products.band(files.width)
+        band = self.products.band(files.width)
         needed = np.zeros(files.num_visits + 2, np.int64)
         vectors, lists = files.vectors(item), lists_of(files, item)
         of_queries = self._lists_of(queries)
         for start in range(0, len(vectors), _TILE):
             block = vectors[start : start + _TILE]
-            a, b, _ = self.products.above(prepared, self.products.prepare(block), bound)
+            others = self.products.prepare(block)
+            a, b, scores = self.products.above(prepared, others, self.threshold - band)
             new = queries[a] != files.starts[item] + start + b
-            a, b = a[new], b[new]
-            true = exact_similarities(raw[a], block[b]) > np.float32(self.threshold)
+            a, b, true = a[new], b[new], scores[new] > self.threshold + band
+            near = np.flatnonzero(~true)
+            exact = exact_similarities(raw[a[near]], block[b[near]])
+            true[near] = exact > np.float32(self.threshold)
             a, b = a[true], b[true] + start
             needed += np.bincount(
                 np.minimum(_rank(of_queries[a], lists[b, 0]), _rank(lists[b], of_queries[a, 0])),

@@ -13,7 +13,7 @@ from curation import storage
 from curation.clustering import hash_ids
 from curation.neighbors.coarse import Coarse, CoarseRouter, limit_threads
 from curation.neighbors.partition import groups_of_shards
-from curation.neighbors.row_files import write_array
+from curation.neighbors.row_files import map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine
@@ -21,6 +21,7 @@ from curation.stage import Engine
 _ROWS_PER_LIST = 256
 _MOST_LISTS = 1 << 18
 _SAMPLE_PER_LIST = 64
+_ROWS_PER_PARTITION = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Training:
     budget: Budget
     num_rows: int
     threads: int
-    rows_per_partition: int
+    workers: int
 
     def sample_path(self, item: int) -> str:
         """File of the sample of one run of shards."""
@@ -77,7 +78,6 @@ def train_router(
     """
     num_rows = sum(source.pool.num_rows for source in sources)
     num_lists = int(np.clip(num_rows // _ROWS_PER_LIST, 16, _MOST_LISTS))
-    per_partition = max(1 << 16, num_rows >> 11)
     training = Training(
         sources=sources,
         groups=groups_of_shards(sources),
@@ -89,7 +89,7 @@ def train_router(
         budget=budget,
         num_rows=num_rows,
         threads=threads,
-        rows_per_partition=per_partition,
+        workers=engine.workers,
     )
     sampled = storage.join(folder, "sampled")
     facts = run_steps(engine, _Sample(training), len(training.groups), sampled, "sample rows")
@@ -157,22 +157,41 @@ class _TrainCoarse(Work):
         facts = {
             "groups": len(coarse.groups),
             "lists": coarse.num_lists,
-            "list_starts": split_evenly(expected, self.training.rows_per_partition),
+            "list_starts": split_evenly(expected, self._rows_per_partition()),
         }
         return Done([path], facts)
 
+    def _rows_per_partition(self) -> int:
+        """As many rows as can be sorted in one worker's memory: they are held some six times."""
+        per_row = 6 * self.width * np.dtype(self.training.dtype).itemsize
+        fits = self.training.budget.memory // (self.training.workers * per_row)
+        return int(np.clip(self.training.num_rows >> 11, _ROWS_PER_PARTITION, max(1, fits)))
+
     def _sample(self) -> np.ndarray:
         """(S, D) sampled rows in the order of their hashes."""
-        row_bytes = 8 + self.width * np.dtype(self.training.dtype).itemsize
         hashes, rows = [np.empty(0, np.uint64)], [np.empty((0, self.width), self.training.dtype)]
+        bound = self._bound()
         for item in range(len(self.training.groups)):
-            data = storage.read_bytes(self.training.sample_path(item))
-            count = len(data) // row_bytes
-            hashes.append(np.frombuffer(data, np.uint64, count))
-            found = np.frombuffer(data, self.training.dtype, count * self.width, 8 * count)
-            rows.append(found.reshape(count, self.width))
+            keys, found = self._read(item)
+            hashes.append(keys[keys <= bound])
+            rows.append(found[keys <= bound])
         order = np.argsort(np.concatenate(hashes), kind="stable")
         return np.concatenate(rows)[order]
+
+    def _bound(self) -> np.uint64:
+        """The largest hash of a sampled row, so that the sample fits into half of the memory."""
+        items = range(len(self.training.groups))
+        hashes = np.sort(np.concatenate([self._read(item)[0] for item in items]))
+        per_row = self.width * (2 * np.dtype(self.training.dtype).itemsize + 5)
+        most = max(self.training.num_lists, self.training.budget.memory // (2 * per_row))
+        return np.uint64(hashes[min(most, len(hashes)) - 1])
+
+    def _read(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes (S,) and vectors (S, D) of one file of the sample."""
+        path, dtype = self.training.sample_path(item), self.training.dtype
+        count = storage.size_of(path) // (8 + self.width * np.dtype(dtype).itemsize)
+        hashes = map_array(path, "uint64", 0, (count,))
+        return hashes, map_array(path, dtype, 8 * count, (count, self.width))
 
 
 def split_evenly(expected: np.ndarray, rows_per_partition: int) -> list[int]:

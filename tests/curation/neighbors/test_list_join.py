@@ -118,3 +118,23 @@ def test_join_by_lists__damaged_scratch_is_noticed_and_made_again(
 
 def _interrupted(*args, **kwargs):
     raise KeyboardInterrupt
+
+
+def test_join_by_lists__partitions_follow_the_memory_and_content_does_not(embed, dedup, tmp_path):
+    rows = crowd(5, 2000)
+    pool = embed(rows)
+    digests, partitions = set(), []
+    for name, workers in (("one", 1), ("many", 1000)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LocalEngine, "workers", workers)
+            patch.setattr("curation.neighbors.train._ROWS_PER_PARTITION", 1 << 10)
+            patch.setattr("curation.stages.near_dedup.decide_shards", _interrupted)
+            settings = {"method": "lists", "memory_gb": 0.3}
+            with pytest.raises(KeyboardInterrupt):
+                dedup(pool, name=name, comparison=Comparison(**settings))
+        arranged = tmp_path / name / "_scratch" / "rows" / "arranged"
+        partitions.append(len(list(arranged.glob("vectors-*"))))
+        _, outputs = dedup(pool, name=name, comparison=Comparison(**settings))
+        digests.add(outputs["decisions"].manifest.content_digest)
+    assert partitions[0] < partitions[1]
+    assert len(digests) == 1
