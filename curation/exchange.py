@@ -7,7 +7,7 @@ passes through the driver but small results.
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -143,8 +143,3 @@ def _single_batch(rows: pa.Table) -> pa.RecordBatch:
     if batches:
         return batches[0]
     return pa.RecordBatch.from_pylist([], schema=rows.schema)
-
-
-def in_order(rows: pa.Table, *columns: str) -> Iterator[tuple[Any, ...]]:
-    """Rows of a few columns as tuples."""
-    return zip(*(rows[name].to_pylist() for name in columns), strict=True)

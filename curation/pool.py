@@ -88,10 +88,6 @@ class Pool:
         counts = [info.num_rows if self.decisions is None else info.num_kept for info in infos]
         return np.array(counts, np.int64)
 
-    def shard_starts(self) -> np.ndarray:
-        """(S + 1,) int64: position of each shard's first live row, then the number of all."""
-        return np.concatenate([[0], np.cumsum(self.shard_rows())]).astype(np.int64)
-
     def fingerprint(self, columns: Sequence[str] | None = None) -> str:
         """Digest of the live rows, of the side-cars that give the columns, and of their shards."""
         used = self._layers_of(self.columns if columns is None else columns)

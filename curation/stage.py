@@ -191,8 +191,6 @@ class StageInputs:
     sets: dict[str, Pool] = field(default_factory=dict)
     """Benchmarks, seed sets and sets taken as they are, by name."""
     seed: int = 0
-    earlier: dict[str, str] = field(default_factory=dict)
-    """Folders of outputs that are not shard-aligned (such as `hits`), by name."""
 
 
 class Stage(Settings, ABC):

@@ -103,6 +103,10 @@ def ingest(
 def download(
     rows: Annotated[str, typer.Argument(help="Output of ingest, or a list of URLs.")],
     out: Out,
+    retry_failed: Annotated[
+        str | None,
+        typer.Option("--retry-failed", help="Fetch only what failed in this earlier output."),
+    ] = None,
     changes: Changes = None,
     engine: Kind = EngineName.local,
     workers: Workers = 1,
@@ -114,11 +118,14 @@ def download(
 
         curate download urls.parquet --out raw --set user_agent="mybot (me@example.org)"
 
-        curate download rows --out raw --set timeout_s=5 --engine ray --workers 16
+        curate download rows --out raw --engine ray --workers 16
+
+        curate download rows --out raw2 --retry-failed raw
     """
     from pipelines.verbs import stages as verb
 
-    verb.run_download(rows, out, changes or [], _engine(engine, workers, address))
+    runner = _engine(engine, workers, address)
+    verb.run_download(rows, out, retry_failed, changes or [], runner)
 
 
 @app.command()

@@ -38,7 +38,6 @@ class ConsoleWatcher:
         self._began = self._spoke = time.monotonic()
         self._total = self._done = self._rows = self._kept = 0
         self.num_run = 0
-        self.num_reused = 0
 
     def started(self, stage: str, total: int, done: int) -> None:
         """Begin a bar."""
@@ -74,7 +73,6 @@ class ConsoleWatcher:
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
-        self.num_reused += reused
         self.num_run += not reused
         if self._quiet:
             return
@@ -178,6 +176,8 @@ def print_json(value: Any) -> None:
 def print_pairs(pairs: dict[str, Any], *, title: str) -> None:
     """Print names and values in two columns."""
     table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in pairs.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     Console().print(table)

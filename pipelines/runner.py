@@ -77,7 +77,6 @@ class _Flow:
     entries: list[StageEntry] = field(default_factory=list)
     folders: list[StageFolder] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
-    earlier: dict[str, str] = field(default_factory=dict)
 
 
 class RecipeRun:
@@ -119,7 +118,7 @@ class RecipeRun:
 
     def _advance(self, flow: _Flow, stage: Stage, where: str) -> None:
         """Run one stage of a flow and put its outputs on top of the pool."""
-        inputs = StageInputs(flow.pool, self._named_sets(stage), self._recipe.seed, flow.earlier)
+        inputs = StageInputs(flow.pool, self._named_sets(stage), self._recipe.seed)
         key = stage_key(stage, inputs)
         name = f"{len(flow.entries) + 1:02d}-{stage.name()}-{key[:8]}"
         folder = StageFolder(storage.join(self._work, "work", where, name), stage.name())

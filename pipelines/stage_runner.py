@@ -83,14 +83,12 @@ def stage_key(stage: Stage, inputs: StageInputs) -> str:
     pools = [inputs.pool, *(inputs.sets[name] for name in sorted(inputs.sets))]
     needed = columns_read(stage, inputs.pool) if isinstance(stage, ShardStage) else None
     contents = [pool.fingerprint(needed) for pool in pools if pool.layers]
-    earlier = [Dataset.open(path).manifest.content_digest for path in inputs.earlier.values()]
     return digest_of(
         stage.name(),
         stage.version,
         stage.model_dump_json(),
         stage.fingerprint(),
         contents,
-        earlier,
         inputs.seed,
     )
 

@@ -20,6 +20,7 @@ from pipelines import console
 from pipelines.stage_runner import run_stage
 
 Settings = dict[str, Any]
+_HOSTS_SHOWN = 10
 
 
 def run_single(
@@ -71,14 +72,40 @@ def run_ingest(settings: Settings, out: str, engine: Engine) -> None:
     run_single(stage, StageInputs(Pool("pool", {})), out, "rows", engine)
 
 
-def run_download(rows: str, out: str, changes: list[str], engine: Engine) -> None:
+def run_download(
+    rows: str, out: str, retry_failed: str | None, changes: list[str], engine: Engine
+) -> None:
     """`curate download`."""
+    from curation.fetching.hosts import summarise_hosts
+
     stage = build("download", changes)
     if Dataset.is_finished(rows):
-        pool = _pool_with_decisions(rows)
+        pool = Pool.of(Dataset.open(rows))
     else:
         pool = _ingested(Ingest(urls=rows), out, engine)
-    run_single(stage, StageInputs(pool), out, "raw", engine)
+    if retry_failed is not None:
+        pool = _failed_before(pool, retry_failed, out)
+    outputs = run_single(stage, StageInputs(pool), out, "raw", engine)
+    hosts = summarise_hosts(outputs["fetches"]).slice(0, _HOSTS_SHOWN)
+    columns = (column.to_pylist() for column in hosts.columns)
+    console.print_rows(hosts.column_names, list(zip(*columns, strict=True)), "by host")
+
+
+def _failed_before(pool: Pool, previous: str, out: str) -> Pool:
+    """Only the rows that an earlier download of the same rows may fetch now.
+
+    Raises:
+        SchemaError: the earlier download was of other rows.
+    """
+    from curation.fetching.retry import retryable_rows
+
+    decisions = Dataset.open(storage.join(previous, f"_{DECISIONS}"))
+    if decisions.num_shards != pool.num_shards:
+        raise SchemaError(
+            f"{previous}: has {decisions.num_shards} shards, the rows have {pool.num_shards}; "
+            "give a download of the same rows"
+        )
+    return pool.with_stage({}, retryable_rows(decisions, storage.join(out, "_retried")))
 
 
 def run_canonicalize(raw: str, out: str, changes: list[str], engine: Engine) -> None:
@@ -159,7 +186,7 @@ def images_pool(path: str, out: str, engine: Engine, name: str = "pool") -> Pool
     A folder is ingested and canonicalized below `out` first.
     """
     if Dataset.is_finished(path) and "image" in Dataset.open(path).columns:
-        return _with_sources(_pool_with_decisions(path, name))
+        return Pool.of(Dataset.open(path), name)
     raw = _raw_pool(path, out, engine, name)
     folder = StageFolder(storage.join(out, f"_images-{name}"), "canonicalize")
     watcher = console.ConsoleWatcher()
@@ -171,7 +198,7 @@ def images_pool(path: str, out: str, engine: Engine, name: str = "pool") -> Pool
 
 def _raw_pool(path: str, out: str, engine: Engine, name: str = "pool") -> Pool:
     if Dataset.is_finished(path):
-        return _pool_with_decisions(path, name)
+        return Pool.of(Dataset.open(path), name)
     source = "web" if name == "pool" else name
     return _ingested(Ingest(images=path, source_set=source), out, engine, name)
 
@@ -182,16 +209,6 @@ def _ingested(stage: Ingest, out: str, engine: Engine, name: str = "pool") -> Po
     _, outputs = run_stage(stage, StageInputs(pool), folder, engine, console.ConsoleWatcher())
     decisions = outputs.pop(DECISIONS)
     return pool.with_stage(outputs, decisions)
-
-
-def _pool_with_decisions(path: str, name: str = "pool") -> Pool:
-    """A finished output; its side-cars lie in folders that begin with an underscore."""
-    return Pool.of(Dataset.open(path), name)
-
-
-def _with_sources(pool: Pool) -> Pool:
-    """Images alone have no source column: their id stands in for it."""
-    return pool
 
 
 def _kept(pool: Pool, decisions: str | None) -> Pool:

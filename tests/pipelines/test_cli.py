@@ -268,3 +268,28 @@ def test_pip_check__is_clean():
         [sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_download__then_retries_only_what_failed(tmp_path):
+    from pipelines.demo_site import DemoSite, serve_site
+
+    site, www = DemoSite(port=18751), tmp_path / "www"
+    www.mkdir()
+    (www / "a.jpg").write_bytes(encode_jpeg(picture(1)))
+    urls = [f"http://127.0.0.1:18751/{name}" for name in ("a.jpg", "gone.jpg")]
+    urls.append("http://127.0.0.1:18752/late.jpg")
+    pq.write_table(pa.table({"url": urls}), tmp_path / "urls.parquet")
+    changes = ("--set", "allow_private=true")
+    with serve_site(site, tmp_path):
+        shown = succeeds("download", tmp_path / "urls.parquet", "--out", tmp_path / "raw", *changes)
+    assert "127.0.0.1" in shown
+    decisions = Dataset.open(str(tmp_path / "raw" / "_decisions")).read().to_pylist()
+    reasons = {row["reason"] for row in decisions}
+    assert {None, "http_404"} < reasons
+    assert len(reasons) == 3
+    (www / "late.jpg").write_bytes(encode_jpeg(picture(2)))
+    with serve_site(DemoSite(port=18752), tmp_path):
+        again = ("--retry-failed", tmp_path / "raw", *changes)
+        succeeds("download", tmp_path / "urls.parquet", "--out", tmp_path / "more", *again)
+    fetched = Dataset.open(str(tmp_path / "more")).read(["id"])["id"].to_pylist()
+    assert fetched == [make_id(urls[2])]
