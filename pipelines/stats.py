@@ -17,6 +17,8 @@ from pipelines.work_folder import FinishedStage, WorkFolder
 Stats = dict[str, Any]
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+SAMPLED_ROWS = 2_000_000
+"""Quantiles of larger tables are those of a sample of about so many rows."""
 _MOST_COMMON = 20
 _ALL_HOSTS = 1_000_000
 _FEW_VALUES = 200
@@ -120,15 +122,16 @@ def stage_scores(stage: FinishedStage) -> list[Row]:
         columns = score_columns(stage, tables)
         if not columns:
             return []
-        asked = ", ".join(_score_query(name, number) for number, name in enumerate(columns))
+        asked = ", ".join(f"count({named(name)}) as n{i}" for i, name in enumerate(columns))
         values = tables.first(f"select {asked} from verdicts")
+        quantiles = _quantiles_of(tables, "verdicts", columns)
         limits = {name: thresholds(stage, name, tables) for name in columns}
     return [
         {
             "stage": stage.name,
             "score": name,
             "rows": values[f"n{number}"],
-            "quantiles": _quantile_names(values[f"q{number}"]),
+            "quantiles": quantiles[name],
             "thresholds": limits[name],
         }
         for number, name in enumerate(columns)
@@ -300,10 +303,10 @@ def count_by(
 
 def host_counts(tables: Tables, view: str, limit: int) -> list[Row]:
     """Rows by the host of their source: first by what stands between slashes, which is quick."""
+    host = host_of("('any://' || place)")
     return tables.rows(
-        f"select {host_of('place')} as value, sum(rows)::bigint as rows from ("
-        "select case when contains(source, '://') then "
-        "split_part(source, '/', 1) || '//' || split_part(source, '/', 3) end as place, "
+        f"select {host} as value, sum(rows)::bigint as rows from ("
+        "select case when contains(source, '://') then split_part(source, '/', 3) end as place, "
         f"count(*) as rows from {view} group by 1) group by 1 order by rows desc, value limit ?",
         [limit],
     )
@@ -324,14 +327,16 @@ def balance(counts: list[int]) -> dict[str, float]:
 
 
 def _quantiles(tables: Tables, view: str, columns: Any) -> list[Row]:
+    """Count, ends, mean and quantiles of numbers."""
     if not columns:
         return []
     asked = ", ".join(
-        f"{_score_query(name, number)}, min({named(name)}) as a{number}, "
+        f"count({named(name)}) as n{number}, min({named(name)}) as a{number}, "
         f"max({named(name)}) as b{number}, avg({named(name)}) as m{number}"
         for number, name in enumerate(columns)
     )
     values = tables.first(f"select {asked} from {view}")
+    quantiles = _quantiles_of(tables, view, columns)
     return [
         {
             "column": name,
@@ -339,16 +344,28 @@ def _quantiles(tables: Tables, view: str, columns: Any) -> list[Row]:
             "min": values[f"a{number}"],
             "max": values[f"b{number}"],
             "mean": values[f"m{number}"],
-            "quantiles": _quantile_names(values[f"q{number}"]),
+            "quantiles": quantiles[name],
         }
         for number, name in enumerate(columns)
     ]
 
 
-def _score_query(name: str, number: int) -> str:
+def _quantiles_of(tables: Tables, view: str, columns: Any) -> dict[str, dict[str, float] | None]:
+    """Quantiles of some columns; beyond SAMPLED_ROWS rows, those of a fixed sample."""
+    rows = tables.first(f"select count(*) as n from {view}")["n"]
+    source = view
+    if rows > SAMPLED_ROWS:
+        names = ", ".join(named(name) for name in columns)
+        percent = 100 * SAMPLED_ROWS / rows
+        sample = f"tablesample system({percent:.6f} percent) repeatable(1)"
+        source = f"(select {names} from {view} {sample})"
     listed = ", ".join(str(value) for value in QUANTILES)
-    column = named(name)
-    return f"count({column}) as n{number}, approx_quantile({column}, [{listed}]) as q{number}"
+    asked = ", ".join(
+        f"approx_quantile({named(name)}, [{listed}]) as q{number}"
+        for number, name in enumerate(columns)
+    )
+    values = tables.first(f"select {asked} from {source}")
+    return {name: _quantile_names(values[f"q{i}"]) for i, name in enumerate(columns)}
 
 
 def _quantile_names(values: list[float] | None) -> dict[str, float] | None:

@@ -1,6 +1,7 @@
 import csv
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -74,6 +75,17 @@ def test_count_by_column__unknown_column():
 def test_count_by_column__hostile_name_is_no_sql(tmp_path):
     pq.write_table(pa.table({"id": ["a"], 'x"; drop': ["b"]}), tmp_path / "a.parquet")
     assert count_by_column(str(tmp_path), 'x"; drop') == [{"value": "b", "rows": 1}]
+
+
+def test_stats_of__large_tables_are_sampled_alike(tmp_path, monkeypatch):
+    numbers = np.random.default_rng(0).permutation(200_000)
+    table = pa.table({"id": [str(n) for n in range(200_000)], "n": numbers})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=8192)
+    monkeypatch.setattr("pipelines.stats.SAMPLED_ROWS", 50_000)
+    found = [stats_of(str(tmp_path))["columns"][1] for _ in range(2)]
+    assert found[0] == found[1]
+    assert (found[0]["min"], found[0]["max"], found[0]["rows"]) == (0, 199_999, 200_000)
+    assert found[0]["quantiles"]["0.5"] == pytest.approx(100_000, rel=0.05)
 
 
 @pytest.mark.parametrize(
