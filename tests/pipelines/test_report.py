@@ -1,8 +1,11 @@
+import html
 import json
+import os
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -224,3 +227,39 @@ def test_pictures__row_of_the_union_is_found_in_its_set():
     assert pictures.get(key).data
     assert pictures.get(key).flow == "taken"
     assert not pictures.get(unknown).data
+
+
+AXE = Path(os.environ.get("AXE_CORE", "node_modules/axe-core/axe.min.js"))
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None or not AXE.is_file(),
+    reason="needs Chromium, and axe-core: npm install axe-core, or its file in AXE_CORE",
+)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_page__has_no_serious_barrier(tmp_path, theme):
+    """Run axe-core on the page; its findings come back through the title."""
+    out = tmp_path / "report.html"
+    write_page(str(finished_run()), str(out))
+    axe = AXE.read_text(encoding="utf-8").replace("</script", "<\\/script")
+    probe = PROBE_AXE.replace("THEME", theme)
+    scripts = f"<script>{axe}</script><script>{probe}</script></body>"
+    out.write_text(out.read_text().replace("</body>", scripts))
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000"),
+        *("--dump-dom", f"--user-data-dir={tmp_path / 'profile'}", out.as_uri()),
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    title = re.search("<title>(.*?)</title>", found.stdout, re.S)
+    assert title is not None
+    violations = json.loads(html.unescape(title.group(1)))
+    assert [one for one in violations if one[1] in ("serious", "critical")] == []
+
+
+PROBE_AXE = """
+document.documentElement.dataset.theme = "THEME";
+axe.run(document, { resultTypes: ["violations"] }).then((result) => {
+  document.title = JSON.stringify(
+    result.violations.map((one) => [one.id, one.impact, one.nodes[0].html.slice(0, 200)]));
+});
+"""
