@@ -1,4 +1,4 @@
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3 2>/dev/null))
 BIN := .venv/bin
 
 .PHONY: install demo test test-slow test-gpu bench lint clean
@@ -6,7 +6,7 @@ BIN := .venv/bin
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or run 'make PYTHON=python3.12 …'" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "make: no Python found; install 3.11 or newer, or run make PYTHON=/path/to/python" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
