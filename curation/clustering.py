@@ -143,16 +143,20 @@ def lloyd(
     count: int,
     iterations: int,
     rng: np.random.Generator,
+    start: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Spherical k-means in memory: centroids (C, D) float32, and nearest of each row (N,) int32.
 
     Rows find their centroid by exact products of 8-bit integers, centroids are means of the rows
     themselves. A centroid without rows is put beside that with most rows, a little to the side.
 
-    rows: (N, D) of any length; quantized: the same as (N, D) int8.
+    rows: (N, D) of any length; quantized: the same as (N, D) int8. start: (C, D) float32, the
+    centroids to begin with; drawn from the rows where it is None.
     """
-    count = min(count, len(rows))
-    if count <= _SPREAD_UP_TO:
+    count = min(count, len(rows)) if start is None else len(start)
+    if start is not None:
+        centroids = start
+    elif count <= _SPREAD_UP_TO:
         centroids = spread_rows(unit_rows(rows[: 64 * count]).astype(np.float32), count, rng)
     else:
         chosen = np.sort(rng.choice(len(rows), count, replace=False))

@@ -43,7 +43,9 @@ class Coarse:
 
         quantized = quantize_rows(rows)
         if num_lists <= _FLAT:
-            lists, _ = lloyd(rows, quantized, num_lists, 8, rng)
+            few = slice(0, max(num_lists, len(rows) // 4))
+            lists, _ = lloyd(rows[few], quantized[few], num_lists, 6, rng)
+            lists, _ = lloyd(rows, quantized, num_lists, 3, rng, lists)
             lists = lists[_chain(lists)]
             starts = np.array([0, len(lists)])
             return cls(quantize_centroids(lists[:1]), quantize_centroids(lists), starts)

@@ -20,7 +20,7 @@ from curation.stage import Engine
 
 _ROWS_PER_LIST = 256
 _MOST_LISTS = 1 << 18
-_SAMPLE_PER_LIST = 64
+_SAMPLE_PER_LIST = 256
 _ROWS_PER_PARTITION = 1 << 16
 
 
@@ -169,20 +169,24 @@ class _TrainCoarse(Work):
 
     def _sample(self) -> np.ndarray:
         """(S, D) sampled rows in the order of their hashes."""
-        hashes, rows = [np.empty(0, np.uint64)], [np.empty((0, self.width), self.training.dtype)]
-        bound = self._bound()
-        for item in range(len(self.training.groups)):
+        bound, items = self._bound(), range(len(self.training.groups))
+        hashes = np.concatenate([self._read(item)[0] for item in items])
+        hashes = hashes[hashes <= bound]
+        places = np.empty(len(hashes), np.int64)
+        places[np.argsort(hashes, kind="stable")] = np.arange(len(hashes))
+        rows, first = np.empty((len(hashes), self.width), self.training.dtype), 0
+        for item in items:
             keys, found = self._read(item)
-            hashes.append(keys[keys <= bound])
-            rows.append(found[keys <= bound])
-        order = np.argsort(np.concatenate(hashes), kind="stable")
-        return np.concatenate(rows)[order]
+            some = np.flatnonzero(keys <= bound)
+            rows[places[first : first + len(some)]] = found[some]
+            first += len(some)
+        return rows
 
     def _bound(self) -> np.uint64:
         """The largest hash of a sampled row, so that the sample fits into half of the memory."""
         items = range(len(self.training.groups))
         hashes = np.sort(np.concatenate([self._read(item)[0] for item in items]))
-        per_row = self.width * (2 * np.dtype(self.training.dtype).itemsize + 5)
+        per_row = self.width * (np.dtype(self.training.dtype).itemsize + 1)
         most = max(self.training.num_lists, self.training.budget.memory // (2 * per_row))
         return np.uint64(hashes[min(most, len(hashes)) - 1])
 
