@@ -203,8 +203,10 @@ class _LookInLists(Work):
         search = self.of.search
         band = search.products.band(search.rows.width)
         parts = []
+        known = np.unique(self.visits.of(item)[1])
+        floors = np.full(len(known), -np.inf, np.float32)
         for chunk in self._chunks(item):
-            found = Found.joined(list(self._look(item, *chunk)))
+            found = Found.joined(list(self._look(item, *chunk, known, floors)))
             parts.append(found.possible_of_any(search.k, band))
         found = Found.joined(parts).possible_of_any(search.k, band)
         path = search.looked_path(item)
@@ -212,9 +214,18 @@ class _LookInLists(Work):
         return Done([path], {"candidates": len(found.queries)})
 
     def _look(
-        self, item: int, rows: slice, queries: list[np.ndarray], bounds: np.ndarray
+        self,
+        item: int,
+        rows: slice,
+        queries: list[np.ndarray],
+        bounds: np.ndarray,
+        known: np.ndarray,
+        floors: np.ndarray,
     ) -> Iterator[Found]:
-        """Candidates of the lists whose residents are `rows`, list i from bounds[i] on."""
+        """Candidates of the lists whose residents are `rows`, list i from bounds[i] on.
+
+        floors: what the k-th nearest of each known query surely reaches; raised in place.
+        """
         search, products = self.of.search, self.of.search.products
         visitors = np.unique(np.concatenate(queries))
         prepared = products.prepare(search.queries.gather("vectors", visitors))
@@ -224,7 +235,10 @@ class _LookInLists(Work):
             if not len(own) or first == stop:
                 continue
             some = products.rows(prepared, np.searchsorted(visitors, own))
-            found = nearest_in(products, some, residents[first:stop], search.k)
+            places = np.searchsorted(known, own)
+            floor = floors[places]
+            found = nearest_in(products, some, residents[first:stop], search.k, floor)
+            floors[places] = floor
             start = search.rows.starts[item] + rows.start + first
             yield Found(own[found.queries], found.positions + start, found.scores)
 

@@ -153,18 +153,21 @@ class _Look(Work):
         return Done([path], {"candidates": len(found.queries)})
 
 
-def nearest_in(products: Products, queries: Any, rows: Any, k: int) -> Found:
+def nearest_in(
+    products: Products, queries: Any, rows: Any, k: int, floor: np.ndarray | None = None
+) -> Found:
     """What may be among the k nearest rows of each query; numbers instead of positions.
 
-    queries: (Q, D), rows: (N, D), both prepared.
+    queries: (Q, D), rows: (N, D), both prepared. floor: (Q,) float32, what the k-th nearest
+    surely reaches, known from other rows; raised in place.
     """
     band = products.band(rows.shape[1])
     found = Found.joined([])
-    floor = np.full(len(queries), -np.inf, np.float32)
+    floor = np.full(len(queries), -np.inf, np.float32) if floor is None else floor
     for first in range(0, len(rows), _TILE):
         scores = products.scores(queries, rows[first : first + _TILE])  # (Q, N)
         if scores.shape[1] >= k:
-            floor = np.maximum(floor, np.partition(scores, -k, axis=1)[:, -k])
+            np.maximum(floor, np.partition(scores, -k, axis=1)[:, -k], out=floor)
         near = np.nonzero(scores >= (floor - np.float32(2 * band))[:, None])
         part = Found(near[0], near[1] + first, scores[near])
         found = Found.joined([found, part]) if first else part
