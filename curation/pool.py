@@ -54,6 +54,11 @@ class Pool:
             )
         return replace(self, layers={layer: self.layers[layer]})
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether a stage has made rows yet; not so before ingest."""
+        return bool(self.layers)
+
     def layer(self, name: str) -> Dataset:
         """One side-car.
 
@@ -167,6 +172,11 @@ class UnionPool(Pool):
     def only(self, layer: str) -> "UnionPool":
         """The live rows with one side-car of every part."""
         return replace(self, parts=tuple(part.only(layer) for part in self.parts), layers={})
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether any part has rows."""
+        return any(part.has_rows for part in self.parts)
 
     def layer(self, name: str) -> Dataset:
         """One side-car of the first part, which speaks for all: they passed the same stages."""

@@ -246,10 +246,12 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
 
 @contextlib.contextmanager
 def parquet_errors(path: str) -> Iterator[None]:
-    """Turn Arrow's errors about a damaged file into ours."""
+    """Turn Arrow's errors about a damaged file into ours; some of them are plain OSErrors."""
     try:
         yield
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
         detail = " ".join(str(error).split())[:200]
         raise StorageError(f"{path}: not a readable Parquet file: {detail}") from error
 

@@ -90,6 +90,8 @@ class RecipeRun:
         self._watcher = watcher
         self._sets: dict[str, _Flow] = {}
         self._as_is: tuple[str, ...] = ()
+        self.published = False
+        """Whether this run wrote a record; not so where everything was finished before."""
 
     def run(self) -> RunRecord:
         """Run all stages, or find them finished; publish the manifest; give the record."""
@@ -207,6 +209,7 @@ class RecipeRun:
             stamp=stamp,
         )
         storage.write_json(storage.join(self._work, RUN_FILE), record.model_dump(mode="json"))
+        self.published = True
         return record
 
     def _publish_manifest(self, flow: _Flow) -> str | None:

@@ -82,7 +82,7 @@ def stage_key(stage: Stage, inputs: StageInputs) -> str:
     """Digest of the stage's version and settings and of the content of its inputs."""
     pools = [inputs.pool, *(inputs.sets[name] for name in sorted(inputs.sets))]
     needed = columns_read(stage, inputs.pool) if isinstance(stage, ShardStage) else None
-    contents = [pool.fingerprint(needed) for pool in pools if pool.layers]
+    contents = [pool.fingerprint(needed) for pool in pools if pool.has_rows]
     return digest_of(
         stage.name(),
         stage.version,
@@ -138,7 +138,7 @@ def _run_anew(
     elif isinstance(stage, DatasetStage):
         watcher.started(folder.stage, 0, 0)
         figures = stage.run(inputs, folder, engine)
-    expected = inputs.pool.num_rows if inputs.pool.layers else None
+    expected = inputs.pool.num_rows if inputs.pool.has_rows else None
     return finish_stage(
         stage,
         folder,

@@ -16,6 +16,7 @@ from pipelines.demo_site import build_site, serve_site
 from pipelines.funnel import adds_up, funnel
 from pipelines.recipe import CheckedRecipe, Recipe, load_recipe
 from pipelines.runner import RecipeRun, RunRecord
+from pipelines.seal import write_seal
 
 _STEP_FILE = "_step.json"
 
@@ -29,7 +30,10 @@ def run_recipe(name: str, work: str, engine: Engine, changes: list[str], as_json
     storage.make_folder(work)
     watcher = console.ConsoleWatcher(quiet=as_json)
     with _demo_site(checked.recipe, work):
-        record = RecipeRun(checked, work, engine, watcher).run()
+        recipe_run = RecipeRun(checked, work, engine, watcher)
+        record = recipe_run.run()
+    if recipe_run.published:
+        write_seal(work, record)
     if not adds_up(funnel(record)):
         raise LedgerError(f"{work}: the funnel does not add up; please report this with run.json")
     results = _run_steps(checked, record, work, quiet=as_json)

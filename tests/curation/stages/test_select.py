@@ -8,7 +8,7 @@ from curation.schema import embedding_schema, make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.select import MANIFEST_COLUMNS, Select
 from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.stage_runner import Silent, run_stage, stage_key
 
 
 def select(tmp_path, shards=2, name="out"):
@@ -72,3 +72,11 @@ def test_select__near_duplicates_across_sets_fall_within_a_set_they_stay(tmp_pat
     dropped = [row for row in outputs["decisions"].read().to_pylist() if not row["keep"]]
     assert dropped[0]["id"] == make_id("20.jpg")
     assert dropped[0]["twin"] in {make_id("seeds/2.jpg"), make_id("seeds/3.jpg")}
+
+
+def test_select__key_of_a_union_follows_its_parts(tmp_path):
+    parts = (pool_of(tmp_path / "a", [image_row(1)]), pool_of(tmp_path / "b", [image_row(2)]))
+    keys = [
+        stage_key(Select(), StageInputs(UnionPool("union", {}, None, (part,)))) for part in parts
+    ]
+    assert keys[0] != keys[1]
