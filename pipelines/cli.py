@@ -289,6 +289,59 @@ def retrieve(
 
 
 @app.command()
+def cluster(
+    embeddings: Annotated[str, typer.Argument(help="Output of embed, or any Parquet of vectors.")],
+    out: Out,
+    levels: Annotated[
+        str, typer.Option("--levels", help="Clusters of each level, the lowest first: 5000,500.")
+    ],
+    changes: Changes = None,
+    id_column: IdColumn = "id",
+    embedding_column: VectorColumn = "embedding",
+    seed: Seed = 0,
+    engine: Kind = EngineName.local,
+    workers: Workers = 1,
+    address: Address = None,
+) -> None:
+    """Cluster embeddings by k-means out of core, with levels of clusters above.
+
+    Example:
+
+        curate cluster emb --levels 1000,100 --out clusters
+    """
+    from pipelines.verbs import neighbours as verb
+
+    columns = (id_column, embedding_column)
+    runner = _engine(engine, workers, address)
+    verb.run_cluster(embeddings, out, levels, changes or [], columns, seed, runner)
+
+
+@app.command()
+def balance(
+    clusters: Annotated[str, typer.Argument(help="Output of cluster.")],
+    out: Out,
+    target: Annotated[int, typer.Option("--target", min=1, help="Rows to draw.")],
+    multiplier: Annotated[
+        int, typer.Option("--multiplier", min=1, help="How often one row may be drawn.")
+    ] = 1,
+    seed: Seed = 0,
+    engine: Kind = EngineName.local,
+    workers: Workers = 1,
+    address: Address = None,
+) -> None:
+    """Draw a sample to which every cluster of each level gives as equally as it can.
+
+    Example:
+
+        curate balance clusters --target 100000 --out sample
+    """
+    from pipelines.verbs import neighbours as verb
+
+    runner = _engine(engine, workers, address)
+    verb.run_balance(clusters, out, target, multiplier, seed, runner)
+
+
+@app.command()
 def select(
     images: Annotated[
         list[str],

@@ -69,6 +69,40 @@ def run_retrieve(
     run_single(stage, inputs, out, "hits", engine)
 
 
+def run_cluster(
+    embeddings: str,
+    out: str,
+    levels: str,
+    changes: list[str],
+    columns: Columns,
+    seed: int,
+    engine: Engine,
+) -> None:
+    """`curate cluster`."""
+    counts = levels.split(",")
+    if not all(count.strip().isdigit() for count in counts):
+        raise ConfigError(f"--levels {levels}: write numbers that fall, such as 5000,500,50")
+    values = {
+        **parse_changes(changes),
+        "embeddings": _LAYER,
+        "embedding_column": columns[1],
+        "levels": [int(count) for count in counts],
+    }
+    stage = parse_settings(load_stage("cluster", "curate cluster"), values, "curate cluster")
+    inputs = StageInputs(embedding_pool(embeddings, columns, out), seed=seed)
+    run_single(stage, inputs, out, "clusters", engine)
+
+
+def run_balance(
+    clusters: str, out: str, target: int, multiplier: int, seed: int, engine: Engine
+) -> None:
+    """`curate balance`."""
+    values = {"target": target, "multiplier": multiplier}
+    stage = parse_settings(load_stage("balance", "curate balance"), values, "curate balance")
+    pool = Pool("pool", {"clusters": Dataset.open(clusters)})
+    run_single(stage, StageInputs(pool, seed=seed), out, DECISIONS, engine)
+
+
 def embedding_pool(path: str, columns: Columns, out: str, name: str = "pool") -> Pool:
     """Embeddings as a pool of one side-car.
 

@@ -146,6 +146,20 @@ def test_retrieve__sample_and_cluster_rules(embeddings, tmp_path):
     assert {hit["rule"] for hit in hits} == {"sample"}
 
 
+def test_cluster__then_balance(tmp_path):
+    rows = vectors(tmp_path / "e", 300, 8)
+    succeeds("cluster", rows, "--levels", "12,3", "--out", tmp_path / "c")
+    clusters = Dataset.open(str(tmp_path / "c")).read().to_pydict()
+    assert set(clusters["cluster"]) == set(range(12))
+    assert {len(path) for path in clusters["clusters"]} == {2}
+    succeeds("balance", tmp_path / "c", "--target", 60, "--out", tmp_path / "b")
+    verdicts = Dataset.open(str(tmp_path / "b"))
+    assert sum(shard.num_kept for shard in verdicts.manifest.shards) == 60
+    assert "numbers that fall" in fails(
+        2, "cluster", rows, "--levels", "x", "--out", tmp_path / "d"
+    )
+
+
 def test_filter__and_pack_what_stays(photos, tmp_path):
     succeeds("canonicalize", photos, "--out", tmp_path / "images")
     succeeds("filter", tmp_path / "images", "--out", tmp_path / "v", "--set", "quality.min_side=64")
