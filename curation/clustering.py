@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from curation import storage
+from curation.dataset import Dataset
+from curation.errors import SpaceError
 from curation.neighbors.quantized import nearest_centroids, quantize_centroids, quantize_rows
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
-from curation.neighbors.vectors import unit_rows
+from curation.neighbors.vectors import unit_rows, vectors_of
 from curation.stage import Engine
 
 _ROWS_AT_ONCE = 1 << 13
@@ -49,6 +51,23 @@ def train_centroids(
     train = _Train(files, count, folder, seed, iterations, rows_per_centroid)
     facts = run_steps(engine, train, 1, storage.join(folder, "trained"), "train centroids")
     return Centroids(train.path, facts[0]["count"], files.width)
+
+
+def copy_centroids(path: str, width: int, folder: str) -> Centroids:
+    """The first level's centroids of an earlier `cluster`, as a file for this run.
+
+    Raises:
+        SpaceError: they are of another width.
+    """
+    rows = vectors_of(Dataset.open(path).read_shard(0, ["embedding"])["embedding"], path)
+    if rows.shape[1] != width:
+        raise SpaceError(
+            f"{path}: centroids of width {rows.shape[1]}, but the pool has width {width}; "
+            "cluster the embeddings that are searched"
+        )
+    target = storage.join(folder, "given-centroids.bin")
+    write_array(target, rows.astype(np.float32))
+    return Centroids(target, len(rows), width)
 
 
 def assign_exactly(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -223,6 +223,9 @@ def dedup(
     assume_same_space: Annotated[
         bool, typer.Option("--assume-same-space", help="Compare foreign embeddings.")
     ] = False,
+    max_component_share: Annotated[
+        float, typer.Option("--max-component-share", help="Largest share of one component.")
+    ] = 0.01,
     engine: Kind = EngineName.local,
     workers: Workers = 1,
     address: Address = None,
@@ -244,6 +247,7 @@ def dedup(
         "threshold": threshold,
         "against_threshold": against_threshold,
         "assume_same_space": assume_same_space,
+        "max_component_share": max_component_share,
     }
     columns = (id_column, embedding_column)
     runner = _engine(engine, workers, address)
@@ -262,6 +266,10 @@ def retrieve(
             "repeated. Parsed from the right: paths may hold colons.",
         ),
     ],
+    clusters: Annotated[
+        str | None,
+        typer.Option("--clusters", help="Output of cluster, for cluster rules; else trained."),
+    ] = None,
     changes: Changes = None,
     id_column: IdColumn = "id",
     embedding_column: VectorColumn = "embedding",
@@ -282,7 +290,9 @@ def retrieve(
     """
     from pipelines.verbs import neighbours as verb
 
-    settings = {"assume_same_space": assume_same_space}
+    settings: dict[str, object] = {"assume_same_space": assume_same_space}
+    if clusters is not None:
+        settings["centroids"] = f"{clusters.rstrip('/')}/_centroids"
     columns = (id_column, embedding_column)
     runner = _engine(engine, workers, address)
     verb.run_retrieve(pool, out, seeds, settings, changes or [], columns, seed, runner)

@@ -12,7 +12,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from curation import storage
-from curation.clustering import Centroids, assign_exactly, hash_ids, train_centroids
+from curation.clustering import (
+    Centroids,
+    assign_exactly,
+    copy_centroids,
+    hash_ids,
+    train_centroids,
+)
 from curation.config import Settings
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.exchange import Exchange
@@ -66,6 +72,8 @@ class Retrieval:
     on_collision: Literal["keep", "next"]
     seed: int
     scratch: str
+    given_centroids: str | None = None
+    """Centroids of an earlier `cluster`."""
 
     @property
     def pool(self) -> RowFiles:
@@ -118,7 +126,7 @@ class Retrieval:
 
     def _cluster(self, hits: "HitFiles", engine: Engine) -> dict[str, Any]:
         folder = storage.join(self.scratch, "clusters")
-        centroids = train_centroids(self.pool, self.num_clusters, folder, engine, seed=self.seed)
+        centroids = self._centroids(folder, engine)
         counts = {n: self._count(n, centroids, folder, engine) for n in self.numbered("cluster")}
         hot_path = storage.join(folder, "hot.bin")
         hot = np.stack([counts[n] >= self.rules[n].min_hits for n in counts])  # (sets, C)
@@ -145,6 +153,11 @@ class Retrieval:
                 "hits": sum(fact["hits"] for fact in facts),
             }
         return figures
+
+    def _centroids(self, folder: str, engine: Engine) -> Centroids:
+        if self.given_centroids is None:
+            return train_centroids(self.pool, self.num_clusters, folder, engine, seed=self.seed)
+        return copy_centroids(self.given_centroids, self.pool.width, folder)
 
     def _count(self, number: int, centroids: Centroids, folder: str, engine: Engine) -> np.ndarray:
         """(C,) int64: seeds of one set in each cluster."""

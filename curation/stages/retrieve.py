@@ -10,6 +10,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from curation import storage
+from curation.dataset import Dataset
 from curation.neighbors.hits import HITS, HitFiles, Retrieval, SeedRule, write_hits
 from curation.neighbors.layout import Comparison, lay_out, lay_out_queries, sources_of
 from curation.schema import schema_of
@@ -29,6 +30,8 @@ class Retrieve(DatasetStage):
     """Seed sets and their rules."""
     clusters: int = Field(default=100_000, ge=1)
     """Clusters of the pool for rule cluster; fewer where the pool has fewer rows."""
+    centroids: str | None = None
+    """The centroids of an earlier `cluster`, in place of training: its first level's serve."""
     on_collision: Literal["keep", "next"] = "keep"
     """sample: keep: an image may be hit by several seeds. next: take the next nearest free one."""
     assume_same_space: bool = False
@@ -47,6 +50,12 @@ class Retrieve(DatasetStage):
     def needs(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
         return (self.embedding_column,)
+
+    def fingerprint(self) -> str:
+        """The content of the centroids that are given."""
+        if self.centroids is None:
+            return ""
+        return Dataset.open(self.centroids).manifest.content_digest
 
     def set_names(self) -> tuple[str, ...]:
         """The seed sets."""
@@ -75,7 +84,14 @@ class Retrieve(DatasetStage):
             for name, source in zip(names, sources[1:], strict=True)
         )
         retrieval = Retrieval(
-            self.seeds, pool, queries, self.clusters, self.on_collision, inputs.seed, folder.scratch
+            self.seeds,
+            pool,
+            queries,
+            self.clusters,
+            self.on_collision,
+            inputs.seed,
+            folder.scratch,
+            self.centroids,
         )
         hits = HitFiles.planned(retrieval, inputs.pool.num_shards)
         figures = retrieval.run(hits, engine)

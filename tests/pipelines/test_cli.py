@@ -152,6 +152,12 @@ def test_cluster__then_balance(tmp_path):
     clusters = Dataset.open(str(tmp_path / "c")).read().to_pydict()
     assert set(clusters["cluster"]) == set(range(12))
     assert {len(path) for path in clusters["clusters"]} == {2}
+    seeds = ("--seeds", f"s={rows}:cluster:10:1:50", "--clusters", tmp_path / "c")
+    succeeds("retrieve", rows, *seeds, "--out", tmp_path / "h")
+    hits = Dataset.open(str(tmp_path / "h")).read().to_pylist()
+    known = dict(zip(clusters["id"], clusters["cluster"], strict=True))
+    assert len(hits) == 50
+    assert all(hit["cluster"] == known[hit["id"]] for hit in hits)
     succeeds("balance", tmp_path / "c", "--target", 60, "--out", tmp_path / "b")
     verdicts = Dataset.open(str(tmp_path / "b"))
     assert sum(shard.num_kept for shard in verdicts.manifest.shards) == 60
