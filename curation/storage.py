@@ -213,9 +213,20 @@ def write_parquet(path: str, table: pa.Table) -> tuple[int, str]:
     with open_whole(path) as file:
         sink = _HashingFile(file)
         pq.write_table(
-            table, pa.PythonFile(sink, mode="w"), compression="zstd", row_group_size=_ROWS_PER_GROUP
+            table,
+            pa.PythonFile(sink, mode="w"),
+            compression=_compression(table.schema),
+            row_group_size=_ROWS_PER_GROUP,
         )
     return sink.num_bytes, sink.sha256.hexdigest()
+
+
+def _compression(schema: pa.Schema) -> str | dict[str, str]:
+    """zstd, but not for images: they are compressed already, and it would cost half a decode."""
+    images = {field.name for field in schema if pa.types.is_large_binary(field.type)}
+    if not images:
+        return "zstd"
+    return {name: "NONE" if name in images else "zstd" for name in schema.names}
 
 
 def read_parquet(path: str, columns: list[str] | None = None) -> pa.Table:

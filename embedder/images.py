@@ -262,21 +262,22 @@ def _upright_size(file: ImageFile) -> tuple[int, int]:
 def _render(file: ImageFile, max_side: int | None, limits: Limits) -> Image.Image:
     """Decode to an upright RGB image in sRGB, shrunk to `max_side` if given."""
     with _foreign_errors(file):
-        size = _shrunk_size(file, max_side)
+        size = _shrunk_size((file.width, file.height), max_side)
         image = _load(file, size, limits)
+        if file.format == "GIF":  # a frame may be larger than the screen that the header names
+            size = _shrunk_size(image.size, max_side)
         icc = file.icc or image.info.get("icc_profile")
         image = _to_8_bit_channels(image)
-        if size != (file.width, file.height):
+        if size != image.size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         return _turn_upright(_lay_on_white(_to_srgb(image, icc)), file.orientation)
 
 
-def _shrunk_size(file: ImageFile, max_side: int | None) -> tuple[int, int]:
-    long_side = max(file.width, file.height)
-    if max_side is None or long_side <= max_side:
-        return file.width, file.height
-    scale = max_side / long_side
-    return max(1, round(file.width * scale)), max(1, round(file.height * scale))
+def _shrunk_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
+    if max_side is None or max(size) <= max_side:
+        return size
+    scale = max_side / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 _DRAFT_GAP = 1.5

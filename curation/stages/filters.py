@@ -49,6 +49,14 @@ class Filters(ShardStage):
         """Columns that the filters read."""
         return tuple(dict.fromkeys(name for stage in self.chain for name in stage.needs()))
 
+    def uses(self) -> tuple[str, ...]:
+        """Columns that the filters read where they are."""
+        return tuple(dict.fromkeys(name for stage in self.chain for name in stage.uses()))
+
+    def varying_outputs(self) -> tuple[str, ...]:
+        """Outputs of the filters that differ from run to run."""
+        return tuple(name for stage in self.chain for name in stage.varying_outputs())
+
     def outputs(self) -> dict[str, pa.Schema]:
         """Side-cars of all filters, such as face boxes."""
         found = {name: schema for stage in self.chain for name, schema in stage.outputs().items()}

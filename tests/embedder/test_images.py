@@ -355,3 +355,13 @@ def test_canonicalize__random_bytes_after_a_true_start(data: bytes, seed: bytes,
 @given(data=mutated_files())
 def test_canonicalize__long_fuzz(data: bytes) -> None:
     check_foreign_bytes(data)
+
+
+def test_canonicalize__gif_frame_larger_than_its_screen_is_shrunk_too() -> None:
+    """The header of a GIF names its screen; a frame may be larger."""
+    buffer = io.BytesIO()
+    Image.new("L", (160, 90), 77).save(buffer, "GIF")
+    data = bytearray(buffer.getvalue())
+    data[6:10] = (64).to_bytes(2, "little") + (48).to_bytes(2, "little")
+    image = canonicalize(bytes(data), max_side=128)
+    assert max(image.width, image.height) == 128
