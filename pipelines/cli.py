@@ -70,6 +70,33 @@ def run(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
+    images: Annotated[float, typer.Option("--images", min=1, help="Rows of the pool: 1.2e9.")],
+    sample: Annotated[
+        int, typer.Option("--sample", min=8, help="Rows of your own data to measure on.")
+    ] = 1000,
+    cores: Annotated[int, typer.Option("--cores", min=1, help="Cores of the cluster.")] = 1,
+    changes: Changes = None,
+    json: Json = False,
+) -> None:
+    """Predict hours and disk of a recipe, stage by stage, from a sample of your own data.
+
+    Runs the recipe up to the packed shards on a quarter of the sample and on all of it, so that
+    what a stage costs once is told from what it costs a row.
+
+    Examples:
+
+        curate plan demo --images 1e6
+
+        curate plan my.yaml --images 1.2e9 --sample 2000 --cores 640
+    """
+    from pipelines.verbs import plan as verb
+
+    verb.print_plan(recipe, images, sample, cores, changes or [], json)
+
+
+@app.command()
 def ingest(
     out: Out,
     urls: Annotated[str | None, typer.Option("--urls", help="Lists of URLs.")] = None,

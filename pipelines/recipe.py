@@ -62,6 +62,8 @@ class Recipe(Settings):
     """Seeds every random choice."""
     rows_per_shard: int = 10_000
     """About how many rows lie in one shard; it does not change the content."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Read only a uniform sample of about so many rows of the pool, and of each set; null: all."""
     keep_raw: bool = False
     """Whether the fetched bytes stay after canonicalize has committed."""
     paths: dict[str, str] = {}
@@ -116,6 +118,7 @@ class CheckedRecipe:
             images=source.images,
             source_set=name,
             rows_per_shard=self.recipe.rows_per_shard,
+            max_rows=self.recipe.max_rows,
         )
         wanted = [stage for stage in self.stages if stage.on_sets or self._fetches(stage, source)]
         compared = (self._compared_for_sets(stage) for stage in wanted)
@@ -227,6 +230,7 @@ def _build_stage(
     kind = load_stage(name, f"{where}: pool")
     if name == "ingest":
         settings.setdefault("rows_per_shard", recipe.rows_per_shard)
+        settings.setdefault("max_rows", recipe.max_rows)
     return parse_settings(kind, settings, f"{where}: {name}")
 
 

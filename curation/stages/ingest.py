@@ -11,14 +11,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from curation import storage
 from curation.digest import digest_of
 from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
 from curation.identity import NORMALISATION_VERSION, file_source, normalise_url
 from curation.ledger import commit_shard
-from curation.schema import ID, SOURCE_COLUMNS, ids_from_bytes, make_id, schema_of
+from curation.schema import (
+    ID,
+    SOURCE_COLUMNS,
+    ids_from_bytes,
+    ids_to_bytes,
+    make_id,
+    schema_of,
+)
 from curation.sources import ImageFiles, Piece, UrlList, read_references
 from curation.stage import DatasetStage, Engine, Resources, Shard, StageFolder, StageInputs, reject
 
@@ -44,6 +51,9 @@ class Ingest(DatasetStage):
     """Column of the licence, if the list has it."""
     rows_per_shard: int = 10_000
     """About how many rows lie in one shard; it does not change the content."""
+
+    max_rows: int | None = Field(default=None, ge=1)
+    """Read only a uniform sample of about so many rows, the same every time; null: all."""
 
     reasons = ("bad_source", "duplicate_source")
 
@@ -81,10 +91,13 @@ class Ingest(DatasetStage):
         """Exchange the rows by id, then write a shard a range."""
         pieces = self.source.pieces()
         known = sum(max(piece.num_rows, 1) for piece in pieces)
-        num_shards = max(1, -(-known // self.rows_per_shard))
+        share = 1.0 if self.max_rows is None else min(1.0, self.max_rows / known)
+        num_shards = max(1, -(-int(known * share) // self.rows_per_shard))
         exchange = Exchange(storage.join(folder.scratch, "ingest"), num_shards, Resources())
-        exchange.run(engine, _ByIdRange(self, num_shards), pieces, _WriteShard(self, folder))
-        return {"input_files": len({piece.file for piece in pieces})}
+        mapper = _ByIdRange(self, num_shards, share)
+        exchange.run(engine, mapper, pieces, _WriteShard(self, folder))
+        files = len({piece.file for piece in pieces})
+        return {"input_files": files, "listed_rows": known, "share_read": share}
 
 
 @dataclass(frozen=True)
@@ -93,10 +106,14 @@ class _ByIdRange(Mapper[Piece]):
 
     stage: Ingest
     num_shards: int
+    share: float
+    """Share of the rows to read."""
 
     def __call__(self, item: Piece) -> tuple[pa.Table, np.ndarray]:
         table = self.stage.source.read(item)
         rows = self._from_urls(table) if self.stage.urls is not None else self._from_images(table)
+        if self.share < 1:
+            rows = rows.filter(pa.array(_drawn(rows[ID], self.share)))
         return rows, bucket_of_ids(rows[ID], self.num_shards)
 
     def _from_urls(self, table: pa.Table) -> pa.Table:
@@ -146,6 +163,17 @@ class _WriteShard(Reducer):
         if "raw" in rows.column_names:
             return rows["raw"]
         return pa.array(read_references(rows), pa.large_binary())
+
+
+def _drawn(ids: pa.ChunkedArray, share: float) -> np.ndarray:
+    """(N,) bool: rows of a uniform sample, by the last bytes of their ids.
+
+    The first bytes choose the shard: these must not.
+    """
+    if len(ids) == 0:
+        return np.zeros(0, bool)
+    last = np.ascontiguousarray(ids_to_bytes(ids)[:, -4:]).view(">u4")[:, 0]
+    return np.asarray(last < share * 2**32)
 
 
 def _ids_of(sources: list[str]) -> pa.Array:

@@ -29,7 +29,7 @@ def run_recipe(name: str, work: str, engine: Engine, changes: list[str], as_json
     checked = load_recipe(name, {"work": work}, changes)
     storage.make_folder(work)
     watcher = console.ConsoleWatcher(quiet=as_json)
-    with _demo_site(checked.recipe, work):
+    with demo_site(checked.recipe, work):
         recipe_run = RecipeRun(checked, work, engine, watcher)
         record = recipe_run.run()
     if recipe_run.published:
@@ -46,7 +46,8 @@ def run_recipe(name: str, work: str, engine: Engine, changes: list[str], as_json
 
 
 @contextlib.contextmanager
-def _demo_site(recipe: Recipe, work: str) -> Iterator[None]:
+def demo_site(recipe: Recipe, work: str) -> Iterator[None]:
+    """Serve the demo's site while a recipe that names it runs."""
     if recipe.demo_site is None:
         yield
         return

@@ -118,3 +118,15 @@ def test_ingest__wrong_input_says_what_to_do(tmp_path):
         ingest(tmp_path, images=str(tmp_path / "empty"))
     with pytest.raises(SchemaError, match="no column 'link'; found: url"):
         ingest(tmp_path, urls=write_urls(tmp_path / "u.parquet", URLS), url_column="link")
+
+
+def test_ingest__sample_is_uniform_and_the_same_every_time(tmp_path):
+    urls = write_urls(tmp_path / "u.parquet", [f"http://h/{i}" for i in range(4000)])
+    whole, _ = ingest(tmp_path, "whole", urls=urls)
+    record, outputs = ingest(tmp_path, "one", urls=urls, max_rows=1000)
+    again, _ = ingest(tmp_path, "two", urls=urls, max_rows=1000, rows_per_shard=100)
+    assert record.outputs == again.outputs
+    assert 900 < record.rows_in < 1100
+    assert record.figures["listed_rows"] == whole.rows_in == 4000
+    first_bytes = np.array([int(one[:2], 16) for one in outputs["rows"].read()["id"].to_pylist()])
+    assert 100 < np.median(first_bytes) < 156
