@@ -1,8 +1,9 @@
 """Downloads and canonicalizes a data set of URLs in a process of its own, that tests may kill."""
 
 import json
-import resource
+import re
 import sys
+from pathlib import Path
 
 import psutil
 
@@ -30,7 +31,9 @@ def main() -> None:
         varying = stage.varying_outputs()
         digests[name] = {k: v for k, v in record.outputs.items() if k not in varying}
         digests[f"{name} dropped"] = record.dropped
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: that one begins with the size of the process which started this one.
+    status = Path("/proc/self/status").read_text()
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
     json.dump({"digests": digests, "before": before, "peak": peak}, sys.stdout)
 
 
