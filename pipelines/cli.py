@@ -629,6 +629,29 @@ def pretrain(
 
 
 @app.command()
+def distill(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
+    data: Annotated[
+        str, typer.Option("--data", help="A manifest, packed shards or a folder of images.")
+    ],
+    out: Out,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="Folder of the teacher's pretraining run.")
+    ] = None,
+    changes: Changes = None,
+) -> None:
+    """Distill a pretrained model into a smaller one; the same command resumes a stopped run.
+
+    Example:
+
+        curate distill tiny --teacher build/demo/pretrain --data build/demo/manifest --out small
+    """
+    from pipelines.verbs import training as verb
+
+    verb.run_distill(config, data, out, teacher, changes or [])
+
+
+@app.command()
 def evaluate(
     task: Annotated[str, typer.Argument(help="The task: knn.")],
     backbone: Annotated[str, typer.Option("--backbone", help="Backbone that pretrain made.")],

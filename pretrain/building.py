@@ -11,8 +11,9 @@ from torch import Tensor
 from embedder.checkpoint import load_state, read_weights
 from embedder.errors import CheckpointError
 from embedder.vit import ViTConfig
-from pretrain.config import PretrainConfig
+from pretrain.config import DistillConfig, PretrainConfig
 from pretrain.methods.dinov2 import DINOv2
+from pretrain.methods.distillation import Distillation
 
 
 def build_method(config: PretrainConfig) -> DINOv2:
@@ -20,15 +21,19 @@ def build_method(config: PretrainConfig) -> DINOv2:
 
     Raises:
         CheckpointError: the weights of `init` do not fit.
+        ConfigError: the teacher of a distillation is missing or does not fit.
     """
     vit = config.vit()
     weights, vit = (None, vit) if config.init is None else _initial_weights(config.init, vit)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        method = DINOv2(config, vit)
-    for network in (method.student, method.teacher):
-        if weights is not None:
+        method = (
+            Distillation(config, vit) if isinstance(config, DistillConfig) else DINOv2(config, vit)
+        )
+    if weights is not None:
+        for network in (method.student, method.averaged):
             load_state(network.backbone, weights, where=str(config.init))
+    for network in (method.student, method.teacher):
         network.backbone.checkpoint_blocks = config.run.checkpoint_activations
         if config.run.compile:
             for block in network.backbone.blocks:
@@ -43,14 +48,20 @@ def refuse_other_model(saved: dict[str, Any], config: PretrainConfig, out: Path)
         CheckpointError: naming the first setting that differs.
     """
     ours = config.model_dump(mode="json")
+    for key in ("teacher_run", "ibot_tokens"):
+        if ours.get(key) != saved.get(key):
+            raise _changed(out, key, saved.get(key), ours.get(key))
     for section in ("model", "crops", "loss"):
-        changed = [key for key in ours[section] if ours[section][key] != saved[section].get(key)]
-        if changed:
-            key = changed[0]
-            raise CheckpointError(
-                f"{out}: was trained with {section}.{key} = {saved[section].get(key)}, now it is "
-                f"{ours[section][key]}; name another folder, or set it back"
-            )
+        for key, value in ours[section].items():
+            if value != saved[section].get(key):
+                raise _changed(out, f"{section}.{key}", saved[section].get(key), value)
+
+
+def _changed(out: Path, key: str, before: object, now: object) -> CheckpointError:
+    return CheckpointError(
+        f"{out}: was trained with {key} = {before}, now it is {now}; name another folder, or set "
+        "it back"
+    )
 
 
 def _initial_weights(path: str, vit: ViTConfig) -> tuple[dict[str, Tensor], ViTConfig]:

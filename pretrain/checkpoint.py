@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
@@ -101,6 +103,20 @@ def load_into(out: Path, step: int, state: State) -> None:
             load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except (OSError, RuntimeError, ValueError, EOFError, CheckpointException) as error:
         raise _damaged(folder, error) from error
+
+
+def saved_shape(out: Path, step: int, name: str) -> tuple[int, ...]:
+    """Read the shape of a saved tensor.
+
+    Raises:
+        CheckpointError: it is not there, or the files are damaged.
+    """
+    folder = checkpoint_folder(out, step)
+    try:
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata[name]
+    except (OSError, EOFError, KeyError, UnpicklingError) as error:
+        raise _damaged(folder, error) from error
+    return tuple(getattr(saved, "size", ()))
 
 
 def prune(out: Path, keep: int, keep_every: int | None) -> None:

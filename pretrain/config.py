@@ -273,19 +273,52 @@ class PretrainConfig(Settings):
         return self.optim.base_lr * math.sqrt(self.effective_batch(processes) / 1024)
 
 
+class StudentSettings(ModelSettings):
+    """The student's backbone in distillation."""
+
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Share of images that each residual branch leaves out; distillation needs none."""
+
+
+class DistillConfig(PretrainConfig):
+    """Everything that decides a distillation run but its data.
+
+    `teacher.temperature` is that of the frozen teacher's targets, `teacher.momentum` that of the
+    student's moving average.
+    """
+
+    model: StudentSettings = StudentSettings()
+    """The student's backbone; its patch must be the teacher's."""
+    teacher_run: str | None = None
+    """Folder of the pretraining run whose last checkpoint teaches; `--teacher` names it too."""
+    ibot_tokens: Literal["all", "masked"] = "all"
+    """Patches of the global crops that iBOT compares: all, or those that `masks` would hide.
+    The student sees every patch either way."""
+
+
 def load_config(path_or_name: str, overrides: list[str] | tuple[str, ...] = ()) -> PretrainConfig:
     """Read a YAML file, or one of the shipped configs by name, and apply `key.path=value` changes.
 
     Raises:
         ConfigError: no such file or name, or a setting that cannot be.
     """
-    values = read_yaml(find_config(path_or_name)) or {}
-    for override in overrides:
-        _apply(values, override)
+    values = _read(find_config(path_or_name), overrides)
     return parse_settings(PretrainConfig, values, where=path_or_name)
 
 
-def find_config(path_or_name: str) -> Path:
+def load_distill_config(
+    path_or_name: str, overrides: list[str] | tuple[str, ...] = ()
+) -> DistillConfig:
+    """Do as `load_config` does, for distillation.
+
+    Raises:
+        ConfigError: no such file or name, or a setting that cannot be.
+    """
+    values = _read(find_config(path_or_name, "distill"), overrides)
+    return parse_settings(DistillConfig, values, where=path_or_name)
+
+
+def find_config(path_or_name: str, verb: str = "pretrain") -> Path:
     """Resolve a path, or the name of a config that ships with the product.
 
     Raises:
@@ -293,7 +326,7 @@ def find_config(path_or_name: str) -> Path:
     """
     if Path(path_or_name).is_file():
         return Path(path_or_name)
-    shipped = Path(str(resources.files("configs").joinpath("pretrain")))
+    shipped = Path(str(resources.files("configs").joinpath(verb)))
     found = shipped / f"{path_or_name}.yaml"
     if not found.is_file():
         names = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
@@ -301,6 +334,13 @@ def find_config(path_or_name: str) -> Path:
             f"{path_or_name}: neither a file nor a shipped config; these are: {names}"
         )
     return found
+
+
+def _read(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    values: dict[str, Any] = read_yaml(path) or {}
+    for override in overrides:
+        _apply(values, override)
+    return values
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -54,8 +54,9 @@ def divide(method: DINOv2, config: PretrainConfig, device: torch.device) -> None
     if world_size() == 1:
         return
     mesh = init_device_mesh(device.type, (world_size(),))
-    for network in (method.student, method.teacher):
-        _divide_network(network, mesh, config, device)
+    for network in method.children():
+        if isinstance(network, Network):
+            _divide_network(network, mesh, config, device)
 
 
 def whole(x: Tensor) -> Tensor:

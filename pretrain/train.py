@@ -44,7 +44,7 @@ class TrainResult:
     checkpoint: Path
     """Folder of the last checkpoint."""
     backbone: Path
-    """The EMA teacher's backbone, with its architecture; absent while the run is unfinished."""
+    """The student's moving average, with its architecture; absent while the run is unfinished."""
     log: Path
     """JSON lines, one a logged step."""
     steps: int
@@ -159,7 +159,7 @@ class Trainer:
         return folder
 
     def _save_backbone(self) -> None:
-        backbone = self.method.teacher.backbone
+        backbone = self.method.averaged.backbone
         weights = whole_state(backbone)
         if rank() == 0:
             save_state(weights, backbone.config, self._backbone)
@@ -235,7 +235,7 @@ class Trainer:
     def _log(self, record: Record, progress: Progress | None) -> None:
         if self.config.knn is not None and record["step"] % self.config.knn.every_steps == 0:
             assert self.probe is not None, "made with the settings"
-            record["knn"] = self.probe.accuracy(self.method.teacher.backbone)
+            record["knn"] = self.probe.accuracy(self.method.averaged.backbone)
         if not self._is_logged(record["step"]) or rank() > 0:
             return
         record = {**record, "steps": self.config.optim.steps, "bad_images": self.log.num_bad}

@@ -81,6 +81,10 @@ def test_config__loads(path, tmp_path):
         from pretrain.config import load_config
 
         load_config(str(path))
+    elif path.parent.name == "distill":
+        from pretrain.config import load_distill_config
+
+        load_distill_config(str(path))
     else:
         pytest.fail(f"no test knows how to load {path}")
 

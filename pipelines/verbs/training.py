@@ -1,13 +1,16 @@
-"""`curate pretrain` and `curate evaluate`, and the same as steps of a recipe."""
+"""`curate pretrain`, `distill` and `evaluate`, and the same as steps of a recipe."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import ConfigError, DatasetError
 from curation.sources import IMAGE_SUFFIXES
 from pipelines import console
+
+if TYPE_CHECKING:
+    from pretrain.config import PretrainConfig
 
 Labelled = list[tuple[bytes, str]]
 
@@ -24,9 +27,27 @@ def pretrain_on(
 ) -> dict[str, Any]:
     """Pretrain, showing its progress; give the figures of the run."""
     from pretrain.config import load_config
+
+    return _train(load_config(config, changes), packed, out, quiet=quiet)
+
+
+def run_distill(config: str, data: str, out: str, teacher: str | None, changes: list[str]) -> None:
+    """`curate distill`."""
+    console.set_up_logging(True)
+    from pretrain.config import load_distill_config
+
+    settings = load_distill_config(config, changes)
+    if teacher is not None:
+        settings = settings.replace(teacher_run=str(Path(teacher).resolve()))
+    result = _train(settings, packed_folder(data), out)
+    console.print_pairs(result, title="distill")
+
+
+def _train(
+    settings: "PretrainConfig", packed: str, out: str, *, quiet: bool = False
+) -> dict[str, Any]:
     from pretrain.train import run
 
-    settings = load_config(config, changes)
     watcher = console.TrainingWatcher(settings.optim.steps, quiet=quiet)
     try:
         result = run(settings, packed, out, progress=watcher)

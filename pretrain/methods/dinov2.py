@@ -137,12 +137,17 @@ class DINOv2(nn.Module):
             result["koleo_loss"] = 0.5 * settings.koleo_weight * koleo
         return {**result, "total_loss": _total(result)}
 
+    @property
+    def averaged(self) -> Network:
+        """The student's moving average, whose backbone a run leaves: here the teacher."""
+        return self.teacher
+
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher: t <- momentum t + (1 - momentum) s, heads included."""
-        teacher = [_local(parameter) for parameter in self.teacher.parameters()]
+        """Move the average: t <- momentum t + (1 - momentum) s, heads included."""
+        average = [_local(parameter) for parameter in self.averaged.parameters()]
         student = [_local(parameter) for parameter in self.student.parameters()]
-        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        torch._foreach_lerp_(average, student, 1 - momentum)
 
     def submodules(self) -> Iterator[tuple[str, nn.Module]]:
         """The student's parts, whose gradients are clipped each on their own."""

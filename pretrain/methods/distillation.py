@@ -1,0 +1,129 @@
+"""Distillation: a small student learns from a frozen larger teacher and from nothing else.
+
+The losses are DINOv2's. Nothing is masked, and iBOT compares all patches of both global crops.
+The student's moving average takes no part in training; it is what the run leaves.
+
+Legend: B images, P patches of a global crop.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from curation.config import parse_settings
+from curation.errors import ConfigError
+from embedder.vit import ViTConfig
+from pretrain import checkpoint
+from pretrain.batch import Batch, index_masks
+from pretrain.config import DistillConfig, PretrainConfig
+from pretrain.methods.dinov2 import DINOv2, Network, StepTargets
+
+
+class Distillation(DINOv2):
+    """Student, its moving average, frozen teacher and losses."""
+
+    config: DistillConfig
+
+    def __init__(self, config: DistillConfig, vit: ViTConfig | None = None) -> None:
+        super().__init__(config, vit)
+        self.average = self.teacher
+        self.teacher = load_teacher(config)
+        self.register_state_dict_post_hook(_leave_out_teacher)  # type: ignore[no-untyped-call]
+
+    @property
+    def averaged(self) -> Network:
+        """The student's moving average, whose backbone the run leaves."""
+        return self.average
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the student; teacher and average never drop anything."""
+        super().train(mode)
+        self.average.eval()
+        return self
+
+    def targets(
+        self, parts: Sequence[Batch], temperature: float, *, watch: bool = False
+    ) -> StepTargets:
+        """Run the frozen teacher on the global crops of all parts of a step."""
+        return super().targets([self._unmasked(part) for part in parts], temperature, watch=watch)
+
+    def losses(
+        self, batch: Batch, targets: StepTargets, part: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Run the student on one part of a step; names and scales are those of DINOv2."""
+        return super().losses(self._unmasked(batch), targets, part, generator)
+
+    def _unmasked(self, batch: Batch) -> Batch:
+        """Hide no patch (masks (2 B, P)), and compare all of them or those chosen."""
+        shown = replace(batch, masks=torch.zeros_like(batch.masks))
+        if self.config.ibot_tokens == "masked":
+            return shown
+        _, index, weights = index_masks(torch.ones_like(batch.masks))  # (2 B P,), (2 B P,)
+        return replace(shown, mask_index=index, mask_weights=weights)
+
+
+def load_teacher(config: DistillConfig) -> Network:
+    """Restore backbone and heads from the last checkpoint of the teacher's run, frozen.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: there is no such run, or it does not fit the student.
+    """
+    if config.teacher_run is None:
+        raise ConfigError("no teacher: name the folder of its run with --teacher or teacher_run")
+    run = Path(config.teacher_run)
+    steps = checkpoint.saved_steps(run)
+    if not steps:
+        raise ConfigError(f"{run}: holds no checkpoint of `curate pretrain` to be the teacher")
+    saved = checkpoint.read_about(run, steps[-1])["config"]
+    distilled = "teacher_run" in saved
+    model = DistillConfig if distilled else PretrainConfig
+    settings = parse_settings(model, saved, where=str(run))
+    _refuse_misfit(settings, config, run)
+    prefix = "method.average" if distilled else "method.teacher"
+    return _restore(settings, run, steps[-1], prefix)
+
+
+def _restore(settings: PretrainConfig, run: Path, step: int, prefix: str) -> Network:
+    positions = checkpoint.saved_shape(run, step, f"{prefix}.backbone.pos_embed")[1] - 1
+    vit = settings.vit()
+    vit = replace(vit, image_size=math.isqrt(positions) * vit.patch)
+    teacher = Network(settings, vit)
+    state = {f"{prefix}.{name}": value for name, value in teacher.state_dict().items()}
+    checkpoint.load_into(run, step, state)
+    return teacher.requires_grad_(False).eval()
+
+
+def _refuse_misfit(teacher: PretrainConfig, student: PretrainConfig, run: Path) -> None:
+    """Teacher and student must choose among the same prototypes for the same patches."""
+    theirs, ours = _outputs(teacher), _outputs(student)
+    for key, value in theirs.items():
+        if ours[key] != value:
+            raise ConfigError(
+                f"{run}: the teacher has {key} = {value}, the student {ours[key]}; "
+                f"set {key.replace('patch', 'model.patch')} to {value}"
+            )
+
+
+def _outputs(config: PretrainConfig) -> dict[str, Any]:
+    loss = config.loss
+    ibot_head = loss.ibot_head if loss.separate_heads else loss.dino_head
+    return {
+        "patch": config.vit().patch,
+        "loss.separate_heads": loss.separate_heads,
+        "loss.dino_head.prototypes": loss.dino_head.prototypes,
+        "loss.ibot_head.prototypes": ibot_head.prototypes,
+    }
+
+
+def _leave_out_teacher(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """Checkpoints do without the teacher, which its own run keeps."""
+    for name in [name for name in state if name.startswith(f"{prefix}teacher.")]:
+        del state[name]
