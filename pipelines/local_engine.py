@@ -74,9 +74,13 @@ class LocalEngine(Engine):
         with tempfile.TemporaryDirectory(prefix="curate-task-") as folder:
             file = Path(folder) / uuid.uuid4().hex
             file.write_bytes(pickle.dumps(task))
-            while waiting:
+            suspects: list[Item] = []
+            while waiting or suspects:
                 try:
-                    yield from self._drain(str(file), waiting, attempts)
+                    # One at a time, so that only the item which kills its worker is blamed.
+                    yield from self._drain(str(file), suspects, suspects, attempts, 1)
+                    in_flight = 2 * self._workers
+                    yield from self._drain(str(file), waiting, suspects, attempts, in_flight)
                 except BrokenProcessPool:
                     logger.warning("%s: a worker process died; its items are tried again", label)
                     self._pool = None
@@ -89,20 +93,25 @@ class LocalEngine(Engine):
         return self._pool
 
     def _drain(
-        self, task_file: str, waiting: list[Item], attempts: Attempts
+        self,
+        task_file: str,
+        waiting: list[Item],
+        suspects: list[Item],
+        attempts: Attempts,
+        in_flight: int,
     ) -> Iterator[tuple[Item, Any]]:
-        """Run until `waiting` is empty; what is in flight when a worker dies goes back into it."""
+        """Run until `waiting` is empty; what is in flight when a worker dies becomes suspect."""
         running: dict[Future[Any], Item] = {}
         pool = self._processes()
         while waiting or running:
-            for item in islice(_popped(waiting), 2 * self._workers - len(running)):
+            for item in islice(_popped(waiting), in_flight - len(running)):
                 running[pool.submit(_run_item, task_file, item)] = item
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 item = running.pop(future)
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    lost = [item, *running.values()]
-                    waiting.extend(one for one in lost if attempts.failed(one, error))
+                    if in_flight > 1 or attempts.failed(item, error):
+                        suspects.extend([item, *running.values()])
                     raise error
                 if error is None:
                     yield item, future.result()

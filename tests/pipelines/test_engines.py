@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,26 @@ def test_map__a_killed_worker_costs_only_its_items(engine, tmp_path):
         pytest.skip("the worker is this process")
     results = dict(engine.map(FailsOnce(str(tmp_path), "kill"), range(7), "deadly"))
     assert results == {i: i for i in range(7)}
+
+
+@dataclass(frozen=True)
+class Poisonous(Task[int, int]):
+    """One item kills its worker every time; the others take a while."""
+
+    def __call__(self, item, opened):
+        time.sleep(0.05)
+        if item == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+
+def test_map__an_item_that_always_kills_its_worker_is_named_alone(engine):
+    if isinstance(engine, LocalEngine) and engine.workers == 1:
+        pytest.skip("the worker is this process")
+    results = []
+    with pytest.raises(EngineError, match=r"1 of 9 shards failed 3 times \(3\)"):
+        results.extend(engine.map(Poisonous(), range(9), "poison"))
+    assert sorted(item for item, _ in results) == [0, 1, 2, 4, 5, 6, 7, 8]
 
 
 def test_map__what_keeps_failing_is_named_and_the_rest_is_done(engine):
