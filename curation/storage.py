@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from curation.errors import StorageError
 
 _ROWS_PER_GROUP = 1 << 13
+_PARTIAL = ".partial"
 
 
 def join(path: str, *names: str) -> str:
@@ -107,7 +108,7 @@ def open_whole(path: str) -> Iterator[IO[bytes]]:
     """
     fs, inner = _resolve(path)
     local = isinstance(fs, LocalFileSystem)
-    target = f"{_parent(inner)}/.{uuid.uuid4().hex}.partial" if local else inner
+    target = f"{_parent(inner)}/.{uuid.uuid4().hex}{_PARTIAL}" if local else inner
     with storage_errors(path):
         if local:
             fs.makedirs(_parent(inner), exist_ok=True)
@@ -118,6 +119,18 @@ def open_whole(path: str) -> Iterator[IO[bytes]]:
             _abandon(file, target, local)
             raise
         _finish(file, target, inner, local)
+
+
+def remove_partials(path: str, *, deep: bool = True) -> None:
+    """Remove what killed writers left half-written in a folder; object stores keep none.
+
+    Only while nothing else writes there.
+    """
+    if not is_local(path):
+        return
+    folder = Path(path.removeprefix("file://"))
+    for file in (folder.rglob if deep else folder.glob)(f".*{_PARTIAL}"):
+        file.unlink(missing_ok=True)
 
 
 def _finish(file: Any, target: str, inner: str, local: bool) -> None:

@@ -208,6 +208,7 @@ class RecipeRun:
             versions=_versions(),
             stamp=stamp,
         )
+        storage.remove_partials(self._work, deep=False)
         storage.write_json(storage.join(self._work, RUN_FILE), record.model_dump(mode="json"))
         self.published = True
         return record

@@ -132,3 +132,12 @@ def test_reject__first_reason_stays(tmp_path):
     assert shard.reasons.tolist() == ["odd", "odd", "large"]
     with pytest.raises(LedgerError, match="flags for 3 rows"):
         reject(shard, [True], "odd")
+
+
+def test_run_stage__sweeps_what_killed_writers_left(tmp_path):
+    pool, folder = pool_of(tmp_path, 5), StageFolder(str(tmp_path / "s"), "even")
+    left = tmp_path / "s" / "squares" / ".0123.partial"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half a shard")
+    run_stage(Even(), StageInputs(pool), folder, LocalEngine(), Silent())
+    assert not left.exists()
