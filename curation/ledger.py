@@ -154,9 +154,9 @@ def finish_stage(
         seconds=round(seconds, 3),
         **totals,
     )
-    storage.remove(folder.scratch)
     storage.remove_partials(folder.path)
     storage.write_json(storage.join(folder.path, STAGE_FILE), record.model_dump(mode="json"))
+    storage.remove(folder.scratch)
     return record
 
 

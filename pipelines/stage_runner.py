@@ -114,6 +114,7 @@ def run_stage(
     record = read_stage(folder)
     _check_same(folder, key)
     if record is not None:
+        storage.remove(folder.scratch)  # where the run that finished it was killed at that
         watcher.finished(folder.stage, record, True)
         return record, open_outputs(stage, folder)
     storage.write_json(storage.join(folder.path, _KEY_FILE), {"key": key, "stage": folder.stage})
