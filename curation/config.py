@@ -46,6 +46,37 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
 
 
+def split_change(change: str) -> tuple[str, Any]:
+    """Read KEY=VALUE, as --set gives it; the value is YAML.
+
+    Raises:
+        ConfigError: there is no "=", or the value is not YAML.
+    """
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {change}: want key=value, such as optim.steps=100")
+    try:
+        return key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {change}: the value is not valid YAML") from error
+
+
+def apply_change(values: dict[str, Any], change: str) -> None:
+    """Put KEY=VALUE into nested values; dots in the key lead into inner settings.
+
+    Raises:
+        ConfigError: not KEY=VALUE, or the key leads into something that is no settings.
+    """
+    key, value = split_change(change)
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {change}: '{parent}' holds a value, not settings")
+        values = inner
+    values[last] = value
+
+
 def parse_settings(model: type[S], values: Any, where: str) -> S:
     """Validate plain YAML values into settings.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from curation.config import Settings, parse_settings, read_yaml
+from curation.config import Settings, apply_change, parse_settings, read_yaml
 from curation.errors import ConfigError
 from curation.registry import load_stage
 from curation.stage import Stage
@@ -156,7 +156,7 @@ def load_recipe(name: str, variables: dict[str, str], changes: Iterable[str] = (
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
     for change in changes:
-        _apply_change(values, change)
+        apply_change(values, change)
     known = {**variables, **{key: str(value) for key, value in (values.get("paths") or {}).items()}}
     filled = _fill(values, known, str(path))
     checked = CheckedRecipe(recipe=parse_settings(Recipe, filled, str(path)), where=str(path))
@@ -232,21 +232,6 @@ def _build_stage(
         settings.setdefault("rows_per_shard", recipe.rows_per_shard)
         settings.setdefault("max_rows", recipe.max_rows)
     return parse_settings(kind, settings, f"{where}: {name}")
-
-
-def _apply_change(values: dict[str, Any], change: str) -> None:
-    key, equals, text = change.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {change}: write KEY=VALUE")
-    import yaml
-
-    *parents, last = key.split(".")
-    target = values
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {change}: '{parent}' holds no keys")
-    target[last] = yaml.safe_load(text)
 
 
 def _fill(value: Any, known: dict[str, str], where: str) -> Any:

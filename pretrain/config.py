@@ -5,10 +5,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, model_validator
 
-from curation.config import Settings, parse_settings, read_yaml
+from curation.config import Settings, apply_change, parse_settings, read_yaml
 from curation.errors import ConfigError
 from embedder.vit import ViTConfig, vit_config
 
@@ -339,21 +338,5 @@ def find_config(path_or_name: str, verb: str = "pretrain") -> Path:
 def _read(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     values: dict[str, Any] = read_yaml(path) or {}
     for override in overrides:
-        _apply(values, override)
+        apply_change(values, override)
     return values
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {override}: want key=value, such as optim.steps=100")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        inner = values.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override}: '{parent}' holds a value, not settings")
-        values = inner
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from error

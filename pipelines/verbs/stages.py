@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import yaml
-
 from curation import storage
-from curation.config import parse_settings
+from curation.config import parse_settings, split_change
 from curation.dataset import Dataset, open_foreign
 from curation.errors import ConfigError, SchemaError
 from curation.pool import Pool, UnionPool
@@ -57,13 +55,7 @@ def build(name: str, changes: list[str], **settings: Any) -> Stage:
 
 def parse_changes(changes: list[str]) -> Settings:
     """Read KEY=VALUE texts; values are YAML."""
-    values: Settings = {}
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {change}: write KEY=VALUE")
-        values[key] = yaml.safe_load(text)
-    return values
+    return dict(split_change(change) for change in changes)
 
 
 def run_ingest(settings: Settings, out: str, engine: Engine) -> None:

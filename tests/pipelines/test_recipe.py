@@ -79,3 +79,10 @@ def test_lvd142m__adds_up_to_the_papers_total():
     assert counts["imagenet1k_train sample"] == 40_997_344
     assert counts["amstertime_new cluster"] == 960_000
     assert sum(counts.values()) == 142_109_386
+
+
+@pytest.mark.parametrize("change", ["seed", "seed=[", "name.x=1"])
+def test_load_recipe__wrong_change_is_one_clear_line(tmp_path, change):
+    with pytest.raises(ConfigError, match=r"--set \S+: ") as error:
+        load(tmp_path, SMALL, [change])
+    assert "\n" not in str(error.value)
