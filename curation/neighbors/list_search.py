@@ -13,10 +13,11 @@ import numpy as np
 
 from curation import storage
 from curation.clustering import hash_ids
-from curation.neighbors.coarse import CoarseRouter, limit_threads
+from curation.neighbors.coarse import CoarseRouter
 from curation.neighbors.row_files import map_array, write_array
 from curation.neighbors.search import Found, Search, exactly_nearest, finish_search, nearest_in
 from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.threads import limit_threads
 from curation.neighbors.visits import Visits
 from curation.stage import Engine
 

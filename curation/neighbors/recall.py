@@ -13,14 +13,14 @@ import numpy as np
 
 from curation import storage
 from curation.clustering import hash_ids
-from curation.neighbors.coarse import limit_threads
 from curation.neighbors.products import Products
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import exact_similarities
 from curation.stage import Engine
 
-_QUERIES = 1 << 10
+_QUERIES = 1 << 11
 _TILE = 1 << 13
 _FEWEST_PAIRS = 50
 
@@ -33,6 +33,8 @@ class Recall:
     """Visits a row, beside its own list."""
     expected: float | None
     """Share of the sampled pairs that are met; None where the sample holds too few pairs."""
+    error: float
+    """Standard error of that share: pairs of one row are met or missed together."""
     sampled_pairs: int
     estimated_pairs: float
     """Pairs above the threshold in all rows."""
@@ -43,6 +45,7 @@ class Recall:
         return {
             "lists_met": 1 + self.num_visits,
             "measured_recall": self.expected,
+            "recall_error": self.error,
             "sampled_pairs": self.sampled_pairs,
             "estimated_pairs": round(self.estimated_pairs),
             "estimated_missed_pairs": None if missed is None else round(missed),
@@ -60,22 +63,35 @@ def measure_recall(
     seed: int,
     threads: int,
 ) -> Recall:
-    """Choose the number of visits that reaches a recall on a sample of rows."""
+    """Choose the fewest visits whose recall on a sample is surely (one error) what was asked."""
     pick = _Pick(files, folder, seed)
     run_steps(engine, pick, files.num_partitions, f"{folder}/picked", "pick a sample")
     compare = _Compare(pick, threshold, products, threads)
-    facts = run_steps(
-        engine, compare, files.num_partitions, f"{folder}/compared", "compare the sample"
-    )
-    needed = np.sum([fact["needed"] for fact in facts], axis=0)  # (V + 2,)
-    pairs, sampled = int(needed.sum()), facts[0]["queries"]
+    compared = f"{folder}/compared"
+    run_steps(engine, compare, files.num_partitions, compared, "compare the sample")
+    needed = compare.total()  # (Q, V + 2)
+    pairs, sampled = int(needed.sum()), len(needed)
     estimated = pairs * files.num_rows / (2 * max(1, sampled))
     if pairs < _FEWEST_PAIRS:
-        return Recall(min(files.num_visits, 15), None, pairs, estimated)
-    met = np.cumsum(needed[:-1]) / pairs  # (V + 1,)
-    enough = np.flatnonzero(met >= target)
+        return Recall(min(files.num_visits, 15), None, 0.0, pairs, estimated)
+    met, errors = shares_met(needed)
+    enough = np.flatnonzero(met - errors >= target)
     visits = int(enough[0]) if len(enough) else files.num_visits
-    return Recall(visits, float(met[visits]), pairs, estimated)
+    return Recall(visits, float(met[visits]), float(errors[visits]), pairs, estimated)
+
+
+def shares_met(needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the pairs met with 0, 1, … visits, and its standard error: (V + 1,) both.
+
+    needed: (Q, V + 2) pairs of each sampled row by the visits that they need; the last column
+    counts those that no visit meets. Rows are drawn, not pairs: the error is that of a ratio of
+    sums over rows.
+    """
+    of_row = needed.sum(axis=1)[:, None]  # (Q, 1)
+    met = np.cumsum(needed[:, :-1], axis=1)  # (Q, V + 1)
+    shares = met.sum(axis=0) / of_row.sum()
+    errors = np.sqrt(((met - shares * of_row) ** 2).sum(axis=0)) / of_row.sum()
+    return shares, errors
 
 
 @dataclass(frozen=True)
@@ -112,33 +128,51 @@ class _Compare(Work):
     products: Products
     threads: int
 
-    def open(self) -> Any:
-        if self.products.precision != "float32":
-            limit_threads(self.threads)
-
     def __call__(self, item: int, opened: Any) -> Done:
         files, queries = self.pick.files, self.pick.positions()
         raw = files.gather("vectors", queries)
         prepared = self.products.prepare(raw)
-        band = self.products.band(files.width)
-        needed = np.zeros(files.num_visits + 2, np.int64)
-        vectors, lists = files.vectors(item), lists_of(files, item)
-        of_queries = self._lists_of(queries)
-        for start in range(0, len(vectors), _TILE):
+        lists, of_queries = lists_of(files, item), self._lists_of(queries)
+        vectors = files.vectors(item)
+        needed = np.zeros((len(queries), files.num_visits + 2), np.int32)
+
+        def of_block(start: int) -> tuple[np.ndarray, np.ndarray]:
             block = vectors[start : start + _TILE]
-            others = self.products.prepare(block)
-            a, b, scores = self.products.above(prepared, others, self.threshold - band)
-            new = queries[a] != files.starts[item] + start + b
-            a, b, true = a[new], b[new], scores[new] > self.threshold + band
-            near = np.flatnonzero(~true)
-            exact = exact_similarities(raw[a[near]], block[b[near]])
-            true[near] = exact > np.float32(self.threshold)
-            a, b = a[true], b[true] + start
-            needed += np.bincount(
-                np.minimum(_rank(of_queries[a], lists[b, 0]), _rank(lists[b], of_queries[a, 0])),
-                minlength=len(needed),
-            )
-        return Done((), {"needed": needed.tolist(), "queries": len(queries)})
+            own = queries - (files.starts[item] + start)
+            a, b = self._pairs(raw, prepared, block, own)
+            return a, b + start
+
+        blocks = range(0, len(vectors), _TILE)
+        for a, b in in_threads(of_block, blocks, self.threads):
+            there, back = _rank(of_queries[a], lists[b, 0]), _rank(lists[b], of_queries[a, 0])
+            np.add.at(needed, (a, np.minimum(there, back)), 1)
+        write_array(self.path(item), needed)
+        return Done([self.path(item)])
+
+    def path(self, item: int) -> str:
+        return storage.join(self.pick.folder, "compared", f"needed-{item:06d}.bin")
+
+    def total(self) -> np.ndarray:
+        """(Q, V + 2): pairs of each sampled row by the visits that they need."""
+        files = self.pick.files
+        total = np.zeros((len(self.pick.positions()), files.num_visits + 2), np.int64)
+        for partition in range(files.num_partitions):
+            total += map_array(self.path(partition), "int32", 0, total.shape)
+        return total
+
+    def _pairs(
+        self, raw: np.ndarray, prepared: Any, block: np.ndarray, own: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of queries and rows of a block above the threshold; own: the queries' rows."""
+        band = self.products.band(block.shape[1])
+        others = self.products.prepare(block)
+        a, b, scores = self.products.above(prepared, others, self.threshold - band)
+        new = own[a] != b
+        a, b, true = a[new], b[new], scores[new] > self.threshold + band
+        near = np.flatnonzero(~true)
+        exact = exact_similarities(raw[a[near]], block[b[near]])
+        true[near] = exact > np.float32(self.threshold)
+        return a[true], b[true]
 
     def _lists_of(self, positions: np.ndarray) -> np.ndarray:
         """(Q, 1 + V) int32: own list and visits of any rows."""

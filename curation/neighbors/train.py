@@ -4,6 +4,7 @@ The sample is the rows with the smallest hash of (seed, id), in its order, so th
 the rows and the seed alone. N rows, S sampled rows, D width, L lists, P partitions.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from curation import storage
 from curation.clustering import hash_ids
-from curation.neighbors.coarse import Coarse, CoarseRouter, limit_threads
+from curation.neighbors.coarse import Coarse, CoarseRouter
 from curation.neighbors.partition import groups_of_shards
 from curation.neighbors.row_files import map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
@@ -21,6 +22,7 @@ from curation.stage import Engine
 _ROWS_PER_LIST = 256
 _MOST_LISTS = 1 << 18
 _SAMPLE_PER_LIST = 256
+_COUNTED_PER_LIST = 64
 _ROWS_PER_PARTITION = 1 << 16
 
 
@@ -143,17 +145,16 @@ class _TrainCoarse(Work):
     training: Training
     width: int
 
-    def open(self) -> Any:
-        limit_threads(self.training.threads)
-
     def __call__(self, item: int, opened: Any) -> Done:
         rows = self._sample()
         rng = np.random.default_rng(self.training.seed)
-        coarse = Coarse.trained(rows, self.training.num_lists, rng)
+        threads = os.cpu_count() or 1  # the other workers wait for the lists
+        coarse = Coarse.trained(rows, self.training.num_lists, rng, threads)
         path = self.training.coarse_path
-        CoarseRouter.written(path, coarse, 0, 1, 0)
-        counts = np.bincount(coarse.route(rows, 1, 2)[:, 0], minlength=coarse.num_lists)
-        expected = counts * (self.training.num_rows / max(1, len(rows)))
+        CoarseRouter.written(path, coarse, 0, 1)
+        few = rows[: _COUNTED_PER_LIST * coarse.num_lists]
+        counts = np.bincount(coarse.route(few, 1, 2, threads)[:, 0], minlength=coarse.num_lists)
+        expected = counts * (self.training.num_rows / max(1, len(few)))
         facts = {
             "groups": len(coarse.groups),
             "lists": coarse.num_lists,
@@ -183,11 +184,11 @@ class _TrainCoarse(Work):
         return rows
 
     def _bound(self) -> np.uint64:
-        """The largest hash of a sampled row, so that the sample fits into half of the memory."""
+        """The largest hash of a sampled row, so that the sample fits into a third of the memory."""
         items = range(len(self.training.groups))
         hashes = np.sort(np.concatenate([self._read(item)[0] for item in items]))
         per_row = self.width * (np.dtype(self.training.dtype).itemsize + 1)
-        most = max(self.training.num_lists, self.training.budget.memory // (2 * per_row))
+        most = max(self.training.num_lists, self.training.budget.memory // (3 * per_row))
         return np.uint64(hashes[min(most, len(hashes)) - 1])
 
     def _read(self, item: int) -> tuple[np.ndarray, np.ndarray]:
