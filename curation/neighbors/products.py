@@ -58,25 +58,30 @@ class Products:
 
         return prepared[torch.from_numpy(numbers).to(self.device)]
 
-    def above(self, left: Any, right: Any, bound: float) -> tuple[np.ndarray, ...]:
+    def above(self, left: Any, right: Any, bound: float | np.ndarray) -> tuple[np.ndarray, ...]:
         """Row numbers, column numbers and approximate cosines of the pairs above a bound.
 
-        left: (N, D), right: (M, D), both prepared. Gives three (H,) arrays.
+        left: (N, D), right: (M, D), both prepared; bound: of all pairs, or (N,) float32 of those
+        of each row. Gives three (H,) arrays.
         """
         scores = left @ right.T  # (N, M)
         if self.precision == "float32":
-            rows, columns = np.nonzero(scores > bound)
+            rows, columns = np.nonzero(scores > np.reshape(bound, (-1, 1)))
             return rows, columns, scores[rows, columns]
-        rows, columns = (scores > bound).nonzero(as_tuple=True)
+        import torch
+
+        limits = torch.as_tensor(bound, dtype=torch.float32, device=self.device).reshape(-1, 1)
+        limits = (limits - limits.abs() * 2.0**-8).to(scores.dtype)  # not above the bounds
+        rows, columns = (scores > limits).nonzero(as_tuple=True)
         values = scores[rows, columns].float()
         return rows.cpu().numpy(), columns.cpu().numpy(), values.cpu().numpy()
 
-    def scores(self, left: Any, right: Any) -> np.ndarray:
-        """(N, M) float32: approximate cosines of all pairs of two prepared blocks."""
-        found = left @ right.T
+    def kth_highest(self, left: Any, right: Any, k: int) -> np.ndarray:
+        """(N,) float32: the k-th highest approximate cosine of each row with the columns."""
+        scores = left @ right.T  # (N, M)
         if self.precision == "float32":
-            return np.asarray(found)
-        return np.asarray(found.float().cpu().numpy())
+            return np.asarray(np.partition(scores, -k, axis=1)[:, -k])
+        return np.asarray(scores.topk(k, dim=1).values[:, -1].float().cpu().numpy())
 
 
 FLOAT32 = Products()
