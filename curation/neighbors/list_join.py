@@ -39,6 +39,18 @@ class _List:
 
     residents: np.ndarray
     visitors: np.ndarray
+    among: bool = True
+    """Whether residents meet each other, too."""
+
+
+def _without_pairs_apart(one: _List, apart: np.ndarray) -> list[_List]:
+    """A list in two parts, in which no two rows that are apart meet. apart: (M,) bool."""
+    old, old_visitors = apart[one.residents], apart[one.visitors]
+    new_to_all = np.concatenate([one.residents[old], one.visitors])
+    return [
+        _List(one.residents[~old], new_to_all),
+        _List(one.residents[old], one.visitors[~old_visitors], among=False),
+    ]
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,8 @@ class _MeetLists(Work):
             for left in range(0, len(one.residents), _TILE):
                 rows = one.residents[left : left + _TILE]
                 block = products.rows(prepared, rows)
-                for right in range(left, len(everyone), _TILE):
+                first = left if one.among else len(one.residents)
+                for right in range(first, len(everyone), _TILE):
                     columns = everyone[right : right + _TILE]
                     others = products.rows(prepared, columns)
                     a, b, scores = products.above(block, others, collector.bound(band))
@@ -114,6 +127,9 @@ class _MeetLists(Work):
             for own, others in zip(residents, visitors, strict=True)
             if len(own)
         ]
+        if self.join.apart is not None:
+            apart = self.join.rows_apart(positions)
+            lists = [part for one in lists for part in _without_pairs_apart(one, apart)]
         return positions, lists
 
     def _lists(self, item: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

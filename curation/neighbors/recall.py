@@ -59,9 +59,16 @@ def measure_recall(
     *,
     seed: int,
     threads: int,
+    apart: str | None = None,
 ) -> Recall:
-    """Choose the number of visits that reaches a recall on a sample of rows."""
-    pick = _Pick(files, folder, seed)
+    """Choose the number of visits that reaches a recall on a sample of rows.
+
+    apart: file of the rows not compared with each other; none of them is sampled.
+    """
+    num_rows = files.num_rows
+    if apart is not None:
+        num_rows -= int(map_array(apart, "bool", 0, (files.num_rows,)).sum())
+    pick = _Pick(files, folder, seed, num_rows, apart)
     run_steps(engine, pick, files.num_partitions, f"{folder}/picked", "pick a sample")
     compare = _Compare(pick, threshold, products, threads)
     facts = run_steps(
@@ -69,7 +76,8 @@ def measure_recall(
     )
     needed = np.sum([fact["needed"] for fact in facts], axis=0)  # (V + 2,)
     pairs, sampled = int(needed.sum()), facts[0]["queries"]
-    estimated = pairs * files.num_rows / (2 * max(1, sampled))
+    both_sampled = pairs - sum(fact["with_rows_apart"] for fact in facts)
+    estimated = (pairs - both_sampled / 2) * num_rows / max(1, sampled)
     if pairs < _FEWEST_PAIRS:
         return Recall(min(files.num_visits, 15), None, pairs, estimated)
     met = np.cumsum(needed[:-1]) / pairs  # (V + 1,)
@@ -85,6 +93,9 @@ class _Pick(Work):
     files: RowFiles
     folder: str
     seed: int
+    num_rows: int
+    """Rows that are sampled from."""
+    apart: str | None = None
 
     def path(self, partition: int) -> str:
         return storage.join(self.folder, f"picked-{partition:06d}.bin")
@@ -95,10 +106,18 @@ class _Pick(Work):
         parts = [np.frombuffer(storage.read_bytes(self.path(p)), np.int64) for p in partitions]
         return np.concatenate(parts)
 
+    def rows_apart(self, partition: int) -> np.ndarray:
+        """(N,) bool: rows of one partition that are not compared with each other."""
+        start, size = self.files.starts[partition], self.files.size(partition)
+        if self.apart is None:
+            return np.zeros(size, bool)
+        return map_array(self.apart, "bool", start, (size,))
+
     def __call__(self, item: int, opened: Any) -> Done:
-        share = min(1.0, _QUERIES / max(1, self.files.num_rows))
+        share = min(1.0, _QUERIES / max(1, self.num_rows))
         keys = hash_ids(self.files.ids(item), "recall", self.seed)
         rows = np.flatnonzero(keys <= np.uint64(share * float(2**64 - 2**11)))
+        rows = rows[~self.rows_apart(item)[rows]]
         write_array(self.path(item), rows + self.files.starts[item])
         return Done([self.path(item)])
 
@@ -121,7 +140,8 @@ class _Compare(Work):
         raw = files.gather("vectors", queries)
         prepared = self.products.prepare(raw)
         band = self.products.band(files.width)
-        needed = np.zeros(files.num_visits + 2, np.int64)
+        needed, with_apart = np.zeros(files.num_visits + 2, np.int64), 0
+        apart = self.pick.rows_apart(item)
         vectors, lists = files.vectors(item), lists_of(files, item)
         of_queries = self._lists_of(queries)
         for start in range(0, len(vectors), _TILE):
@@ -134,11 +154,13 @@ class _Compare(Work):
             exact = exact_similarities(raw[a[near]], block[b[near]])
             true[near] = exact > np.float32(self.threshold)
             a, b = a[true], b[true] + start
+            with_apart += int(apart[b].sum())
             needed += np.bincount(
                 np.minimum(_rank(of_queries[a], lists[b, 0]), _rank(lists[b], of_queries[a, 0])),
                 minlength=len(needed),
             )
-        return Done((), {"needed": needed.tolist(), "queries": len(queries)})
+        facts = {"needed": needed.tolist(), "with_rows_apart": with_apart}
+        return Done((), {**facts, "queries": len(queries)})
 
     def _lists_of(self, positions: np.ndarray) -> np.ndarray:
         """(Q, 1 + V) int32: own list and visits of any rows."""
