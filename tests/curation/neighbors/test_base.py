@@ -229,7 +229,7 @@ def test_base__content_depends_on_the_base_but_not_on_workers_or_shards(embed, d
     bases = [embed(first, ids=old), embed(first, ids=old, sizes=[100, 0, 200], order=order)]
     news = [embed(second, ids=ids), embed(second, ids=ids, sizes=[7, 293])]
     digests = {
-        dedup(news[n], f"out{n}", base=[bases[n]], workers=1 + n, comparison=LISTS)[
+        dedup(news[n], f"out{n}", base=[bases[n]], workers=1 + n, comparison=ALL)[
             1
         ].manifest.content_digest
         for n in (0, 1)
