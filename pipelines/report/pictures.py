@@ -87,7 +87,7 @@ class Pictures:
                     self.chosen[(POOL, picture.id)] = found
 
     def _load_from_base(self) -> None:
-        """What this run does not hold may be of an earlier one, whose rows it did not take again."""
+        """What this run does not hold may be of the earlier one that it was compared with."""
         base = self.work.record.base
         lost = [
             picture
