@@ -124,7 +124,10 @@ class _Pick(Work):
 
 @dataclass(frozen=True)
 class _Compare(Work):
-    """Sampled rows against all rows of one partition: lists that each pair needs."""
+    """Sampled rows against all rows of one partition: lists that each pair needs.
+
+    Of identical rows, which share their lists, one is compared and all are counted.
+    """
 
     pick: _Pick
     threshold: float
@@ -141,26 +144,36 @@ class _Compare(Work):
         prepared = self.products.prepare(raw)
         band = self.products.band(files.width)
         needed, with_apart = np.zeros(files.num_visits + 2, np.int64), 0
-        apart = self.pick.rows_apart(item)
+        first = np.asarray(files.rows(item)["first"])
+        uniques = np.flatnonzero(first == np.arange(len(first)))
+        copies = np.bincount(first, minlength=len(first))
+        copies_apart = np.bincount(first[self.pick.rows_apart(item)], minlength=len(first))
         vectors, lists = files.vectors(item), lists_of(files, item)
-        of_queries = self._lists_of(queries)
-        for start in range(0, len(vectors), _TILE):
-            block = vectors[start : start + _TILE]
+        of_queries, themselves = self._lists_of(queries), self._first_in(item, queries, first)
+        for start in range(0, len(uniques), _TILE):
+            rows = uniques[start : start + _TILE]
+            block = vectors[rows]
             others = self.products.prepare(block)
             a, b, scores = self.products.above(prepared, others, self.threshold - band)
-            new = queries[a] != files.starts[item] + start + b
-            a, b, true = a[new], b[new], scores[new] > self.threshold + band
+            true = scores > self.threshold + band
             near = np.flatnonzero(~true)
             exact = exact_similarities(raw[a[near]], block[b[near]])
             true[near] = exact > np.float32(self.threshold)
-            a, b = a[true], b[true] + start
-            with_apart += int(apart[b].sum())
-            needed += np.bincount(
-                np.minimum(_rank(of_queries[a], lists[b, 0]), _rank(lists[b], of_queries[a, 0])),
-                minlength=len(needed),
-            )
+            a, b = a[true], rows[b[true]]
+            with_apart += int(copies_apart[b].sum())
+            ranks = np.minimum(_rank(of_queries[a], lists[b, 0]), _rank(lists[b], of_queries[a, 0]))
+            pairs = copies[b] - (themselves[a] == b)  # no row is a pair with itself
+            np.add.at(needed, ranks, pairs)
         facts = {"needed": needed.tolist(), "with_rows_apart": with_apart}
         return Done((), {**facts, "queries": len(queries)})
+
+    def _first_in(self, partition: int, positions: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """(Q,) int64: the first row identical to each sampled one; -1 in other partitions."""
+        rows = positions - self.pick.files.starts[partition]
+        here = (rows >= 0) & (rows < len(first))
+        found = np.full(len(rows), -1, np.int64)
+        found[here] = first[rows[here]]
+        return found
 
     def _lists_of(self, positions: np.ndarray) -> np.ndarray:
         """(Q, 1 + V) int32: own list and visits of any rows."""
