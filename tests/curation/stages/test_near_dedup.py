@@ -186,7 +186,7 @@ def test_near_dedup__giant_component_fails_the_run_unless_allowed(embed, dedup):
     assert record.rows_out == 1
 
 
-@pytest.mark.parametrize("method", ["all", "lists"])
+@pytest.mark.parametrize("method", ["all", pytest.param("lists", marks=pytest.mark.slow)])
 def test_near_dedup__100_000_identical_rows_cost_linear(embed, dedup, method):
     comparison = Comparison(method=method)
     pool = embed(np.ones((100_000, 8)))

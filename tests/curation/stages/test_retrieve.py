@@ -200,6 +200,7 @@ def test_retrieve__one_rule_a_set():
         Retrieve(embeddings="copy", seeds=(sample("a"), sample("a")))
 
 
+@pytest.mark.slow
 def test_retrieve__100_000_identical_rows_cost_linear(embed, retrieve):
     pool, seeds = embed(np.ones((100_000, 8))), embed(np.ones((3, 8)), "s")
     record, _, hits = retrieve(pool, {"s": seeds}, sample("s", 5), on_collision="next")
