@@ -52,6 +52,10 @@ def run(
     workers: Workers = 1,
     address: Address = None,
     changes: Changes = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Work folder of an earlier run: only what is new is taken."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run a whole recipe: from a list of URLs to a manifest, a report and a checkpoint.
@@ -63,10 +67,12 @@ def run(
         curate run demo --work build/demo
 
         curate run my.yaml --work /data/run1 --engine ray --workers 32 --set paths.urls=/data/urls
+
+        curate run my.yaml --work /data/run2 --base /data/run1 --set paths.urls=/data/more-urls
     """
     from pipelines.verbs import run as verb
 
-    verb.run_recipe(recipe, work, _engine(engine, workers, address), changes or [], json)
+    verb.run_recipe(recipe, work, _engine(engine, workers, address), changes or [], json, base)
 
 
 @app.command()
@@ -253,6 +259,14 @@ def dedup(
     max_component_share: Annotated[
         float, typer.Option("--max-component-share", help="Largest share of one component.")
     ] = 0.01,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Output of an earlier dedup: what it kept stays, and wins."),
+    ] = None,
+    base_embeddings: Annotated[
+        str | None,
+        typer.Option("--base-embeddings", help="Its embeddings, where they have moved."),
+    ] = None,
     engine: Kind = EngineName.local,
     workers: Workers = 1,
     address: Address = None,
@@ -267,6 +281,8 @@ def dedup(
         curate dedup emb --out verdicts
 
         curate dedup emb --against imagenet-val=val-emb --threshold 0.6 --out verdicts
+
+        curate dedup more-emb --base verdicts --out more-verdicts
     """
     from pipelines.verbs import neighbours as verb
 
@@ -278,7 +294,10 @@ def dedup(
     }
     columns = (id_column, embedding_column)
     runner = _engine(engine, workers, address)
-    verb.run_dedup(embeddings, out, against or [], settings, changes or [], columns, runner)
+    earlier = (base, base_embeddings)
+    verb.run_dedup(
+        embeddings, out, against or [], settings, changes or [], columns, runner, earlier
+    )
 
 
 @app.command()

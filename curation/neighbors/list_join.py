@@ -36,6 +36,8 @@ def join_by_lists(join: Join, num_visits: int, engine: Engine, threads: int = 0)
 
 _Bounds = tuple[int, int, int, bool]
 """Of each list: its first resident, its first visitor, its end; whether residents meet."""
+_Meeting = tuple[np.ndarray, np.ndarray, bool]
+"""Positions of residents and of visitors that meet them; whether residents meet, too."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,25 @@ class _MeetLists(Work):
         for one in range(len(starts) - 1):
             own = residents[starts[one] : starts[one + 1]]
             others = visitors[visit_starts[one] : visit_starts[one + 1]]
-            for left, right, alone in pieces(own, others):
+            for left, right, meet in self._meetings(own, others):
                 if parts and end + len(left) + len(right) > _ROWS_HELD:
                     yield _Chunk(np.concatenate(parts), bounds)
                     parts, bounds, end = [], [], 0
                 parts += [left, right]
-                bounds.append((end, end + len(left), end + len(left) + len(right), alone))
+                bounds.append((end, end + len(left), end + len(left) + len(right), meet))
                 end = bounds[-1][2]
         if parts:
             yield _Chunk(np.concatenate(parts), bounds)
+
+    def _meetings(self, residents: np.ndarray, visitors: np.ndarray) -> Iterator[_Meeting]:
+        """Pieces of one list, without pairs of two rows that are apart."""
+        if self.join.apart is None:
+            yield from pieces(residents, visitors)
+            return
+        old = self.join.rows_apart(residents)
+        yield from pieces(residents[~old], np.concatenate([residents[old], visitors]))
+        new_visitors = visitors[~self.join.rows_apart(visitors)]
+        yield from pieces(residents[old], new_visitors, meet=False)
 
     def _lists(self, item: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Residents and visitors of all lists of a partition, and where each list begins."""
@@ -128,22 +140,20 @@ class _MeetLists(Work):
         )
 
 
-def pieces(
-    residents: np.ndarray, visitors: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Cut a list into residents, those that they meet, and whether they meet each other, too.
+def pieces(residents: np.ndarray, visitors: np.ndarray, *, meet: bool = True) -> Iterator[_Meeting]:
+    """Cut a list into pieces no longer than what is held at once; one that fits is one piece.
 
-    No piece is longer than what is held at once; a list that fits is one piece. Every pair of
-    two residents, or of a resident and a visitor, stands in exactly one piece.
+    Every pair of a resident and a visitor, and of two residents where they `meet`, stands in
+    exactly one piece.
     """
     if len(residents) + len(visitors) <= _ROWS_HELD:
         if len(residents):
-            yield residents, visitors, True
+            yield residents, visitors, meet
         return
     half = _ROWS_HELD // 2
     for start in range(0, len(residents), half):
         own = residents[start : start + half]
-        others = np.concatenate([residents[start + half :], visitors])
-        yield own, others[:half], True
+        others = np.concatenate([residents[start + half :], visitors]) if meet else visitors
+        yield own, others[:half], meet
         for first in range(half, len(others), half):
             yield own, others[first : first + half], False

@@ -62,16 +62,24 @@ def measure_recall(
     *,
     seed: int,
     threads: int,
+    apart: str | None = None,
 ) -> Recall:
-    """Choose the fewest visits whose recall on a sample is surely (one error) what was asked."""
-    pick = _Pick(files, folder, seed)
+    """Choose the fewest visits whose recall on a sample is surely (one error) what was asked.
+
+    apart: file of the rows not compared with each other; none of them is sampled.
+    """
+    num_rows = files.num_rows
+    if apart is not None:
+        num_rows -= int(map_array(apart, "bool", 0, (files.num_rows,)).sum())
+    pick = _Pick(files, folder, seed, num_rows, apart)
     run_steps(engine, pick, files.num_partitions, f"{folder}/picked", "pick a sample")
     compare = _Compare(pick, threshold, products, threads)
     compared = f"{folder}/compared"
-    run_steps(engine, compare, files.num_partitions, compared, "compare the sample")
+    facts = run_steps(engine, compare, files.num_partitions, compared, "compare the sample")
     needed = compare.total()  # (Q, V + 2)
     pairs, sampled = int(needed.sum()), len(needed)
-    estimated = pairs * files.num_rows / (2 * max(1, sampled))
+    both_sampled = pairs - sum(fact["with_rows_apart"] for fact in facts)
+    estimated = (pairs - both_sampled / 2) * num_rows / max(1, sampled)
     if pairs < _FEWEST_PAIRS:
         return Recall(min(files.num_visits, 15), None, 0.0, pairs, estimated)
     met, errors = shares_met(needed)
@@ -101,6 +109,9 @@ class _Pick(Work):
     files: RowFiles
     folder: str
     seed: int
+    num_rows: int
+    """Rows that are sampled from."""
+    apart: str | None = None
 
     def path(self, partition: int) -> str:
         return storage.join(self.folder, f"picked-{partition:06d}.bin")
@@ -111,17 +122,28 @@ class _Pick(Work):
         parts = [np.frombuffer(storage.read_bytes(self.path(p)), np.int64) for p in partitions]
         return np.concatenate(parts)
 
+    def rows_apart(self, partition: int) -> np.ndarray:
+        """(N,) bool: rows of one partition that are not compared with each other."""
+        start, size = self.files.starts[partition], self.files.size(partition)
+        if self.apart is None:
+            return np.zeros(size, bool)
+        return map_array(self.apart, "bool", start, (size,))
+
     def __call__(self, item: int, opened: Any) -> Done:
-        share = min(1.0, _QUERIES / max(1, self.files.num_rows))
+        share = min(1.0, _QUERIES / max(1, self.num_rows))
         keys = hash_ids(self.files.ids(item), "recall", self.seed)
         rows = np.flatnonzero(keys <= np.uint64(share * float(2**64 - 2**11)))
+        rows = rows[~self.rows_apart(item)[rows]]
         write_array(self.path(item), rows + self.files.starts[item])
         return Done([self.path(item)])
 
 
 @dataclass(frozen=True)
 class _Compare(Work):
-    """Sampled rows against all rows of one partition: lists that each pair needs."""
+    """Sampled rows against all rows of one partition: lists that each pair needs.
+
+    Of identical rows, which share their lists, one is compared and all are counted.
+    """
 
     pick: _Pick
     threshold: float
@@ -133,21 +155,27 @@ class _Compare(Work):
         raw = files.gather("vectors", queries)
         prepared = self.products.prepare(raw)
         lists, of_queries = lists_of(files, item), self._lists_of(queries)
-        vectors = files.vectors(item)
+        first = np.asarray(files.rows(item)["first"])
+        uniques = np.flatnonzero(first == np.arange(len(first)))
+        copies = np.bincount(first, minlength=len(first))
+        copies_apart = np.bincount(first[self.pick.rows_apart(item)], minlength=len(first))
+        vectors, themselves = files.vectors(item), self._first_in(item, queries, first)
         needed = np.zeros((len(queries), files.num_visits + 2), np.int32)
+        with_apart = 0
 
         def of_block(start: int) -> tuple[np.ndarray, np.ndarray]:
-            block = vectors[start : start + _TILE]
-            own = queries - (files.starts[item] + start)
-            a, b = self._pairs(raw, prepared, block, own)
-            return a, b + start
+            rows = uniques[start : start + _TILE]
+            a, b = self._pairs(raw, prepared, vectors[rows])
+            return a, rows[b]
 
-        blocks = range(0, len(vectors), _TILE)
+        blocks = range(0, len(uniques), _TILE)
         for a, b in in_threads(of_block, blocks, self.threads):
+            with_apart += int(copies_apart[b].sum())
             there, back = _rank(of_queries[a], lists[b, 0]), _rank(lists[b], of_queries[a, 0])
-            np.add.at(needed, (a, np.minimum(there, back)), 1)
+            pairs = copies[b] - (themselves[a] == b)  # no row is a pair with itself
+            np.add.at(needed, (a, np.minimum(there, back)), pairs.astype(np.int32))
         write_array(self.path(item), needed)
-        return Done([self.path(item)])
+        return Done([self.path(item)], {"with_rows_apart": with_apart})
 
     def path(self, item: int) -> str:
         return storage.join(self.pick.folder, "compared", f"needed-{item:06d}.bin")
@@ -161,18 +189,25 @@ class _Compare(Work):
         return total
 
     def _pairs(
-        self, raw: np.ndarray, prepared: Any, block: np.ndarray, own: np.ndarray
+        self, raw: np.ndarray, prepared: Any, block: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of queries and rows of a block above the threshold; own: the queries' rows."""
+        """Numbers of queries and rows of a block above the threshold."""
         band = self.products.band(block.shape[1])
         others = self.products.prepare(block)
         a, b, scores = self.products.above(prepared, others, self.threshold - band)
-        new = own[a] != b
-        a, b, true = a[new], b[new], scores[new] > self.threshold + band
+        true = scores > self.threshold + band
         near = np.flatnonzero(~true)
         exact = exact_similarities(raw[a[near]], block[b[near]])
         true[near] = exact > np.float32(self.threshold)
         return a[true], b[true]
+
+    def _first_in(self, partition: int, positions: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """(Q,) int64: the first row identical to each sampled one; -1 in other partitions."""
+        rows = positions - self.pick.files.starts[partition]
+        here = (rows >= 0) & (rows < len(first))
+        found = np.full(len(rows), -1, np.int64)
+        found[here] = first[rows[here]]
+        return found
 
     def _lists_of(self, positions: np.ndarray) -> np.ndarray:
         """(Q, 1 + V) int32: own list and visits of any rows."""

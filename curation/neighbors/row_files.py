@@ -74,6 +74,14 @@ class RowFiles:
             shards[where], rows[where] = np.asarray(table["shard"]), np.asarray(table["row"])
         return shards, rows
 
+    def sets(self, positions: np.ndarray) -> np.ndarray:
+        """(N,) int16: number of the set that each position belongs to."""
+        found = np.empty(len(positions), np.int16)
+        for partition, where in self.by_partition(positions):
+            numbers = np.asarray(self.rows(partition)["set"])
+            found[where] = numbers[positions[where] - self.starts[partition]]
+        return found
+
     def by_partition(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Partitions that hold some of the positions, and which of them, in file order."""
         ascending = bool((positions[1:] >= positions[:-1]).all())

@@ -9,9 +9,10 @@ from typing import Any
 from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
-from curation.errors import LedgerError, StageError
+from curation.errors import ConfigError, LedgerError, StageError
 from curation.stage import Engine
 from pipelines import console
+from pipelines.base import BaseRuns, absolute
 from pipelines.demo_site import build_site, serve_site
 from pipelines.funnel import adds_up, funnel
 from pipelines.recipe import CheckedRecipe, Recipe, load_recipe
@@ -21,16 +22,29 @@ from pipelines.seal import write_seal
 _STEP_FILE = "_step.json"
 
 
-def run_recipe(name: str, work: str, engine: Engine, changes: list[str], as_json: bool) -> None:
-    """Run a recipe with everything that follows the manifest, and print what became of it."""
+def run_recipe(
+    name: str,
+    work: str,
+    engine: Engine,
+    changes: list[str],
+    as_json: bool,
+    base: str | None = None,
+) -> None:
+    """Run a recipe with everything that follows the manifest, and print what became of it.
+
+    base: work folder of an earlier run, whose rows are not taken again.
+    """
     began = time.monotonic()
     console.set_up_logging(False)
     work = work.rstrip("/")
     checked = load_recipe(name, {"work": work}, changes)
+    earlier = None if base is None else BaseRuns.open(base)
+    if earlier is not None and absolute(work) in [one.path for one in earlier.works]:
+        raise ConfigError(f"--base {base}: is --work itself, or rests on it; choose a new folder")
     storage.make_folder(work)
     watcher = console.ConsoleWatcher(quiet=as_json)
     with demo_site(checked.recipe, work):
-        recipe_run = RecipeRun(checked, work, engine, watcher)
+        recipe_run = RecipeRun(checked, work, engine, watcher, earlier)
         record = recipe_run.run()
     if recipe_run.published:
         write_seal(work, record)

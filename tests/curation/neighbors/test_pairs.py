@@ -1,7 +1,6 @@
 import numpy as np
 
 from curation.neighbors.identical import first_among, first_identical
-from curation.neighbors.matching import assign_free
 from curation.neighbors.pairs import Candidates, PairCollector
 from curation.neighbors.products import Products
 from curation.neighbors.quantized import integer_products, nearest_centroids
@@ -70,17 +69,3 @@ def test_first_identical__groups_equal_rows():
     assert first.tolist() == [0, 1, 0, 0, 4]
     active = np.array([False, True, True, True, True])
     assert first_among(first, active).tolist() == [-1, 1, 2, 2, 4]
-
-
-def test_assign_free__equals_serving_pairs_one_by_one():
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        positions = np.stack([rng.permutation(25)[:10] for _ in range(6)])
-        scores = -np.sort(-rng.integers(0, 8, (6, 10)).astype(np.float32), axis=1)
-        taken, given = set(), np.zeros((6, 10), bool)
-        pairs = sorted((-scores[q, j], q, j) for q in range(6) for j in range(10))
-        for _, q, j in pairs:
-            if positions[q, j] not in taken and given[q].sum() < 3:
-                taken.add(positions[q, j])
-                given[q, j] = True
-        assert (assign_free(positions, scores, 3) == given).all()
