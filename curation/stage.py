@@ -170,9 +170,14 @@ class StageFolder:
     path: str
     stage: str
     primary: str | None = None
+    elsewhere: tuple[tuple[str, str], ...] = ()
+    """Outputs that lie in folders of their own: their names, and where."""
 
     def output(self, name: str) -> str:
         """Folder of one output."""
+        for other, path in self.elsewhere:
+            if name == other:
+                return path
         if name == self.primary:
             return self.path
         return storage.join(self.path, f"_{name}" if self.primary else name)

@@ -259,6 +259,13 @@ def dedup(
     max_component_share: Annotated[
         float, typer.Option("--max-component-share", help="Largest share of one component.")
     ] = 0.01,
+    pairs: Annotated[
+        str | None,
+        typer.Option("--pairs", help="New folder for the most similar other rows of each row."),
+    ] = None,
+    neighbors: Annotated[
+        int, typer.Option("--neighbors", min=1, help="With --pairs: rows listed at most for a row.")
+    ] = 64,
     base: Annotated[
         str | None,
         typer.Option("--base", help="Output of an earlier dedup: what it kept stays, and wins."),
@@ -283,6 +290,8 @@ def dedup(
         curate dedup emb --against imagenet-val=val-emb --threshold 0.6 --out verdicts
 
         curate dedup more-emb --base verdicts --out more-verdicts
+
+        curate dedup emb --pairs pairs --neighbors 64 --out verdicts
     """
     from pipelines.verbs import neighbours as verb
 
@@ -291,12 +300,13 @@ def dedup(
         "against_threshold": against_threshold,
         "assume_same_space": assume_same_space,
         "max_component_share": max_component_share,
+        "neighbors": neighbors if pairs else 0,
     }
     columns = (id_column, embedding_column)
     runner = _engine(engine, workers, address)
     earlier = (base, base_embeddings)
     verb.run_dedup(
-        embeddings, out, against or [], settings, changes or [], columns, runner, earlier
+        embeddings, out, against or [], settings, changes or [], columns, runner, earlier, pairs
     )
 
 

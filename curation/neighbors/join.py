@@ -35,6 +35,13 @@ class Join:
     """File of (N,) bool by position: which rows take part; all where it is None."""
     apart: str | None = None
     """File of (N,) bool by position: rows not compared with each other; none where it is None."""
+    neighbors: int = 0
+    """How many of the most similar other rows are listed for each row."""
+
+    @property
+    def k(self) -> int:
+        """How many of the most similar other rows are found for each row: one, even unlisted."""
+        return max(1, self.neighbors)
 
     def active_rows(self, partition: int) -> np.ndarray:
         """(N,) bool: rows of one partition that take part."""
@@ -64,7 +71,7 @@ class Join:
         return storage.join(self.folder, "met", f"{kind}-{item:06d}.bin")
 
     def settled_path(self, kind: str, partition: int) -> str:
-        """File of one `Settle` task: "edges", "twins" or "similarities"."""
+        """File of one `Settle` task: "edges", "twins", "similarities" or "strangers"."""
         return storage.join(self.folder, "settled", f"{kind}-{partition:06d}.bin")
 
 
@@ -129,7 +136,7 @@ class _MeetAll(Work):
             start, end = len(raw), len(raw) + len(more)
             blocks = [((0, apart), (start, end)), ((apart, start), (start, start + more_apart))]
             positions, raw = np.concatenate([positions, more]), np.concatenate([raw, more_raw])
-        collector = PairCollector(len(raw), self.join.threshold, raw.__getitem__)
+        collector = PairCollector(len(raw), self.join.threshold, raw.__getitem__, self.join.k)
         rows = self.join.products.prepare(raw)
         for own, others in blocks:
             meet_blocks(collector, self.join.products, rows, own, others)
@@ -235,18 +242,21 @@ class _Settle(Work):
         write_array(self.join.settled_path("edges", item), edges)
         write_array(self.join.settled_path("twins", item), twins)
         write_array(self.join.settled_path("similarities", item), similarities)
-        kinds = ("edges", "twins", "similarities")
+        kinds = ["edges", "twins", "similarities"]
+        kinds += ["strangers"] if self.join.neighbors else []
         return Done([self.join.settled_path(kind, item) for kind in kinds])
 
     def _best_strangers(self, item: int, size: int, start: int) -> tuple[np.ndarray, np.ndarray]:
         """For each row the best candidate that is not its copy: (N,) int64 and (N,) float32."""
-        found = read_candidates(self.join, range(self.num_met), item)
+        k, files = self.join.k, self.join.files
+        found = read_candidates(self.join, range(self.num_met), item).possible_of_any(k)
         local = Candidates(found.rows - start, found.twins, found.scores, found.bands)
-        local = local.possible(size)
-        files = self.join.files
         exact = exact_similarities(
             files.gather("vectors", local.rows + start), files.gather("vectors", local.twins)
         )
+        if self.join.neighbors:
+            path = self.join.settled_path("strangers", item)
+            write_array(path, local.rows, local.twins, exact)
         return best_of_each(files, size, local.rows, local.twins, exact)
 
 

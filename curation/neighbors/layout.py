@@ -130,14 +130,16 @@ def self_join(
     engine: Engine,
     active: str | None = None,
     apart: str | None = None,
+    neighbors: int = 0,
 ) -> tuple[Joined, dict[str, Any]]:
     """Join arranged rows with themselves above a threshold; give what it found, and figures.
 
     active: file of the rows that take part. apart: file of those not compared with each other.
+    neighbors: how many of the most similar other rows are listed for each row.
     """
     files = layout.files
     products = Products.best_for(files.num_rows)
-    join = Join(files, threshold, folder, products, active, apart)
+    join = Join(files, threshold, folder, products, active, apart, neighbors)
     if layout.router is None:
         joined = join_exhaustively(join, engine)
         return joined, {"compared": "all", "measured_recall": 1.0, "estimated_missed_pairs": 0}

@@ -72,7 +72,7 @@ class _MeetLists(Work):
             self.join,
             item,
             spanning_edges(np.concatenate(edges)),
-            Candidates.joined(candidates).possible_of_any(),
+            Candidates.joined(candidates).possible_of_any(self.join.k),
             num_pairs,
         )
 
@@ -82,7 +82,8 @@ class _MeetLists(Work):
         raw = reader.gather(chunk.positions)  # (M, D)
         prepared = products.prepare(raw)
         band = products.band(raw.shape[1])
-        collector = PairCollector(len(raw), self.join.threshold, raw.__getitem__)
+        k = self.join.k
+        collector = PairCollector(len(raw), self.join.threshold, raw.__getitem__, k)
         for first, visitors, end, meet in chunk.bounds:
             for left in range(first, visitors, _TILE):
                 block = prepared[left : min(left + _TILE, visitors)]
@@ -94,7 +95,7 @@ class _MeetLists(Work):
         some = collector.candidates()
         rows, twins = chunk.positions[some.rows], chunk.positions[some.twins]
         found = Candidates(rows, twins, some.scores, some.bands)
-        return chunk.positions[collector.edges()], found.possible_of_any(), collector.num_pairs
+        return chunk.positions[collector.edges()], found.possible_of_any(k), collector.num_pairs
 
     def _chunks(self, item: int) -> Iterator[_Chunk]:
         """Runs of lists that are held at once; a list too long to be held comes in pieces."""

@@ -50,26 +50,48 @@ class Candidates:
             self.rows[which], self.twins[which], self.scores[which], self.bands[which]
         )
 
-    def possible(self, num_rows: int) -> "Candidates":
-        """Those that may be the best of their row, given the errors. rows: below `num_rows`."""
+    def possible(self, num_rows: int, k: int = 1) -> "Candidates":
+        """Those that may be among the k best of their row, given the errors.
+
+        rows: below `num_rows`; where k is above 1, no pair may stand there twice.
+        """
         surely = np.full(num_rows, -np.inf, np.float32)
-        np.maximum.at(surely, self.rows, self.scores - self.bands)
+        least = self.scores - self.bands
+        if k == 1:
+            np.maximum.at(surely, self.rows, least)
+        else:
+            order = np.lexsort((-least, self.rows))
+            kth = order[ranks_within(self.rows[order]) == k - 1]
+            surely[self.rows[kth]] = least[kth]
         return self.take(self.scores + self.bands >= surely[self.rows])
 
-    def possible_of_any(self) -> "Candidates":
-        """Those that may be the best of their row, for rows of any number."""
-        known, numbered = np.unique(self.rows, return_inverse=True)
-        few = Candidates(numbered, np.arange(len(self)), self.scores, self.bands)
-        return self.take(few.possible(len(known)).twins)
+    def possible_of_any(self, k: int = 1) -> "Candidates":
+        """Those that may be among the k best of their row, for rows of any number."""
+        some = self if k == 1 else self.take(self._first_of_each_pair())
+        known, numbered = np.unique(some.rows, return_inverse=True)
+        few = Candidates(numbered, np.arange(len(some)), some.scores, some.bands)
+        return some.take(few.possible(len(known), k).twins)
+
+    def _first_of_each_pair(self) -> np.ndarray:
+        """(H,) int64: numbers of the candidates, of those met in two lists only one."""
+        order = np.lexsort((self.twins, self.rows))
+        new = np.ones(len(order), bool)
+        new[1:] = (np.diff(self.rows[order]) != 0) | (np.diff(self.twins[order]) != 0)
+        return order[new]
 
 
 class PairCollector:
     """Takes approximate pairs of numbered rows, block by block."""
 
     def __init__(
-        self, num_rows: int, threshold: float, vectors: Callable[[np.ndarray], np.ndarray]
+        self,
+        num_rows: int,
+        threshold: float,
+        vectors: Callable[[np.ndarray], np.ndarray],
+        k: int = 1,
     ) -> None:
         self._num_rows = num_rows
+        self._k = k
         self._threshold = np.float32(threshold)
         self._vectors = vectors
         self._pending: list[Candidates] = []
@@ -100,7 +122,7 @@ class PairCollector:
         return self._edges
 
     def candidates(self) -> Candidates:
-        """What may be the most similar other row of each row that has a pair."""
+        """What may be among the k most similar other rows of each row that has a pair."""
         self._boil_down()
         return self._candidates
 
@@ -113,8 +135,8 @@ class PairCollector:
         both = np.stack([pairs.rows, pairs.twins], axis=1)
         self._edges = spanning_edges(np.concatenate([self._edges, both]))
         back = Candidates(pairs.twins, pairs.rows, pairs.scores, pairs.bands)
-        found = Candidates.joined([self._candidates, pairs, back]).possible(self._num_rows)
-        if len(found) > 8 * self._num_rows:
+        found = Candidates.joined([self._candidates, pairs, back]).possible(self._num_rows, self._k)
+        if len(found) > 8 * self._k * self._num_rows:
             found = self._settled(found)
         self._candidates = found
 
@@ -136,4 +158,12 @@ class PairCollector:
             left, right = self._vectors(found.rows[some]), self._vectors(found.twins[some])
             scores[some] = exact_similarities(left, right)
         exact = Candidates(found.rows, found.twins, scores, np.zeros(len(found), np.float32))
-        return exact.possible(self._num_rows)
+        return exact.possible(self._num_rows, self._k)
+
+
+def ranks_within(groups: np.ndarray) -> np.ndarray:
+    """(H,) int64: 0, 1, … inside each run of equal numbers. groups: (H,) sorted."""
+    numbers = np.arange(len(groups))
+    new = np.ones(len(groups), bool)
+    new[1:] = groups[1:] != groups[:-1]
+    return numbers - np.maximum.accumulate(np.where(new, numbers, 0))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from curation import storage
+from curation.neighbors.pairs import ranks_within
 from curation.neighbors.products import FLOAT32, Products
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
@@ -234,11 +235,3 @@ def exactly_nearest(search: Search, found: Found) -> Found:
     order = np.lexsort((ids[:, 1], ids[:, 0], -exact, found.queries))
     best = Found(found.queries, found.positions, exact).take(order)
     return best.take(best.ranks() < search.k)
-
-
-def ranks_within(groups: np.ndarray) -> np.ndarray:
-    """(H,) int64: 0, 1, … inside each run of equal numbers. groups: (H,) sorted."""
-    numbers = np.arange(len(groups))
-    new = np.ones(len(groups), bool)
-    new[1:] = groups[1:] != groups[:-1]
-    return numbers - np.maximum.accumulate(np.where(new, numbers, 0))

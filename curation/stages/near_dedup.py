@@ -17,10 +17,11 @@ from curation import storage
 from curation.neighbors.join import Joined
 from curation.neighbors.judges import KeepOne
 from curation.neighbors.layout import Comparison, lay_out, self_join, sources_of
+from curation.neighbors.listed import PAIRS, write_pairs
 from curation.neighbors.review import Reviewed, check_largest, connect, review
 from curation.neighbors.row_files import RowFiles, write_array
 from curation.neighbors.vectors import default_threshold
-from curation.neighbors.verdicts import Verdicts, decide_shards
+from curation.neighbors.verdicts import BASE, Verdicts, decide_shards
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 from curation.stages.leaks import find_leaks
@@ -48,6 +49,8 @@ class NearDedup(DatasetStage):
     """Cosine above which a row leaks; the encoder's own where left out."""
     assume_same_space: bool = False
     """Compare embeddings whose spaces are unknown or differ."""
+    neighbors: int = Field(default=0, ge=0)
+    """Most similar other rows listed for each row in the output `pairs`; 0: none are listed."""
     comparison: Comparison = Comparison()
     """How rows are compared: exhaustively, or by lists with a measured recall."""
 
@@ -88,7 +91,11 @@ class NearDedup(DatasetStage):
             active = write_active(files, storage.join(root, "active.bin"), [0, *others])
         if inputs.base:
             apart = write_apart(files, storage.join(root, "apart.bin"), first_base)
-        joined, figures = self_join(layout, threshold, root, engine, active, apart)
+        joined, figures = self_join(layout, threshold, root, engine, active, apart, self.neighbors)
+        if self.neighbors:
+            base_set, attributes = BASE if inputs.base else None, {"stage": folder.stage}
+            pairs = write_pairs(joined, folder.output(PAIRS), base_set, engine, attributes)
+            figures["listed_pairs"] = pairs
         reviewed, found = self._review(joined, inputs, root, engine)
         figures |= found
         verdicts = Verdicts(storage.join(folder.scratch, "rows"), threshold, reviewed)

@@ -9,6 +9,7 @@ from curation import storage
 from curation.config import parse_settings
 from curation.dataset import Dataset, commit, open_foreign, write_shard
 from curation.errors import ConfigError, SchemaError
+from curation.neighbors.listed import PAIRS
 from curation.pool import Pool
 from curation.registry import load_stage
 from curation.schema import ID, make_id
@@ -31,10 +32,12 @@ def run_dedup(
     columns: Columns,
     engine: Engine,
     base: tuple[str | None, str | None] = (None, None),
+    pairs: str | None = None,
 ) -> None:
     """`curate dedup`.
 
     base: the output of an earlier one, and its embeddings where they have moved.
+    pairs: folder of the listed pairs, as many a row as the settings say.
     """
     sets = dict(_named_set(text, columns, out) for text in against)
     values = {
@@ -47,7 +50,7 @@ def run_dedup(
     stage = parse_settings(load_stage("near_dedup", "curate dedup"), values, "curate dedup")
     pool = embedding_pool(embeddings, columns, out)
     inputs = StageInputs(pool, sets, base=_kept_before(*base, columns, out))
-    run_single(stage, inputs, out, DECISIONS, engine)
+    run_single(stage, inputs, out, DECISIONS, engine, {PAIRS: pairs} if pairs else None)
     record_inputs(out.rstrip("/"), embeddings, pool.layer(_LAYER), columns[1], base[0])
 
 

@@ -22,11 +22,20 @@ _HOSTS_SHOWN = 10
 
 
 def run_single(
-    stage: Stage, inputs: StageInputs, out: str, primary: str, engine: Engine
+    stage: Stage,
+    inputs: StageInputs,
+    out: str,
+    primary: str,
+    engine: Engine,
+    elsewhere: dict[str, str] | None = None,
 ) -> dict[str, Dataset]:
-    """Run one stage with its main output at the root of `out`; print a line on it."""
+    """Run one stage with its main output at the root of `out`; print a line on it.
+
+    elsewhere: outputs that lie in folders of their own.
+    """
     console.set_up_logging(False)
-    folder = StageFolder(out.rstrip("/"), stage.name(), primary)
+    others = tuple((elsewhere or {}).items())
+    folder = StageFolder(out.rstrip("/"), stage.name(), primary, others)
     watcher = console.ConsoleWatcher()
     record, outputs = run_stage(stage, inputs, folder, engine, watcher)
     console.print_pairs(

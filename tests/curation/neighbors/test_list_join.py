@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 
+from curation.neighbors import list_join
 from curation.neighbors.layout import Comparison
+from curation.neighbors.list_join import pieces
+from curation.neighbors.recall import shares_met
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.near_dedup import NearDedup
@@ -138,3 +141,37 @@ def test_join_by_lists__partitions_follow_the_memory_and_content_does_not(embed,
         digests.add(outputs["decisions"].manifest.content_digest)
     assert partitions[0] < partitions[1]
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (9, 0), (25, 3), (3, 25), (40, 41), (0, 50)])
+@pytest.mark.parametrize("meet", [True, False])
+def test_pieces__hold_every_pair_once_and_no_more_than_fits(monkeypatch, sizes, meet):
+    monkeypatch.setattr(list_join, "_ROWS_HELD", 10)
+    residents, visitors = np.arange(sizes[0]), 100 + np.arange(sizes[1])
+    met = []
+    for own, others, among in pieces(residents, visitors, meet=meet):
+        assert len(own) + len(others) <= 10
+        met += [(a, b) for a in own for b in others]
+        met += [(a, b) for a in own for b in own if a < b] if among else []
+    expected = {(a, b) for a in residents for b in visitors}
+    expected |= {(a, b) for a in residents for b in residents if a < b} if meet else set()
+    assert len(met) == len(set(met))
+    assert set(met) == expected
+
+
+def test_join_by_lists__content_is_the_same_where_lists_come_in_pieces(embed, dedup, monkeypatch):
+    pool, settings = embed(crowd(3)), {"comparison": LISTS, "neighbors": 3}
+    _, whole = dedup(pool, name="whole", **settings)
+    monkeypatch.setattr(list_join, "_ROWS_HELD", 40)
+    _, cut = dedup(pool, name="cut", **settings)
+    contents = [one["decisions"].manifest.content_digest for one in (whole, cut)]
+    assert contents[0] == contents[1]
+
+
+def test_shares_met__rows_with_many_pairs_weigh_more_and_widen_the_error():
+    needed = np.array([[8, 0, 2], [0, 1, 0], [0, 0, 1]])
+    shares, errors = shares_met(needed)
+    assert shares.tolist() == [8 / 12, 9 / 12]
+    by_hand = np.sqrt((8 - 10 * 9 / 12) ** 2 + (1 - 9 / 12) ** 2 + (9 / 12) ** 2) / 12
+    assert errors[1] == pytest.approx(by_hand)
+    assert (shares_met(np.array([[4, 0], [5, 0]]))[1] == 0).all()
