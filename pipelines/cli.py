@@ -528,6 +528,29 @@ def report(
 
 
 @app.command()
+def serve(
+    work: Annotated[str, typer.Argument(help="Work folder of a run, or any data set.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8750,
+    catalog: Annotated[
+        str | None, typer.Option("--catalog", help="File of the sorted lists, made if absent.")
+    ] = None,
+) -> None:
+    """Show the report live, for sets too large for one page; nothing is changed.
+
+    The first start sorts the rows into WORK/_catalog.duckdb. Whoever reaches the port sees the
+    images: listen beyond this machine only behind something that asks who they are.
+
+    Example:
+
+        curate serve build/demo
+    """
+    from pipelines.verbs import audit as verb
+
+    verb.serve(work, host, port, catalog)
+
+
+@app.command()
 def verify(
     path: Annotated[str, typer.Argument(help="A work folder or any data set.")],
     json: Json = False,

@@ -68,7 +68,7 @@ def render(work: WorkFolder) -> str:
             veil_together(gallery.groups, pictures)
     facts = run_stats(work)
     parts = parts_of_set(work)
-    template = _environment().get_template("page.html.j2")
+    template = environment().get_template("page.html.j2")
     page: str = template.render(
         stats=facts,
         tables=page_tables(work, facts),
@@ -247,11 +247,12 @@ def _evaluation(work: WorkFolder) -> Row | None:
     return result
 
 
-def _environment() -> Any:
+def environment(*folders: Path) -> Any:
+    """Where templates come from; all that they show is escaped. folders: before our own."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader([*folders, _TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -78,6 +78,25 @@ def write_report(work: str, out: str | None) -> None:
     console.print_line(write_page(work, out or storage.join(work, "report.html")))
 
 
+def serve(work: str, host: str, port: int, catalog: str | None) -> None:
+    """`curate serve`."""
+    from curation.errors import ConfigError
+    from pipelines.serving.catalog_file import catalog_of
+
+    try:
+        from pipelines.serving import app
+    except ImportError as error:
+        raise ConfigError(
+            f"curate serve: {error.name} is missing; pip install 'lvd-curate[serve]'"
+        ) from error
+    work = work.rstrip("/")
+    file = catalog_of(work, catalog)
+    with app.listening(host, port) as listener:
+        shown, chosen = listener.getsockname()[:2]
+        console.print_line(f"{work}: http://{shown}:{chosen} (Ctrl-C ends it)")
+        app.serve(work, file, host, listener)
+
+
 def print_verification(path: str, as_json: bool) -> bool:
     """`curate verify`: whether everything is as it was written."""
     from pipelines.verify import verify
