@@ -21,6 +21,7 @@ from curation.errors import ConfigError, CurateError
 from pipelines.explain import explain_row
 from pipelines.serving import pages
 from pipelines.serving.catalog import Catalog, Filter, Order
+from pipelines.serving.catalog_file import FACETS
 from pipelines.serving.photos import Size, picture
 from pipelines.work_folder import WorkFolder
 
@@ -80,8 +81,7 @@ class ImagesQuery(_Parameters):
 
     def filter(self) -> Filter:
         """The same for the catalog."""
-        names = set(self.model_fields) - {"score", "low", "high", "order", "after", "limit", "view"}
-        texts = {name: value for name in sorted(names) if (value := getattr(self, name))}
+        texts = {name: value for name in FACETS if (value := getattr(self, name))}
         return Filter(texts, self.score, self.low, self.high, self.order)
 
 
@@ -226,6 +226,7 @@ def make_app(path: str, file: str, hosts: tuple[str, ...] = ("127.0.0.1", "local
         description=__doc__ or "",
         docs_url=None,
         redoc_url=None,
+        responses={code: {"model": Problem} for code in (422, 503)},
         lifespan=lifespan,
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))

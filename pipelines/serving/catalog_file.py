@@ -14,7 +14,7 @@ from pathlib import Path
 from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
-from curation.errors import ConfigError
+from curation.errors import ConfigError, DatasetError, StorageError
 from pipelines.explain import path_of
 from pipelines.runner import POOL
 from pipelines.stats import open_any, score_columns, thresholds
@@ -104,12 +104,21 @@ def write_catalog(path: str, target: str, key: str) -> None:
     partial.replace(target)
 
 
-def _key_in(file: str) -> str | None:
-    """Key of an existing catalog; None where it is none."""
+def _key_in(file: str) -> str:
+    """Key of an existing catalog.
+
+    Raises:
+        ConfigError: the file is something else, and so is left alone.
+    """
     from pipelines.serving.catalog import Catalog
 
-    with Catalog(file) as catalog:
-        return catalog.key
+    try:
+        with Catalog(file) as catalog:
+            return catalog.key
+    except (DatasetError, StorageError) as error:
+        raise ConfigError(
+            f"{file}: is no catalog ({error}); remove it, or name another with --catalog"
+        ) from error
 
 
 def _create_images(tables: Tables, scores: list[Score]) -> None:
@@ -132,7 +141,7 @@ def _scores_of_run(work: WorkFolder) -> list[Score]:
 
 
 def _scores_of(dataset: Dataset) -> list[Score]:
-    return [Score(name, "", name) for name in NUMBERS if name in dataset.columns]
+    return [Score(f"data.{name}", "", name) for name in NUMBERS if name in dataset.columns]
 
 
 def _fill_from_dataset(dataset: Dataset, tables: Tables, scores: list[Score]) -> None:
