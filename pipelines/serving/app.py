@@ -245,9 +245,7 @@ def _add_answers_to_errors(app: FastAPI, audit: Audit) -> None:
         return response
 
     def answer(request: Request, status: int, detail: str) -> Response:
-        if request.url.path.startswith("/api") or "text/html" not in request.headers.get(
-            "accept", ""
-        ):
+        if request.url.path.startswith(("/api/", "/pictures/", "/static/")):
             return JSONResponse({"detail": detail}, status)
         return HTMLResponse(audit.pages.problem(status, detail), status)
 
