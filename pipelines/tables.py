@@ -102,6 +102,13 @@ class Tables:
             for values in block:
                 yield dict(zip(names, values, strict=True))
 
+    def columns_of(self, query: str, parameters: Sequence[Any] = ()) -> dict[str, Any]:
+        """Run a query; give its columns as NumPy arrays."""
+        result = self._run(query, parameters)
+        with duckdb_errors():
+            columns: dict[str, Any] = result.fetchnumpy()
+        return columns
+
     def first(self, query: str, parameters: Sequence[Any] = ()) -> Row:
         """Run a query with one row."""
         return self.rows(query, parameters)[0]

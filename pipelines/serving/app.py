@@ -29,6 +29,7 @@ _STATIC = {
     "style.css": ("text/css", pages.REPORT_TEMPLATES),
     "page.js": ("text/javascript", pages.REPORT_TEMPLATES),
     "serve.css": ("text/css", pages.TEMPLATES),
+    "calibrate.js": ("text/javascript", pages.TEMPLATES),
     "icon.svg": ("image/svg+xml", pages.TEMPLATES),
 }
 _HEADERS = {
@@ -37,7 +38,7 @@ _HEADERS = {
         "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     ),
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
 _MAX_NUMBER = 2**53
@@ -164,6 +165,7 @@ class Problem(BaseModel):
     detail: str
 
 
+StaticFile = Literal["style.css", "page.js", "serve.css", "calibrate.js", "icon.svg"]
 FlowName = Annotated[str, PathParameter(pattern=r"^[A-Za-z0-9_.\-]{1,100}$")]
 RowId = Annotated[str, PathParameter(pattern="^[0-9a-f]{32}$")]
 SeedNumber = Annotated[int, PathParameter(ge=0, le=_MAX_NUMBER)]
@@ -230,6 +232,7 @@ def make_app(path: str, file: str, hosts: tuple[str, ...] = ("127.0.0.1", "local
         lifespan=lifespan,
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    app.state.audit = audit
     _add_answers_to_errors(app, audit)
     _add_api(app, audit)
     _add_pages(app, audit)
@@ -363,7 +366,9 @@ def _add_files(app: FastAPI, audit: Audit) -> None:
         return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private"})
 
     @app.get("/static/{name}", responses=_MISSING, response_class=Response)
-    def static(name: Literal["style.css", "page.js", "serve.css", "icon.svg"]) -> Response:
+    def static(
+        name: Literal["style.css", "page.js", "serve.css", "calibrate.js", "icon.svg"],
+    ) -> Response:
         """Style and script of the pages."""
         kind, folder = _STATIC[name]
         return Response((folder / name).read_bytes(), media_type=kind)
@@ -395,11 +400,15 @@ def listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def serve(path: str, file: str, host: str, listener: socket.socket) -> None:
+def names_of(host: str) -> tuple[str, ...]:
+    """Names under which browsers may reach a server that listens on an address."""
+    everywhere = host in ("0.0.0.0", "::")
+    return ("*",) if everywhere else (host, "127.0.0.1", "localhost")
+
+
+def serve(app: FastAPI, listener: socket.socket) -> None:
     """Serve until interrupted."""
     import uvicorn
 
-    everywhere = host in ("0.0.0.0", "::")
-    names = ("*",) if everywhere else (host, "127.0.0.1", "localhost")
-    config = uvicorn.Config(make_app(path, file, names), log_level="warning", server_header=False)
+    config = uvicorn.Config(app, log_level="warning", server_header=False)
     uvicorn.Server(config).run(sockets=[listener])

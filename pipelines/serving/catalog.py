@@ -156,13 +156,35 @@ class Catalog:
     def histogram(self, score: str) -> tuple[float, float, list[int], list[int]] | None:
         """Ends of a score, and its kept and dropped rows by bin; None where it has one value."""
         number = list(self.scores).index(score)
-        ends = self.rows(f"select min(value) as low, max(value) as high from score_{number}")[0]
-        if ends["low"] is None or ends["low"] == ends["high"]:
+        low, high = self.ends(score)
+        if low == high:
             return None
         kept, dropped = [0] * BINS, [0] * BINS
         for row in self.rows("select * from bins where score = ?", [number]):
             kept[row["bin"]], dropped[row["bin"]] = row["kept"], row["dropped"]
-        return ends["low"], ends["high"], kept, dropped
+        return low, high, kept, dropped
+
+    def ends(self, score: str) -> tuple[float, float]:
+        """Its least and greatest value."""
+        table = self._table_of(score)
+        found = self.rows(f"select min(value) as low, max(value) as high from {table}")[0]
+        return found["low"] or 0.0, found["high"] or 0.0
+
+    def size(self, score: str) -> int:
+        """How many rows have it."""
+        return int(self.rows(f"select count(*) as n from {self._table_of(score)}")[0]["n"])
+
+    def rank(self, score: str, bound: float) -> int:
+        """How many rows have less."""
+        return self._rank(self._table_of(score), ">=", bound)
+
+    def rank_above(self, score: str, bound: float) -> int:
+        """How many rows have that or less."""
+        return self._rank(self._table_of(score), ">", bound)
+
+    def at_rank(self, score: str, rank: int) -> Row:
+        """The row at a place in the order of a score, the lowest first."""
+        return self.at(self._positions(self._table_of(score), range(rank, rank + 1)))[0]
 
     def components(self, after: int = -1, limit: int = 20) -> Page:
         """Groups of near-duplicates, the largest first."""
@@ -251,7 +273,7 @@ class Catalog:
 
     def _scored(self, wanted: Filter, after: int, limit: int) -> Page:
         """Rows by a score: a range of its list, from either end."""
-        table = self._table_of(wanted)
+        table = self._table_of(str(wanted.score))
         low = 0 if wanted.low is None else self._rank(table, ">=", wanted.low)
         high = self._rank(table, ">", float("inf") if wanted.high is None else wanted.high)
         total = max(high - low, 0)
@@ -309,8 +331,8 @@ class Catalog:
             return int(found[0]["rank"])
         return int(self.rows(f"select count(*) as n from {table}")[0]["n"])
 
-    def _table_of(self, wanted: Filter) -> str:
-        return f"score_{list(self.scores).index(str(wanted.score))}"
+    def _table_of(self, score: str) -> str:
+        return f"score_{list(self.scores).index(score)}"
 
     def _shaped(self, row: Row) -> Row:
         """A row with its scores apart."""

@@ -77,7 +77,7 @@ class Pages:
         rows = funnel(record) if record else []
         joining = ", ".join(record.as_is) if record else ""
         manifest = self._work.manifest if self._work else None
-        return self._render(
+        return self.render(
             "overview",
             funnels=[
                 ("wide", charts.funnel_chart(rows, 1040, joining)),
@@ -95,11 +95,11 @@ class Pages:
 
     def images(self, page: Page, query: Row) -> str:
         """A page of rows, and the form that asks for others."""
-        album = self._album()
+        album = self.album()
         items = [
             album.show(row, _role(row), score=_score(row, query["score"])) for row in page.rows
         ]
-        return self._render(
+        return self.render(
             "images",
             page=page,
             query=query,
@@ -112,24 +112,24 @@ class Pages:
 
     def life(self, row: Row, life: Row) -> str:
         """One image's whole life."""
-        album = self._album()
+        album = self.album()
         items = [album.show(row, _role(row))]
         if row["twin"]:
             items.append(album.find(row["twin_set"] or row["flow"], row["twin"], "its likest"))
         group = Group(items, kind="pair")
         veil_together([group], album)
-        return self._render("life", life=life, row=row, group=group, album=album)
+        return self.render("life", life=life, row=row, group=group, album=album)
 
     def components(self, page: Page) -> str:
         """Groups of near-duplicates."""
-        album = self._album()
+        album = self.album()
         groups = []
         for one in page.rows:
             found = self._catalog.page(Filter({"component": one["component"]}), -1, _MEMBERS)
             items = [album.show(row, _role(row)) for row in found.rows]
             group = Group(items, f"{one['rows']:,} images", one["component"])
             groups.append((group, f"/images?component={one['component']}"))
-        return self._render("components", page=page, groups=groups, album=album)
+        return self.render("components", page=page, groups=groups, album=album)
 
     def leaks(self, benchmark: str | None, after: int, limit: int) -> str:
         """Leaked images beside those of the benchmark."""
@@ -138,34 +138,34 @@ class Pages:
         names = [{"name": r["value"].removeprefix("leak:"), "rows": r["rows"]} for r in found]
         chosen = benchmark or (names[0]["name"] if names else "")
         page = self._catalog.page(Filter({"reason": f"leak:{chosen}"}), after, limit)
-        album = self._album()
+        album = self.album()
         groups = [self._pair(album, row) for row in page.rows]
-        return self._render(
+        return self.render(
             "leaks", page=page, names=names, chosen=chosen, groups=groups, album=album
         )
 
     def retrieval(self, page: Page, seed_set: str | None) -> str:
         """Seeds and the first images that each fetched."""
-        album = self._album()
+        album = self.album()
         groups = []
         for seed in page.rows:
             hits = self._catalog.hits(seed, -1, _HITS)
             groups.append((self._seed_group(album, seed, hits.rows), f"/retrieval/{seed['rank']}"))
         sets = self._catalog.seed_sets()
-        return self._render(
+        return self.render(
             "retrieval", page=page, sets=sets, chosen=seed_set, groups=groups, album=album
         )
 
     def seed(self, seed: Row, after: int) -> str:
         """All images that one seed fetched."""
-        album = self._album()
+        album = self.album()
         hits = self._catalog.hits(seed, after, _LEAKS)
         group = self._seed_group(album, seed, hits.rows)
-        return self._render("seed", page=hits, seed=seed, group=group, album=album)
+        return self.render("seed", page=hits, seed=seed, group=group, album=album)
 
     def problem(self, status: int, detail: str) -> str:
         """What was wrong with a request."""
-        return self._render("problem", status=status, detail=detail)
+        return self.render("problem", status=status, detail=detail)
 
     def _pair(self, album: Album, row: Row) -> Group:
         items = [album.show(row, "dropped")]
@@ -197,10 +197,12 @@ class Pages:
                 made.append({"score": name, "chart": chart})
         return made
 
-    def _album(self) -> Album:
+    def album(self) -> Album:
+        """An empty album for one page."""
         return Album(self._catalog, self._work)
 
-    def _render(self, name: str, **values: Any) -> str:
+    def render(self, name: str, **values: Any) -> str:
+        """A page by the name of its template."""
         template = self._environment.get_template(f"{name}.html.j2")
         text: str = template.render(title=self._title, is_run=self._work is not None, **values)
         return text

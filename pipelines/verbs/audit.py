@@ -80,21 +80,32 @@ def write_report(work: str, out: str | None) -> None:
 
 def serve(work: str, host: str, port: int, catalog: str | None) -> None:
     """`curate serve`."""
-    from curation.errors import ConfigError
     from pipelines.serving.catalog_file import catalog_of
+
+    server = server_module("serve")
+    work = work.rstrip("/")
+    file = catalog_of(work, catalog)
+    with server.listening(host, port) as listener:
+        shown, chosen = listener.getsockname()[:2]
+        console.print_line(f"{work}: http://{shown}:{chosen} (Ctrl-C ends it)")
+        server.serve(server.make_app(work, file, server.names_of(host)), listener)
+
+
+def server_module(verb: str) -> Any:
+    """The module of the server.
+
+    Raises:
+        ConfigError: it needs packages that are not installed.
+    """
+    from curation.errors import ConfigError
 
     try:
         from pipelines.serving import app
     except ImportError as error:
         raise ConfigError(
-            f"curate serve: {error.name} is missing; pip install 'lvd-curate[serve]'"
+            f"curate {verb}: {error.name} is missing; pip install 'lvd-curate[serve]'"
         ) from error
-    work = work.rstrip("/")
-    file = catalog_of(work, catalog)
-    with app.listening(host, port) as listener:
-        shown, chosen = listener.getsockname()[:2]
-        console.print_line(f"{work}: http://{shown}:{chosen} (Ctrl-C ends it)")
-        app.serve(work, file, host, listener)
+    return app
 
 
 def print_verification(path: str, as_json: bool) -> bool:
