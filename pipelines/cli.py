@@ -83,6 +83,9 @@ def plan(
         int, typer.Option("--sample", min=8, help="Rows of your own data to measure on.")
     ] = 1000,
     cores: Annotated[int, typer.Option("--cores", min=1, help="Cores of the cluster.")] = 1,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Write it: WORK/plan.json shows in the report.")
+    ] = None,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
@@ -99,7 +102,7 @@ def plan(
     """
     from pipelines.verbs import plan as verb
 
-    verb.print_plan(recipe, images, sample, cores, changes or [], json)
+    verb.print_plan(recipe, images, sample, cores, changes or [], json, out)
 
 
 @app.command()

@@ -170,6 +170,29 @@ def _stacked(
     return f"<g>{tip}{kept if stay else ''}{drop if fall else ''}</g>"
 
 
+def paired_bars(before: Sequence[int], after: Sequence[int]) -> Markup:
+    """Shares of numbered groups, before over after, with their counts."""
+    width, row, left = 440, 34, 30
+    totals = sum(before) or 1, sum(after) or 1
+    most = max([*(b / totals[0] for b in before), *(a / totals[1] for a in after), 1e-9])
+    room = (width - left - 78) / most
+    parts = []
+    for number, counts in enumerate(zip(before, after, strict=True)):
+        y = number * row + 6.0
+        parts.append(_text(left - 8, y + 17, str(number + 1), "strong", "end"))
+        for place, (count, total, kind) in enumerate(
+            zip(counts, totals, ("before", "kept"), strict=True)
+        ):
+            size, top = count / total * room, y + place * 12
+            tip = f"<title>group {number + 1}: {count:,} of {total:,}</title>"
+            parts.append(
+                f'<g>{tip}<rect class="{kind}" x="{left}" y="{top:.1f}" '
+                f'width="{max(size, _MIN_BAR):.1f}" height="11"/></g>'
+            )
+            parts.append(_text(left + size + 6, top + 10, f"{count / total:.1%}", "tick"))
+    return _svg(width, len(before) * row + 8, "pairs", "Shares of groups before and after", parts)
+
+
 def line_chart(series: Sequence[Series], across: str, up: str) -> Markup:
     """A few lines over one axis, told apart by colour, dash and the name at their end."""
     width, height, left, floor = 640, 260, 46, 214
