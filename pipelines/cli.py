@@ -453,7 +453,8 @@ def pack(
 def stats(
     path: Annotated[str, typer.Argument(help="A work folder, a manifest or any data set.")],
     by: Annotated[
-        str | None, typer.Option("--by", help="Count by host, source_set, seed_set, any column.")
+        str | None,
+        typer.Option("--by", help="By host, source, seed_set, cluster, any column."),
     ] = None,
     csv: Annotated[str | None, typer.Option("--csv", help="Write the figures as CSV.")] = None,
     json: Json = False,

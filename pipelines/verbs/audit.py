@@ -224,6 +224,7 @@ def _print_run(found: Row) -> None:
     _print_table(found["duplicates"], "near duplicates by size of component")
     _print_table(found["seed_sets"], "retrieval by seed set")
     _print_table(found["hosts"], "hosts")
+    _print_table(found["languages"], "languages of alternative texts")
     if found["images"]:
         _print_table(found["images"]["formats"], "formats of the pool's images")
         _print_columns(found["images"]["sides"], "sizes of the pool's images")
@@ -240,6 +241,7 @@ def _print_dataset(found: Row) -> None:
             _print_table(column["values"], column["column"])
     if found.get("hosts"):
         _print_table(found["hosts"], "hosts")
+    _print_table(found.get("languages", []), "languages of alternative texts")
 
 
 def _print_scores(scores: list[Row]) -> None:

@@ -2,12 +2,14 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from curation.errors import DatasetError
 from pipelines.funnel import FunnelRow
 from pipelines.report import charts
-from pipelines.report.page import render, write_page
+from pipelines.report.groups import groups_of
+from pipelines.report.page import planned_seconds, render, write_page
 from pipelines.report.page_tables import parts_of_set
 from pipelines.report.pictures import MAX_SIDE, Pictures, thumbnail
 from pipelines.report.units import percent, size
@@ -170,3 +172,29 @@ def test_pictures__row_of_the_union_is_found_in_its_set():
     assert pictures.get(key).data
     assert pictures.get(key).flow == "taken"
     assert not pictures.get(unknown).data
+
+
+def test_groups_of__numbers_the_fullest_first_and_counts_what_is_kept():
+    rng = np.random.default_rng(0)
+    centres = np.eye(3, 8)
+    labels = np.repeat([0, 1, 2], [30, 60, 10])
+    vectors = centres[labels] + rng.normal(0, 0.01, (100, 8))
+    kept = labels != 1
+    groups = groups_of(vectors.astype(np.float32), kept)
+    assert sum(groups.before) == 100
+    assert sum(groups.after) == 40
+    assert groups.before == sorted(groups.before, reverse=True)
+    fullest = groups.labels == 0
+    assert len(set(labels[fullest])) == 1
+    assert groups_of(vectors[:3], kept[:3]) is None
+
+
+def test_planned_seconds__scale_with_the_rows_that_came(tmp_path):
+    work = copied_run(tmp_path)
+    plan = [{"stage": "embed", "rows": 280, "core_hours": 1 / 360, "disk_bytes": 0}]
+    (work / "plan.json").write_text(json.dumps(plan))
+    folder = WorkFolder(str(work))
+    rows = next(e.record.rows_in for e in folder.record.pool if e.stage == "embed")
+    assert planned_seconds(folder) == {"embed": pytest.approx(10 * rows / 280)}
+    text = render(folder)
+    assert "planned</th>" in text
