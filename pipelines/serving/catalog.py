@@ -134,14 +134,14 @@ class Catalog:
 
     def at(self, positions: Sequence[int]) -> list[Row]:
         """The rows at some positions, in their order."""
-        with self._cursor() as cursor:
-            found = []
-            for position in positions:
-                # one row by its number is a single block; a list of numbers would be a join
-                result = cursor.execute("select * from images where rowid = ?", [position])
-                names = [column[0] for column in result.description]
-                found.append(dict(zip(names, result.fetchone(), strict=True)))
-        return [self._shaped(row) for row in found]
+        # joined, DuckDB reads the blocks of these rows alone; `in (?, …)` would read the table
+        found = self.rows(
+            "select i.rowid as position, i.* from (select unnest(?::bigint[]) as wanted) "
+            "join images i on i.rowid = wanted",
+            [list(positions)],
+        )
+        by_position = {row.pop("position"): row for row in found}
+        return [self._shaped(dict(by_position[position])) for position in positions]
 
     def find(self, flow: str, row_id: str) -> Row | None:
         """A row by its id: that which stayed, where its source was listed twice."""

@@ -145,7 +145,7 @@
   }
 
   // where the reader is
-  const links = new Map(all("nav a").map((one) => [one.getAttribute("href").slice(1), one]));
+  const links = new Map(all('nav a[href^="#"]').map((one) => [one.getAttribute("href").slice(1), one]));
   const watch = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
