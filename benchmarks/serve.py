@@ -5,8 +5,8 @@
 Builds synthetic manifests of 50 M and 2 M rows on the spot (as benchmarks/stats.py does), sorts
 each into a catalog, starts `curate serve` on it in a process of its own, and asks over loopback:
 pages of one indexed filter (any page, any value), of a range of a score, and, at 2 M rows, of
-several filters together. The same questions go to plain DuckDB on the Parquet, one reader. Budget on 2 cores: 1 s
-at the 95th percentile.
+several filters together. The same questions go to plain DuckDB on the Parquet, one reader. Budget
+on 2 cores: 1 s at the 95th percentile.
 """
 
 import argparse
