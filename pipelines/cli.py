@@ -83,6 +83,9 @@ def plan(
         int, typer.Option("--sample", min=8, help="Rows of your own data to measure on.")
     ] = 1000,
     cores: Annotated[int, typer.Option("--cores", min=1, help="Cores of the cluster.")] = 1,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Write it: WORK/plan.json shows in the report.")
+    ] = None,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
@@ -99,7 +102,7 @@ def plan(
     """
     from pipelines.verbs import plan as verb
 
-    verb.print_plan(recipe, images, sample, cores, changes or [], json)
+    verb.print_plan(recipe, images, sample, cores, changes or [], json, out)
 
 
 @app.command()
@@ -460,7 +463,8 @@ def pack(
 def stats(
     path: Annotated[str, typer.Argument(help="A work folder, a manifest or any data set.")],
     by: Annotated[
-        str | None, typer.Option("--by", help="Count by host, source_set, seed_set, any column.")
+        str | None,
+        typer.Option("--by", help="By host, source, seed_set, cluster, any column."),
     ] = None,
     csv: Annotated[str | None, typer.Option("--csv", help="Write the figures as CSV.")] = None,
     json: Json = False,
@@ -535,6 +539,81 @@ def report(
     from pipelines.verbs import audit as verb
 
     verb.write_report(work, out)
+
+
+@app.command()
+def serve(
+    work: Annotated[str, typer.Argument(help="Work folder of a run, or any data set.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8750,
+    catalog: Annotated[
+        str | None, typer.Option("--catalog", help="File of the sorted lists, made if absent.")
+    ] = None,
+) -> None:
+    """Show the report live, for sets too large for one page; nothing is changed.
+
+    The first start sorts the rows into WORK/_catalog.duckdb. Whoever reaches the port sees the
+    images: listen beyond this machine only behind something that asks who they are.
+
+    Example:
+
+        curate serve build/demo
+    """
+    from pipelines.verbs import audit as verb
+
+    verb.serve(work, host, port, catalog)
+
+
+class Calibrated(StrEnum):
+    """Which threshold is calibrated."""
+
+    dedup = "dedup"
+    leaks = "leaks"
+    nsfw = "nsfw"
+
+
+@app.command()
+def calibrate(
+    kind: Annotated[Calibrated, typer.Argument(help="Which threshold.")],
+    work: Annotated[str, typer.Argument(help="Work folder of a run.")],
+    bins: Annotated[int, typer.Option("--bins", min=2, max=100, help="Parts of the score.")] = 12,
+    per_bin: Annotated[int, typer.Option("--per-bin", min=1, help="Questions in each.")] = 15,
+    judgements: Annotated[
+        str | None, typer.Option("--judgements", help="Parquet file of the answers.")
+    ] = None,
+    truth: Annotated[
+        int | None, typer.Option("--truth", min=2, help="Edit so many images; measure recall.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8751,
+    catalog: Annotated[
+        str | None, typer.Option("--catalog", help="File of the sorted lists, made if absent.")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Judge a sample of pairs or images by click, and see what each threshold would do.
+
+    Serves the questions on this machine; the answers lie in WORK/calibration/KIND.parquet. With
+    --json, prints what follows from the answers so far; with --truth, how many known edits of the
+    run's own images are found, by kind of edit.
+
+    Examples:
+
+        curate calibrate dedup build/demo
+
+        curate calibrate dedup build/demo --truth 200
+    """
+    from pipelines.verbs import calibrate as verb
+
+    if truth is not None:
+        verb.print_truth(kind.value, work, truth, seed, json)
+        return
+    asked = verb.Asked(kind.value, work, bins, per_bin, judgements, catalog, seed)
+    if json:
+        verb.print_figures(asked)
+    else:
+        verb.serve_questions(asked, host, port)
 
 
 @app.command()

@@ -32,7 +32,7 @@ def explain(text: str, work: str) -> list[Life]:
     """
     folder = WorkFolder(work.rstrip("/"))
     lives = [
-        _life(folder, flow, row_id)
+        explain_row(folder, flow, row_id)
         for flow in folder.flows
         for row_id in ids_in(folder, flow, text.strip())
     ]
@@ -86,8 +86,9 @@ def _with_prefix(stage: FinishedStage, prefix: str) -> list[str]:
     return sorted({one for one in ids if one.startswith(prefix)})
 
 
-def _life(folder: WorkFolder, flow: str, row_id: str) -> Life:
-    verdicts = [row for stage in _path_of(folder, flow) for row in _verdicts(stage, flow, row_id)]
+def explain_row(folder: WorkFolder, flow: str, row_id: str) -> Life:
+    """The life of a row that a flow surely holds."""
+    verdicts = [row for stage in path_of(folder, flow) for row in _verdicts(stage, flow, row_id)]
     life: Life = {"id": row_id, "flow": flow, "fate": fate(verdicts)}
     life["origin"] = side_car_row(folder, flow, "rows", row_id)
     life["fetch"] = side_car_row(folder, flow, "fetches", row_id)
@@ -97,7 +98,7 @@ def _life(folder: WorkFolder, flow: str, row_id: str) -> Life:
     life["hits"] = _hits(folder, flow, row_id)
     if verdicts[-1]["keep"] and _joins(folder, flow):
         life["manifest"] = _in_manifest(folder, flow, row_id)
-        life["packed"] = _in_tar(folder, flow, row_id)
+        life["packed"] = place_in_tar(folder, flow, row_id)
         if life["manifest"]:
             life["fate"] = "in the set"
     return life
@@ -107,7 +108,7 @@ def _joins(folder: WorkFolder, flow: str) -> bool:
     return flow == POOL or flow in folder.record.as_is
 
 
-def _path_of(folder: WorkFolder, flow: str) -> list[FinishedStage]:
+def path_of(folder: WorkFolder, flow: str) -> list[FinishedStage]:
     """The stages that a flow passes: its own, then those of the union where it joins."""
     own = folder.stages(flow)
     if flow == POOL or flow not in folder.record.as_is:
@@ -193,7 +194,7 @@ def _in_manifest(folder: WorkFolder, flow: str, row_id: str) -> Row | None:
     return {"file": folder.manifest.manifest.shards[place].name, **rows[0]} if rows else None
 
 
-def _in_tar(folder: WorkFolder, flow: str, row_id: str) -> Row | None:
+def place_in_tar(folder: WorkFolder, flow: str, row_id: str) -> Row | None:
     """The tar that holds an image: tars take neighbouring shards in their order."""
     stage, packed = folder.stage(POOL, "pack"), folder.packed
     if stage is None or packed is None:

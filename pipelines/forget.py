@@ -24,6 +24,7 @@ from curation.stage import DECISIONS
 from pipelines.explain import ids_in
 from pipelines.runner import POOL, RUN_FILE, StageEntry
 from pipelines.seal import SEAL_FILE, write_seal
+from pipelines.serving.catalog_file import FILE as CATALOG
 from pipelines.tables import Row, Tables
 from pipelines.verify import files_digest
 from pipelines.work_folder import FinishedStage, WorkFolder
@@ -77,6 +78,7 @@ def forget(path: str, kind: Kind, wanted: Sequence[str], *, near: bool = False) 
     if not rows:
         return Forgotten(not_found=not_found)
     storage.write_json(journal, {"rows": rows})
+    storage.remove(storage.join(work.path, CATALOG))
     _forget_all(work, found, everywhere=resumed)
     done = WorkFolder(work.path)
     result = Forgotten(rows, not_found, _checkpoints(work))

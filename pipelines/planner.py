@@ -11,6 +11,8 @@ from curation.dataset import Dataset
 from curation.ledger import StageRecord
 from pipelines.runner import RunRecord, StageEntry
 
+PLAN_FILE = "plan.json"
+"""In a work folder: the report compares the run with it."""
 _LEAST_SECONDS_A_ROW = 1e-7
 """Where both samples took as long: a row costs something."""
 

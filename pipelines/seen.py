@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from curation.dataset import Dataset
 from curation.errors import DatasetError, SpaceError
 from curation.schema import ID, KEEP
-from embedder.encoder import embed_images, load_encoder
+from embedder.encoder import Encoder, embed_images, load_encoder
 from embedder.images import CanonicalImage, Limits, canonicalize
 from pipelines.certificate import embeddings_of_leaks, unit_rows
 from pipelines.runner import POOL
@@ -102,8 +102,13 @@ def _equal(work: WorkFolder, sha256: str, pixels: str) -> list[Row]:
     return found
 
 
-def _embed(work: WorkFolder, name: str, image: CanonicalImage) -> np.ndarray:
-    """(1, D) float32 unit row of the file, in the run's space."""
+def encoder_of(work: WorkFolder, name: str) -> Encoder:
+    """The encoder of the pool's embeddings of a name.
+
+    Raises:
+        DatasetError: there are none.
+        SpaceError: that encoder gives another space here.
+    """
     stage = work.making(POOL, name)
     if stage is None:
         raise DatasetError(f"{work.path}: its pool has no embeddings '{name}'")
@@ -114,8 +119,14 @@ def _embed(work: WorkFolder, name: str, image: CanonicalImage) -> np.ndarray:
             f"{work.path}: was embedded into space {attributes['space']}, and "
             f"'{attributes['encoder']}' gives {encoder.space} here: another device or version"
         )
+    return encoder
+
+
+def _embed(work: WorkFolder, name: str, image: CanonicalImage) -> np.ndarray:
+    """(1, D) float32 unit row of the file, in the run's space."""
     from embedder.images import decode
 
+    encoder = encoder_of(work, name)
     vector = embed_images([encoder], [decode(image.data)])[0].astype(np.float32)
     unit: np.ndarray = vector / max(float(np.linalg.norm(vector)), 1e-12)
     return unit

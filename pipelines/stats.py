@@ -10,6 +10,7 @@ from curation import storage
 from curation.dataset import Dataset, open_foreign
 from curation.errors import ConfigError
 from pipelines.funnel import funnel, set_funnels
+from pipelines.languages import alt_languages
 from pipelines.runner import POOL, open_manifest
 from pipelines.tables import Row, Tables, host_of, named
 from pipelines.work_folder import FinishedStage, WorkFolder
@@ -78,6 +79,7 @@ def run_stats(work: WorkFolder) -> Stats:
         "fetches": fetches(work),
         "hosts": hosts(work),
         "images": image_stats(work),
+        "languages": languages(work),
         "manifest": dataset_stats(work.manifest) if work.manifest else None,
         "timing": timing(work),
     }
@@ -230,6 +232,17 @@ def hosts(work: WorkFolder) -> list[Row]:
     ]
 
 
+def languages(work: WorkFolder) -> list[Row]:
+    """Languages of the alternative texts that the pool's list gave."""
+    stage = work.making(POOL, "rows")
+    if stage is None:
+        return []
+    with Tables() as tables:
+        if not tables.add("listed", stage.output("rows")):
+            return []
+        return alt_languages(tables, "listed", tables.columns("listed"))
+
+
 def image_stats(work: WorkFolder) -> Row | None:
     """Formats and sizes of the pool's readable images."""
     stage = work.making(POOL, "images")
@@ -267,6 +280,7 @@ def dataset_stats(dataset: Dataset, by: str | None = None) -> Stats:
         found["columns"] = column_stats(tables, columns)
         if "source" in columns:
             found["hosts"] = count_by(tables, "host", columns)
+        found["languages"] = alt_languages(tables, "rows", columns)
         if by is not None:
             found["by"] = {"column": by, "values": count_by(tables, by, columns)}
     return found
@@ -285,11 +299,15 @@ def column_stats(tables: Tables, columns: dict[str, str]) -> list[Row]:
 def count_by(
     tables: Tables, by: str, columns: dict[str, str], limit: int = _MOST_COMMON
 ) -> list[Row]:
-    """Rows of the view `rows` by a column, or by the host of its source, the most common first.
+    """Rows of the view `rows` by a column, the most common first.
+
+    by: a column, `host` (of the source), or `source` (the list or set that a row is of).
 
     Raises:
         ConfigError: there is no such column.
     """
+    if by == "source" and "source_set" in columns:
+        by = "source_set"
     if by != "host" and by not in columns:
         raise ConfigError(f"--by {by}: no such column; there are: host, {', '.join(columns)}")
     if by == "host":

@@ -36,14 +36,21 @@ class Tables:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def add(self, name: str, *datasets: Dataset, labels: Sequence[Row] = ()) -> bool:
+    def add(
+        self,
+        name: str,
+        *datasets: Dataset,
+        labels: Sequence[Row] = (),
+        shards: Sequence[int] | None = None,
+    ) -> bool:
         """Make a view of the rows of some data sets, by name of column; False without files.
 
         labels: constant columns of each data set, such as the flow that its rows are of.
+        shards: only these shards of it, as far as they hold rows.
         """
         parts = []
         for number, dataset in enumerate(datasets):
-            files = _files_of(dataset)
+            files = _files_of(dataset, shards)
             if files:
                 self._reach(dataset)
                 extra = "".join(
@@ -54,17 +61,26 @@ class Tables:
                 parts.append(f"select *{extra} from read_parquet([{listed}])")
         if not parts:
             return False
-        self._files[name] = [file for dataset in datasets for file in _files_of(dataset)]
-        self._run(f"create or replace view {name} as {' union all by name '.join(parts)}")
+        self._files[name] = [file for one in datasets for file in _files_of(one, shards)]
+        self._run(f"create or replace temp view {name} as {' union all by name '.join(parts)}")
         return True
 
     def define(self, name: str, query: str) -> None:
         """Make a view of a query on other views."""
-        self._run(f"create or replace view {name} as {query}")
+        self._run(f"create or replace temp view {name} as {query}")
 
     def define_macro(self, name: str, argument: str, expression: str) -> None:
         """Make a function that queries may call."""
         self._run(f"create or replace macro {name}({argument}) as {expression}")
+
+    def attach(self, file: str, name: str) -> None:
+        """Open a DuckDB file for writing; new tables are made in it."""
+        self._run(f"attach {quoted(file)} as {named(name)}")
+        self._run(f"use {named(name)}")
+
+    def run(self, query: str, parameters: Sequence[Any] = ()) -> None:
+        """Run a statement that gives no rows."""
+        self._run(query, parameters)
 
     def files(self, name: str) -> list[str]:
         """Files of a view that `add` made."""
@@ -85,6 +101,13 @@ class Tables:
         while block := self._fetch(result):
             for values in block:
                 yield dict(zip(names, values, strict=True))
+
+    def columns_of(self, query: str, parameters: Sequence[Any] = ()) -> dict[str, Any]:
+        """Run a query; give its columns as NumPy arrays."""
+        result = self._run(query, parameters)
+        with duckdb_errors():
+            columns: dict[str, Any] = result.fetchnumpy()
+        return columns
 
     def first(self, query: str, parameters: Sequence[Any] = ()) -> Row:
         """Run a query with one row."""
@@ -142,10 +165,13 @@ def host_of(column: str = "source") -> str:
     return f"nullif(regexp_extract({column}, '{pattern}', 1), '')"
 
 
-def _files_of(dataset: Dataset) -> list[str]:
+def _files_of(dataset: Dataset, chosen: Sequence[int] | None = None) -> list[str]:
     """Paths of the shards that hold rows (DuckDB would open the empty ones, too)."""
     shards = dataset.manifest.shards
-    filled = [i for i, shard in enumerate(shards) if shard.num_rows] or list(range(len(shards)))[:1]
+    numbers = range(len(shards)) if chosen is None else chosen
+    filled = [i for i in numbers if shards[i].num_rows]
+    if chosen is None:
+        filled = filled or list(numbers)[:1]
     return [dataset.shard_path(i).removeprefix("file://") for i in filled]
 
 

@@ -40,12 +40,18 @@ class FinishedStage:
         return self.output(DECISIONS)
 
     def output(self, name: str) -> Dataset:
-        """One of its outputs.
+        """One of its outputs, opened once.
 
         Raises:
             DatasetError: it has no such output.
         """
-        return Dataset.open(storage.join(self.path, name))
+        if name not in self._opened:
+            self._opened[name] = Dataset.open(storage.join(self.path, name))
+        return self._opened[name]
+
+    @cached_property
+    def _opened(self) -> dict[str, Dataset]:
+        return {}
 
     def has(self, name: str) -> bool:
         """Whether the stage wrote an output of that name."""
@@ -96,25 +102,32 @@ class WorkFolder:
 
     def stages(self, flow: str) -> list[FinishedStage]:
         """The finished stages of one flow, in order."""
-        return list(self._stages(flow))
+        if flow not in self._known:
+            self._known[flow] = list(self._stages(flow))
+        return self._known[flow]
 
     def all_stages(self) -> list[FinishedStage]:
         """The finished stages of all flows, the pool's first."""
-        return [stage for flow in self.flows for stage in self._stages(flow)]
+        return [stage for flow in self.flows for stage in self.stages(flow)]
 
     def stage(self, flow: str, name: str) -> FinishedStage | None:
         """The first stage of a name in a flow, if it is there."""
-        return next((stage for stage in self._stages(flow) if stage.name == name), None)
+        return next((stage for stage in self.stages(flow) if stage.name == name), None)
 
     def making(self, flow: str, output: str) -> FinishedStage | None:
         """The last stage of a flow that made an output."""
-        having = [s for s in self._stages(flow) if output in s.entry.record.outputs]
+        having = [s for s in self.stages(flow) if output in s.entry.record.outputs]
         return having[-1] if having else None
 
     def shards_of(self, flow: str) -> int:
         """How many shards each side-car of a flow has."""
         first = self.flows[flow][0]
         return Dataset.open(storage.join(self.path, first.folder, DECISIONS)).num_shards
+
+    @cached_property
+    def _known(self) -> dict[str, list[FinishedStage]]:
+        """Stages by flow: their manifests are read once."""
+        return {}
 
     def _stages(self, flow: str) -> Iterator[FinishedStage]:
         own = {flow: (0, self.shards_of(flow))}

@@ -170,6 +170,29 @@ def _stacked(
     return f"<g>{tip}{kept if stay else ''}{drop if fall else ''}</g>"
 
 
+def paired_bars(before: Sequence[int], after: Sequence[int]) -> Markup:
+    """Shares of numbered groups, before over after, with their counts."""
+    width, row, left = 440, 34, 30
+    totals = sum(before) or 1, sum(after) or 1
+    most = max([*(b / totals[0] for b in before), *(a / totals[1] for a in after), 1e-9])
+    room = (width - left - 78) / most
+    parts = []
+    for number, counts in enumerate(zip(before, after, strict=True)):
+        y = number * row + 6.0
+        parts.append(_text(left - 8, y + 17, str(number + 1), "strong", "end"))
+        for place, (count, total, kind) in enumerate(
+            zip(counts, totals, ("before", "kept"), strict=True)
+        ):
+            size, top = count / total * room, y + place * 12
+            tip = f"<title>group {number + 1}: {count:,} of {total:,}</title>"
+            parts.append(
+                f'<g>{tip}<rect class="{kind}" x="{left}" y="{top:.1f}" '
+                f'width="{max(size, _MIN_BAR):.1f}" height="11"/></g>'
+            )
+            parts.append(_text(left + size + 6, top + 10, f"{count / total:.1%}", "tick"))
+    return _svg(width, len(before) * row + 8, "pairs", "Shares of groups before and after", parts)
+
+
 def line_chart(series: Sequence[Series], across: str, up: str) -> Markup:
     """A few lines over one axis, told apart by colour, dash and the name at their end."""
     width, height, left, floor = 640, 260, 46, 214
@@ -198,6 +221,48 @@ def line_chart(series: Sequence[Series], across: str, up: str) -> Markup:
         parts.append(_text(right + 8, labels[number] + 4, one.name, f"line-text line-{number % 5}"))
     parts.append(_text((left + right) / 2, floor + 36, across, "muted", "middle"))
     return _svg(width, height, "lines", f"{up} by {across}", parts)
+
+
+@dataclass(frozen=True)
+class Band:
+    """A line of shares with its interval."""
+
+    name: str
+    points: list[tuple[float, float, float, float]]
+    """Place, share, and the interval's ends."""
+
+
+def band_chart(bands: Sequence[Band], thresholds: Sequence[float], across: str) -> Markup:
+    """Shares between 0 and 1 over a score, each with its interval as a band around it."""
+    width, height, left, floor, right = 640, 280, 46, 234, 554
+    places = [point[0] for band in bands for point in band.points]
+    low, span = min(places), (max(places) - min(places)) or 1.0
+
+    def place(x: float, y: float) -> str:
+        return f"{left + (x - low) / span * (right - left):.1f},{floor - y * (floor - 14):.1f}"
+
+    parts = [f'<line class="axis" x1="{left}" y1="{floor}" x2="{right}" y2="{floor}"/>']
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = floor - share * (floor - 14)
+        parts.append(f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 6, y + 4, f"{share:.0%}", "tick", "end"))
+        x = left + share * (right - left)
+        parts.append(_text(x, floor + 17, f"{low + share * span:.3g}", "tick", "middle"))
+    labels = _spread([floor - band.points[-1][1] * (floor - 14) for band in bands])
+    for number, band in enumerate(bands):
+        upper = [place(x, high) for x, _, _, high in band.points]
+        lower = [place(x, least) for x, _, least, _ in reversed(band.points)]
+        parts.append(f'<polygon class="band band-{number}" points="{" ".join(upper + lower)}"/>')
+        line = " ".join(place(x, y) for x, y, _, _ in band.points)
+        parts.append(f'<polyline class="line line-{number}" points="{line}"/>')
+        parts.append(_text(right + 8, labels[number] + 4, band.name, f"line-text line-{number}"))
+    for value in thresholds:
+        x = left + min(max((value - low) / span, 0), 1) * (right - left)
+        parts.append(f'<line class="limit" x1="{x:.1f}" y1="4" x2="{x:.1f}" y2="{floor}"/>')
+        parts.append(_text(x + 5, 11, f"{value:.4g}", "limit-text"))
+    parts.append(_text((left + right) / 2, floor + 36, across, "muted", "middle"))
+    names = " and ".join(band.name for band in bands)
+    return _svg(width, height, "lines", f"{names} by {across}", parts)
 
 
 def _spread(heights: list[float]) -> list[float]:

@@ -6,6 +6,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from curation.stage import DECISIONS
+from pipelines.report.groups import Groups, groups_of
 from pipelines.report.pictures import Key, Picture, Pictures
 from pipelines.runner import POOL
 from pipelines.tables import Tables
@@ -31,6 +32,8 @@ class EmbeddingMap:
     """What became of each: its seed set, or that it was dropped."""
     explained: float
     """Share of the variance that the plane shows."""
+    clusters: Groups | None = None
+    """Groups of like images among them."""
 
     def legend(self) -> list[str]:
         """Groups, the fullest first, what was dropped last."""
@@ -47,6 +50,7 @@ class EmbeddingMap:
             x, y = 8 + self.places[i] * (_SIDE - 16)
             kind = "off" if self.groups[i] == _OTHER else str(number[self.groups[i]])
             marks.append(_mark(x, y, number[self.groups[i]], kind, self.groups[i], self._data(i)))
+        marks += _numbers(self.places, self.clusters)
         summary = f"Map of {len(self.keys)} embeddings by what became of them"
         drawing = Markup(
             f'<svg class="map" role="img" aria-label="{summary}" viewBox="0 0 {_SIDE} {_SIDE}" '
@@ -87,7 +91,8 @@ def embedding_map(work: WorkFolder, pictures: Pictures) -> EmbeddingMap | None:
     keys = [(POOL, one) for one in ids]
     for key in keys[:_PICTURED]:
         pictures.want(*key)
-    return EmbeddingMap(name, keys, places, groups, explained)
+    kept = np.array([group != _OTHER for group in groups])
+    return EmbeddingMap(name, keys, places, groups, explained, groups_of(vectors, kept))
 
 
 def plane(vectors: np.ndarray) -> tuple[np.ndarray, float]:
@@ -132,6 +137,20 @@ def _groups(work: WorkFolder, ids: list[str]) -> list[str]:
         )
     found = {row["id"]: row["part"] for row in rows}
     return [found.get(one, _OTHER) for one in ids]
+
+
+def _numbers(places: np.ndarray, clusters: Groups | None) -> list[str]:
+    """The number of each group of like images, in the middle of its points."""
+    if clusters is None:
+        return []
+    found = []
+    for number in range(len(clusters.before)):
+        x, y = 8 + np.median(places[clusters.labels == number], axis=0) * (_SIDE - 16)
+        found.append(
+            f'<text class="group-number" x="{x:.1f}" y="{y + 5:.1f}" text-anchor="middle">'
+            f"{number + 1}</text>"
+        )
+    return found
 
 
 def _mark(x: float, y: float, shape: int, kind: str, group: str, row_id: str) -> str:

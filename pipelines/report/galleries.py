@@ -6,9 +6,9 @@ page to the next.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from pipelines.report.pictures import Key, Pictures
+from pipelines.report.pictures import Key, Picture, Pictures
 from pipelines.runner import POOL
 from pipelines.tables import Row, Tables
 from pipelines.work_folder import FinishedStage, WorkFolder
@@ -56,6 +56,13 @@ class Gallery:
     groups: list[Group] = field(default_factory=list)
     total: int = 0
     """Rows of this kind in the whole run."""
+
+
+class Book(Protocol):
+    """Holds pictures by key."""
+
+    def get(self, key: Key) -> Picture:
+        """The picture of a key."""
 
 
 class GalleryMaker:
@@ -334,7 +341,7 @@ def facts_of(row: Row) -> Row:
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()}
 
 
-def veil_together(groups: Sequence[Group], pictures: Pictures) -> None:
+def veil_together(groups: Sequence[Group], pictures: Book) -> None:
     """Treat copies alike: what is veiled or hidden in one image of a pair is so in the other."""
     for group in groups:
         if group.kind == "pair":

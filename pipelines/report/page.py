@@ -10,8 +10,9 @@ from markupsafe import Markup
 
 from curation import storage
 from pipelines.funnel import funnel, set_funnels
+from pipelines.planner import PLAN_FILE
 from pipelines.report import charts
-from pipelines.report.embedding_map import embedding_map
+from pipelines.report.embedding_map import EmbeddingMap, embedding_map
 from pipelines.report.galleries import Gallery, GalleryMaker, veil_together
 from pipelines.report.page_tables import page_tables, parts_of_set
 from pipelines.report.pictures import Pictures
@@ -68,7 +69,7 @@ def render(work: WorkFolder) -> str:
             veil_together(gallery.groups, pictures)
     facts = run_stats(work)
     parts = parts_of_set(work)
-    template = _environment().get_template("page.html.j2")
+    template = environment().get_template("page.html.j2")
     page: str = template.render(
         stats=facts,
         tables=page_tables(work, facts),
@@ -79,6 +80,8 @@ def render(work: WorkFolder) -> str:
         sections=sections,
         pictures=pictures,
         map=points.chart(pictures) if points else None,
+        spread=_spread(points),
+        planned=planned_seconds(work),
         funnels=_funnels(work),
         set_funnels=set_funnels(work.record),
         histograms=histograms(work),
@@ -200,6 +203,32 @@ def _kept_share(work: WorkFolder) -> float:
     return max(kept, 0) / max(rows[0].rows_in, 1)
 
 
+def _spread(points: EmbeddingMap | None) -> Row | None:
+    """How evenly groups of like images are filled, in the pool and in the set."""
+    groups = points.clusters if points else None
+    if groups is None:
+        return None
+    return {
+        "before": balance(groups.before),
+        "after": balance(groups.after),
+        "chart": charts.paired_bars(groups.before, groups.after),
+    }
+
+
+def planned_seconds(work: WorkFolder) -> dict[str, float]:
+    """Seconds by stage of the pool that `curate plan --out WORK/plan.json` predicted."""
+    path = storage.join(work.path, PLAN_FILE)
+    if not storage.exists(path):
+        return {}
+    hours = {one["stage"]: (one["core_hours"], one["rows"]) for one in storage.read_json(path)}
+    planned = {}
+    for entry in work.record.pool:
+        core_hours, rows = hours.get(entry.stage, (0.0, 0.0))
+        if rows:
+            planned[entry.stage] = core_hours * 3600 * entry.record.rows_in / rows
+    return planned
+
+
 def _slowest(facts: Stats) -> list[Row]:
     """Wall time by stage, sets and pool together, the longest first."""
     total: dict[str, Row] = {}
@@ -247,11 +276,12 @@ def _evaluation(work: WorkFolder) -> Row | None:
     return result
 
 
-def _environment() -> Any:
+def environment(*folders: Path) -> Any:
+    """Where templates come from; all that they show is escaped. folders: before our own."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader([*folders, _TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

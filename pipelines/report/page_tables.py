@@ -27,6 +27,10 @@ def page_tables(work: WorkFolder, facts: Stats) -> dict[str, Any]:
         "side_rows": _sides(facts),
         "host_rows": _hosts(facts),
         "fetch_rows": _fetches(facts),
+        "language_rows": [
+            (row["language"], count(row["rows_of_sample"]), percent(row["share"]))
+            for row in facts["languages"]
+        ],
         "search_rows": _searches(work),
     }
 

@@ -36,7 +36,11 @@ class Picture:
     width: int = 0
     height: int = 0
     data: str = ""
-    """The thumbnail as a data URI; empty where there is none to show."""
+    """The thumbnail as an address; empty where there is none to show."""
+    full: str = ""
+    """Address of the larger picture, and of the clear one where the thumbnail is blurred."""
+    page: str = ""
+    """Address of the page about it."""
     veiled: bool = False
     """Blurred until clicked."""
     hidden: bool = False
@@ -146,7 +150,7 @@ class Pictures:
         shard: int,
         ids: list[str],
     ) -> None:
-        boxes = _boxes(faces, shard, ids)
+        boxes = boxes_of(faces, shard, ids)
         for batch in stream_rows(images.output("images"), shard, ids, ["image"]):
             for row_id, image in zip(batch["id"].to_pylist(), batch["image"], strict=True):
                 picture = self.chosen[(flow, row_id)]
@@ -155,9 +159,10 @@ class Pictures:
                 )
 
 
-def _boxes(
+def boxes_of(
     faces: FinishedStage | None, shard: int, ids: Iterable[str]
 ) -> dict[str, list[list[int]]]:
+    """Boxes of faces by id, in pixels of the stored image; none where no stage looked for them."""
     if faces is None:
         return {}
     rows = find_rows(faces.output("faces"), shard, list(ids), ["boxes"])
@@ -167,13 +172,22 @@ def _boxes(
 def thumbnail(image: bytes, boxes: list[list[int]]) -> tuple[str, int, int]:
     """A data URI of at most MAX_SIDE pixels, and the sides of the image; empty if unreadable."""
     try:
-        pixels = decode(image)
+        jpeg, width, height = small_jpeg(image, boxes, MAX_SIDE)
     except ImageError:
         return "", 0, 0
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}", width, height
+
+
+def small_jpeg(image: bytes, boxes: list[list[int]], max_side: int) -> tuple[bytes, int, int]:
+    """A JPEG of at most `max_side` pixels with its faces blurred, and the sides of the image.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    pixels = decode(image)
     if boxes:
         pixels = blur_boxes(pixels, boxes)
     height, width = pixels.shape[:2]
-    scale = min(1.0, MAX_SIDE / max(width, height))
+    scale = min(1.0, max_side / max(width, height))
     small = resize(pixels, max(1, round(width * scale)), max(1, round(height * scale)))
-    data = base64.b64encode(encode_jpeg(np.ascontiguousarray(small), _QUALITY)).decode()
-    return f"data:image/jpeg;base64,{data}", width, height
+    return encode_jpeg(np.ascontiguousarray(small), _QUALITY), width, height

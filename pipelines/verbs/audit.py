@@ -78,6 +78,36 @@ def write_report(work: str, out: str | None) -> None:
     console.print_line(write_page(work, out or storage.join(work, "report.html")))
 
 
+def serve(work: str, host: str, port: int, catalog: str | None) -> None:
+    """`curate serve`."""
+    from pipelines.serving.catalog_file import catalog_of
+
+    server = server_module("serve")
+    work = work.rstrip("/")
+    file = catalog_of(work, catalog)
+    with server.listening(host, port) as listener:
+        shown, chosen = listener.getsockname()[:2]
+        console.print_line(f"{work}: http://{shown}:{chosen} (Ctrl-C ends it)")
+        server.serve(server.make_app(work, file, server.names_of(host)), listener)
+
+
+def server_module(verb: str) -> Any:
+    """The module of the server.
+
+    Raises:
+        ConfigError: it needs packages that are not installed.
+    """
+    from curation.errors import ConfigError
+
+    try:
+        from pipelines.serving import app
+    except ImportError as error:
+        raise ConfigError(
+            f"curate {verb}: {error.name} is missing; pip install 'lvd-curate[serve]'"
+        ) from error
+    return app
+
+
 def print_verification(path: str, as_json: bool) -> bool:
     """`curate verify`: whether everything is as it was written."""
     from pipelines.verify import verify
@@ -194,6 +224,7 @@ def _print_run(found: Row) -> None:
     _print_table(found["duplicates"], "near duplicates by size of component")
     _print_table(found["seed_sets"], "retrieval by seed set")
     _print_table(found["hosts"], "hosts")
+    _print_table(found["languages"], "languages of alternative texts")
     if found["images"]:
         _print_table(found["images"]["formats"], "formats of the pool's images")
         _print_columns(found["images"]["sides"], "sizes of the pool's images")
@@ -210,6 +241,7 @@ def _print_dataset(found: Row) -> None:
             _print_table(column["values"], column["column"])
     if found.get("hosts"):
         _print_table(found["hosts"], "hosts")
+    _print_table(found.get("languages", []), "languages of alternative texts")
 
 
 def _print_scores(scores: list[Row]) -> None:

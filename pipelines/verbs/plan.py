@@ -13,9 +13,15 @@ from pipelines.verbs.run import demo_site
 
 
 def print_plan(
-    recipe: str, images: float, sample: int, cores: int, changes: list[str], as_json: bool
+    recipe: str,
+    images: float,
+    sample: int,
+    cores: int,
+    changes: list[str],
+    as_json: bool,
+    out: str | None = None,
 ) -> None:
-    """Measure two samples and print the estimates."""
+    """Measure two samples; print the estimates, and write them where `out` says."""
     console.set_up_logging(False)
     with tempfile.TemporaryDirectory(prefix="curate-plan-") as folder:
         runs = [
@@ -23,6 +29,8 @@ def print_plan(
             for name, rows in (("small", sample // 4), ("large", sample))
         ]
         estimates = estimate(runs[0], runs[1], images)
+    if out is not None:
+        storage.write_json(out, [vars(one) for one in estimates])
     if as_json:
         console.print_json([vars(one) for one in estimates])
     else:

@@ -39,6 +39,7 @@ def test_write_card__croissant_names_files_and_columns(card):
     assert {field["source"]["fileSet"]["@id"] for field in records["field"]} <= known
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:rdflib")
 def test_write_card__valid_for_mlcroissant(card, tmp_path):
     croissant = pytest.importorskip("mlcroissant", reason="needs mlcroissant: pip install it")
     path = tmp_path / "croissant.json"

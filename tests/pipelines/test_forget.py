@@ -1,5 +1,6 @@
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from pipelines.forget import JOURNAL, forget
 from pipelines.report.page import write_page
 from pipelines.runner import read_run
 from pipelines.seal import write_seal
+from pipelines.serving.catalog_file import catalog_of
 from pipelines.verbs import audit
 from pipelines.verify import verify
 from tests.pipelines.audited_run import copied_run, finished_run
@@ -136,3 +138,10 @@ def test_forget_images__command(work, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("\n")
     with pytest.raises(ConfigError, match="names nothing"):
         audit.forget_images(str(work), lists, False, False)
+
+
+def test_forget__sorted_lists_of_the_server_go_too(work):
+    file = Path(catalog_of(str(work)))
+    assert defects(work) == []
+    forget(str(work), "ids", [id_of("03.jpg")])
+    assert not file.exists()

@@ -1,25 +1,20 @@
-import html
 import json
-import os
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
+import numpy as np
 import pytest
 
 from curation.errors import DatasetError
 from pipelines.funnel import FunnelRow
 from pipelines.report import charts
-from pipelines.report.page import render, write_page
+from pipelines.report.groups import groups_of
+from pipelines.report.page import planned_seconds, render, write_page
 from pipelines.report.page_tables import parts_of_set
 from pipelines.report.pictures import MAX_SIDE, Pictures, thumbnail
 from pipelines.report.units import percent, size
 from pipelines.work_folder import WorkFolder
 from tests.pipelines.audited_run import HOSTILE, copied_run, finished_run
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Tags(HTMLParser):
@@ -167,56 +162,6 @@ def test_size__units(value, text):
     assert size(value) == text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-def test_page__runs_in_a_browser_without_errors(tmp_path):
-    """The script opens a picture, searches, and reports through the title of the page."""
-    out = tmp_path / "report.html"
-    write_page(str(finished_run()), str(out))
-    out.write_text(out.read_text().replace("</body>", f"<script>{PROBE}</script></body>"))
-    command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000"),
-        *("--dump-dom", f"--user-data-dir={tmp_path / 'profile'}", out.as_uri()),
-    ]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    title = re.search("<title>(.*?)</title>", found.stdout, re.S)
-    assert title is not None
-    assert json.loads(title.group(1).replace("&quot;", '"')) == {
-        "errors": [],
-        "opened": True,
-        "facts": True,
-        "next": True,
-        "closed": True,
-        "found": "2 images",
-        "dark": "dark",
-    }
-
-
-PROBE = """
-const errors = [];
-addEventListener("error", (event) => errors.push(event.message));
-const click = (one) => one.dispatchEvent(new MouseEvent("click", { bubbles: true }));
-const key = (one, name) =>
-  one.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
-const viewer = document.getElementById("viewer");
-click(document.querySelector(".look"));
-const opened = viewer.open;
-const first = viewer.querySelector("dd").textContent;
-const facts = first.length === 32;
-key(viewer, "ArrowRight");
-const next = viewer.querySelector("dd").textContent !== first;
-viewer.close();
-const search = document.getElementById("search");
-search.value = "dropped leak.jpg";
-search.dispatchEvent(new Event("input"));
-document.documentElement.dataset.theme = "light";
-click(document.getElementById("theme"));
-document.title = JSON.stringify({
-  errors, opened, facts, next, closed: !viewer.open,
-  found: document.getElementById("found").value, dark: document.documentElement.dataset.theme,
-});
-"""
-
-
 def test_pictures__row_of_the_union_is_found_in_its_set():
     work = WorkFolder(str(finished_run()))
     pictures = Pictures(work)
@@ -229,37 +174,27 @@ def test_pictures__row_of_the_union_is_found_in_its_set():
     assert not pictures.get(unknown).data
 
 
-AXE = Path(os.environ.get("AXE_CORE", "node_modules/axe-core/axe.min.js"))
+def test_groups_of__numbers_the_fullest_first_and_counts_what_is_kept():
+    rng = np.random.default_rng(0)
+    centres = np.eye(3, 8)
+    labels = np.repeat([0, 1, 2], [30, 60, 10])
+    vectors = centres[labels] + rng.normal(0, 0.01, (100, 8))
+    kept = labels != 1
+    groups = groups_of(vectors.astype(np.float32), kept)
+    assert sum(groups.before) == 100
+    assert sum(groups.after) == 40
+    assert groups.before == sorted(groups.before, reverse=True)
+    fullest = groups.labels == 0
+    assert len(set(labels[fullest])) == 1
+    assert groups_of(vectors[:3], kept[:3]) is None
 
 
-@pytest.mark.skipif(
-    CHROMIUM is None or not AXE.is_file(),
-    reason="needs Chromium, and axe-core: npm install axe-core, or its file in AXE_CORE",
-)
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_page__has_no_serious_barrier(tmp_path, theme):
-    """Run axe-core on the page; its findings come back through the title."""
-    out = tmp_path / "report.html"
-    write_page(str(finished_run()), str(out))
-    axe = AXE.read_text(encoding="utf-8").replace("</script", "<\\/script")
-    probe = PROBE_AXE.replace("THEME", theme)
-    scripts = f"<script>{axe}</script><script>{probe}</script></body>"
-    out.write_text(out.read_text().replace("</body>", scripts))
-    command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000"),
-        *("--dump-dom", f"--user-data-dir={tmp_path / 'profile'}", out.as_uri()),
-    ]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    title = re.search("<title>(.*?)</title>", found.stdout, re.S)
-    assert title is not None
-    violations = json.loads(html.unescape(title.group(1)))
-    assert [one for one in violations if one[1] in ("serious", "critical")] == []
-
-
-PROBE_AXE = """
-document.documentElement.dataset.theme = "THEME";
-axe.run(document, { resultTypes: ["violations"] }).then((result) => {
-  document.title = JSON.stringify(
-    result.violations.map((one) => [one.id, one.impact, one.nodes[0].html.slice(0, 200)]));
-});
-"""
+def test_planned_seconds__scale_with_the_rows_that_came(tmp_path):
+    work = copied_run(tmp_path)
+    plan = [{"stage": "embed", "rows": 280, "core_hours": 1 / 360, "disk_bytes": 0}]
+    (work / "plan.json").write_text(json.dumps(plan))
+    folder = WorkFolder(str(work))
+    rows = next(e.record.rows_in for e in folder.record.pool if e.stage == "embed")
+    assert planned_seconds(folder) == {"embed": pytest.approx(10 * rows / 280)}
+    text = render(folder)
+    assert "planned</th>" in text

@@ -114,3 +114,23 @@ def test_print_stats__json_and_tables(capsys):
     assert "similarity" in shown
     audit.print_stats(str(finished_run()), False, by="format")
     assert "JPEG" in capsys.readouterr().out
+
+
+def test_stats_of__languages_of_alternative_texts(tmp_path):
+    texts = [
+        "a red house at the edge of the forest",
+        "ein rotes Haus steht am Rand des Waldes",
+        "an old man is walking his dog in the park",
+        "IMG 12",
+        None,
+        "",
+    ]
+    pq.write_table(pa.table({"id": list("uvwxyz"), "alt": texts}), tmp_path / "a.parquet")
+    found = {row["language"]: row["rows_of_sample"] for row in stats_of(str(tmp_path))["languages"]}
+    assert found == {"en": 2, "de": 1, "too short to tell": 1}
+    assert stats_of(str(finished_run()))["languages"] == []
+
+
+def test_count_by_column__source_is_the_set_and_cluster_a_column():
+    assert count_by_column(str(finished_run()), "source")[0] == {"value": "web", "rows": 14}
+    assert sum(row["rows"] for row in count_by_column(str(finished_run()), "cluster")) == 17

@@ -8,7 +8,12 @@
       ? root.dataset.theme === "dark"
       : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "light" : "dark";
+    try { localStorage.setItem("theme", root.dataset.theme); } catch { /* a file has no storage */ }
   });
+  try {
+    const before = localStorage.getItem("theme");
+    if (before) root.dataset.theme = before;
+  } catch { /* nothing to remember */ }
 
   // one image at a time, with all that is known of it
   const viewer = document.getElementById("viewer");
@@ -24,10 +29,10 @@
   };
   const open = (button) => {
     current = button;
-    const { id, flow, source, size, role, facts } = button.dataset;
+    const { id, flow, source, size, role, facts, full, page } = button.dataset;
     viewer.querySelector("h3").textContent = role || "Image";
     const image = viewer.querySelector("img");
-    image.src = button.querySelector("img").src;
+    image.src = full || button.querySelector("img").src;
     image.alt = `Image ${id}`;
     const list = viewer.querySelector("dl");
     list.replaceChildren();
@@ -36,6 +41,15 @@
     pair(list, "source", source);
     pair(list, "stored size", size);
     for (const [name, value] of Object.entries(JSON.parse(facts || "{}"))) pair(list, name, value);
+    const life = viewer.querySelector(".life");
+    life.hidden = !page;
+    life.replaceChildren();
+    if (page) {
+      const link = document.createElement("a");
+      link.href = page;
+      link.textContent = "Its whole life";
+      life.append(link);
+    }
     if (!viewer.open) viewer.showModal();
   };
   const move = (step) => {
@@ -48,6 +62,7 @@
     if (!button) return;
     if (button.classList.contains("veiled")) {
       button.classList.remove("veiled");
+      if (button.dataset.full) button.querySelector("img").src = button.dataset.full;
       button.setAttribute("aria-label", `Image ${button.dataset.id.slice(0, 8)}: details`);
       return;
     }
@@ -130,7 +145,7 @@
   }
 
   // where the reader is
-  const links = new Map(all("nav a").map((one) => [one.getAttribute("href").slice(1), one]));
+  const links = new Map(all('nav a[href^="#"]').map((one) => [one.getAttribute("href").slice(1), one]));
   const watch = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;

@@ -1,0 +1,1 @@
+"""The threshold lab: judge samples, see what each threshold would do, before committing to one."""

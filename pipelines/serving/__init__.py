@@ -1,0 +1,1 @@
+"""`curate serve`: the report live, for sets too large for one page."""

@@ -1,0 +1,232 @@
+import json
+import shutil
+
+import httpx
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import uvicorn
+
+from curation.errors import ConfigError
+from pipelines.calibration import curves, truth
+from pipelines.calibration.app import add_lab
+from pipelines.calibration.curves import Effects, by_bin, curve, wilson
+from pipelines.calibration.judgements import Judgements
+from pipelines.calibration.lab import Lab
+from pipelines.calibration.questions import Kind, Question, Sample, Stratum, draw
+from pipelines.calibration.removals import effects_of
+from pipelines.serving.app import listening, make_app
+from pipelines.serving.catalog import Catalog
+from pipelines.serving.catalog_file import catalog_of
+from pipelines.verbs import calibrate as verb
+from pipelines.work_folder import WorkFolder
+from tests.pipelines.audited_run import TinyEncoder, finished_run
+from tests.pipelines.browser import needs_chromium, opened_browser, opened_page
+
+RATES = (0.0, 0.1, 0.5, 0.9, 1.0)
+"""Share of true copies in five bins between 0.5 and 1."""
+ROWS = (40_000, 8_000, 3_000, 1_500, 700)
+
+
+def made_population(rng):
+    """Scores and truth of every row, and the bins they lie in."""
+    bins = np.repeat(np.arange(5), ROWS)
+    scores = 0.5 + (bins + rng.random(len(bins))) / 10
+    return scores, rng.random(len(bins)) < np.array(RATES)[bins], bins
+
+
+def made_sample(scores, truths, bins, per_bin, rng):
+    """A stratified sample of it, with all answers."""
+    strata, answers = [], {}
+    for number in range(5):
+        members = rng.choice(np.flatnonzero(bins == number), per_bin, replace=False)
+        asked = tuple(Question("pool", str(m), float(scores[m])) for m in members)
+        answers |= {str(m): bool(truths[m]) for m in members}
+        strata.append(Stratum(0.5 + number / 10, 0.6 + number / 10, ROWS[number], asked))
+    return Sample(Kind.dedup, tuple(strata), 0.75), answers
+
+
+def effects_at(scores, thresholds):
+    above = np.array([(scores > t).sum() for t in thresholds], np.int64)
+    return Effects(np.array(thresholds), above, above)
+
+
+def test_curve__intervals_cover_the_truth_as_often_as_they_say(monkeypatch):
+    """40 samples of one population: precision and recall at a threshold, 95 % intervals."""
+    monkeypatch.setattr(curves, "_RESAMPLES", 100)
+    rng = np.random.default_rng(0)
+    scores, truths, bins = made_population(rng)
+    effects = effects_at(scores, [0.7, 0.8])
+    precision = [truths[scores > t].mean() for t in (0.7, 0.8)]
+    recall = [truths[scores > t].sum() / truths.sum() for t in (0.7, 0.8)]
+    covered = np.zeros((40, 2, 2))
+    for trial in range(40):
+        sample, answers = made_sample(scores, truths, bins, 30, rng)
+        points = curve(sample, answers, effects, rng)
+        for t, point in enumerate(points):
+            covered[trial, 0, t] = point.precision_low <= precision[t] <= point.precision_high
+            covered[trial, 1, t] = point.recall_low <= recall[t] <= point.recall_high
+    assert covered.mean(axis=0).min() >= 0.85
+    assert covered.mean() <= 1.0
+
+
+def test_curve__many_answers_come_near_the_truth():
+    rng = np.random.default_rng(1)
+    scores, truths, bins = made_population(rng)
+    sample, answers = made_sample(scores, truths, bins, 600, rng)
+    (point,) = curve(sample, answers, effects_at(scores, [0.75]), rng)
+    assert point.precision == pytest.approx(truths[scores > 0.75].mean(), abs=0.03)
+    assert point.recall == pytest.approx(truths[scores > 0.75].sum() / truths.sum(), abs=0.08)
+    assert point.above == (scores > 0.75).sum()
+
+
+def test_curve__equal_answers_claim_no_certainty():
+    rng = np.random.default_rng(2)
+    asked = tuple(Question("pool", str(n), 0.9) for n in range(5))
+    sample = Sample(Kind.nsfw, (Stratum(0.8, 1.0, 100, asked),), None)
+    (point,) = curve(sample, {str(n): True for n in range(5)}, effects_at(np.ones(100), [0.5]), rng)
+    assert point.precision == 1
+    assert point.precision_low < 0.85
+
+
+def test_curve__unsure_and_unasked_are_left_out():
+    rng = np.random.default_rng(3)
+    asked = tuple(Question("pool", str(n), 0.9) for n in range(4))
+    sample = Sample(Kind.nsfw, (Stratum(0.8, 1.0, 100, asked),), None)
+    assert curve(sample, {"0": None}, effects_at(np.ones(100), [0.5]), rng) == []
+    (found,) = by_bin(sample, {"0": None, "1": True, "2": False})
+    assert (found["judged"], found["positive"]) == (2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("hits", "tries", "low", "high"), [(0, 0, 0, 1), (0, 10, 0, 0.2775), (9, 10, 0.5958, 0.9821)]
+)
+def test_wilson__known_values(hits, tries, low, high):
+    assert wilson(hits, tries) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def catalog():
+    with Catalog(catalog_of(str(finished_run()))) as opened:
+        yield opened
+
+
+def sample_of(catalog, kind=Kind.dedup, per_bin=5):
+    work = WorkFolder(str(finished_run()))
+    return draw(catalog, work, kind, 4, per_bin, np.random.default_rng(0))
+
+
+def test_draw__strata_hold_all_rows_and_pairs_are_those_of_the_verdicts(catalog):
+    work = WorkFolder(str(finished_run()))
+    for kind, stage in ((Kind.dedup, "near_dedup"), (Kind.leaks, "leaks")):
+        sample = sample_of(catalog, kind)
+        verdicts = {
+            (row["id"], row["twin"], row["twin_set"] or "pool")
+            for flow in work.flows
+            if (found := work.stage(flow, stage))
+            for row in found.decisions.read(["id", "twin", "twin_set"]).to_pylist()
+        }
+        questions = [q for stratum in sample.strata for q in stratum.questions]
+        assert questions
+        assert sum(s.rows for s in sample.strata) == catalog.size(f"{stage}.similarity")
+        for stratum in sample.strata:
+            for question in stratum.questions:
+                assert stratum.low - 1e-6 <= question.score <= stratum.high + 1e-6
+                assert (question.id, question.twin, question.twin_flow) in verdicts
+    assert sample_of(catalog) == sample_of(catalog)
+
+
+def test_draw__score_that_the_run_lacks(catalog):
+    with pytest.raises(ConfigError, match=r"has no 'nsfw\.nsfw_score' to calibrate 'nsfw' by"):
+        sample_of(catalog, Kind.nsfw)
+
+
+def test_effects_of__predict_what_the_run_removed(catalog):
+    work = WorkFolder(str(finished_run()))
+    own = catalog.scores["near_dedup.similarity"].thresholds[0]
+    effects = effects_of(catalog, work, Kind.dedup, np.array([-1.0, own, 1.0]))
+    dropped = work.stage("pool", "near_dedup").entry.record.dropped["near_duplicate"]
+    assert effects.removed[1] == dropped > 0
+    assert effects.removed[2] == 0
+    leaks = effects_of(catalog, work, Kind.leaks, np.array([0.9]))
+    assert leaks.removed[0] == 1
+
+
+def test_recall_by_edit__finds_easy_edits_and_names_each(monkeypatch):
+    monkeypatch.setattr(truth, "encoder_of", lambda *_: TinyEncoder())
+    found = truth.recall_by_edit(WorkFolder(str(finished_run())), False, 8, 0)
+    edits = {one["edit"]: one for one in found["edits"]}
+    assert found["images"] == 8
+    assert edits["jpeg_q30"]["recall"] == 1
+    assert edits["flip"]["recall"] < 1  # 16 x 16 pixels know no mirror
+    assert edits["flip"]["recall_low"] <= edits["flip"]["recall"] <= edits["flip"]["recall_high"]
+    recalls = [point["recall"] for point in found["curve"]]
+    assert recalls == sorted(recalls, reverse=True)
+
+
+def test_print_truth__nsfw_has_none():
+    with pytest.raises(ConfigError, match="judge a sample"):
+        verb.print_truth("nsfw", str(finished_run()), 5, 0, True)
+
+
+@pytest.fixture
+def lab_site(tmp_path):
+    """The lab of near duplicates behind a server: its address, and where its answers lie."""
+    import threading
+    import time
+
+    file = str(shutil.copy(catalog_of(str(finished_run())), tmp_path / "catalog.duckdb"))
+    path = str(tmp_path / "answers.parquet")
+    app = make_app(str(finished_run()), file)
+    catalog = app.state.audit.catalog
+    work = WorkFolder(str(finished_run()))
+    add_lab(app, Lab(work, catalog, sample_of(catalog), Judgements.at(path), 0))
+    listener = listening("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}", path
+    server.should_exit = True
+    thread.join()
+    listener.close()
+
+
+def test_lab__answers_are_kept_and_only_from_its_own_pages(lab_site):
+    url, path = lab_site
+    with httpx.Client(base_url=url) as client:
+        refused = client.post("/calibrate/0/yes", headers={"origin": "http://evil.example"})
+        assert refused.status_code == 403
+        assert client.post("/calibrate/0/maybe").status_code == 422
+        assert client.post("/calibrate/99999/yes").status_code == 404
+        assert client.post("/calibrate/0/yes", headers={"origin": url}).status_code == 303
+        assert client.post("/calibrate/0/no").status_code == 303
+    rows = pq.read_table(path).to_pylist()
+    assert [row["positive"] for row in rows] == [True, False]
+    assert Judgements.at(path).read() == {rows[0]["key"]: False}
+
+
+@needs_chromium
+def test_lab__judging_by_keys_until_all_is_answered(lab_site):
+    url, path = lab_site
+    with opened_browser() as browser, opened_page(browser) as page:
+        page.goto(url + "/calibrate")
+        total = int(page.locator("#progress").inner_text().split()[2])
+        for number in range(total):
+            assert page.locator(".question .look").count() == 2
+            with page.expect_navigation():
+                page.keyboard.press("n" if number % 3 else "y")
+        assert page.locator(".question").count() == 0
+        assert page.locator("polygon.band").count() == 2
+        assert page.locator("tr.own").count() == 1
+    assert len(Judgements.at(path).read()) == total
+
+
+def test_print_figures__are_json(tmp_path, capsys):
+    asked = verb.Asked("dedup", str(finished_run()), 4, 5, str(tmp_path / "none.parquet"), None, 0)
+    verb.print_figures(asked)
+    found = json.loads(capsys.readouterr().out)
+    assert found["answered"] == 0
+    assert found["curve"] == []
+    assert found["removals"][-1]["removed"] == 0
