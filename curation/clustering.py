@@ -4,6 +4,7 @@ The sample is the rows with the smallest hash of (seed, id), in the order of tha
 depend on shards, workers or engine. N rows, D width, C centroids.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from curation.neighbors.centroid_index import FLAT_UP_TO, CentroidIndex
 from curation.neighbors.quantized import integer_products, quantize_rows
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.threads import side_by_side
 from curation.neighbors.vectors import unit_rows, vectors_of
 from curation.stage import Engine
 
@@ -89,7 +91,9 @@ def _lowest_level(dataset: Dataset, path: str) -> np.ndarray:
     parts = []
     for shard in range(dataset.num_shards):
         table = dataset.read_shard(shard, ["level", "embedding"])
-        if table.num_rows and table["level"][0].as_py() > 1:
+        if table.num_rows == 0:
+            continue
+        if table["level"][0].as_py() > 1:
             break
         parts.append(vectors_of(table["embedding"], path))
     if not parts:
@@ -288,21 +292,34 @@ def spread_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.nd
     rows: (N, D) float32, unit rows, N at least `count`.
     """
     trials, quantized = 2 + int(np.log(count)), quantize_rows(rows)
+    lengths = np.sqrt(np.einsum("nd,nd->n", quantized, quantized, dtype=np.int64))  # (N,)
     chosen = [int(rng.integers(len(rows)))]
-    squared = _squared_distances(quantized, chosen)[0]  # (N,) to the nearest chosen row
+    squared = _squared_distances(quantized, lengths, chosen)[0]  # (N,) to the nearest chosen row
     for _ in range(count - 1):
         total = squared.sum()
         weights = squared / total if total > 0 else None
         tried = rng.choice(len(rows), trials, p=weights)
-        after = np.minimum(squared, _squared_distances(quantized, tried))  # (trials, N)
+        after = np.minimum(squared, _squared_distances(quantized, lengths, tried))  # (trials, N)
         best = int(after.sum(axis=1).argmin())
         chosen.append(int(tried[best]))
         squared = after[best]
     return np.ascontiguousarray(rows[chosen])
 
 
-def _squared_distances(quantized: np.ndarray, chosen: Any) -> np.ndarray:
-    """(M, N) float64, of chosen rows to all, as unit rows; of integers, so the same anywhere."""
-    products = integer_products(quantized, quantized[chosen]).numpy().T  # (M, N)
-    lengths = np.sqrt(np.einsum("nd,nd->n", quantized, quantized, dtype=np.int64))  # (N,)
-    return np.asarray(np.maximum(0, 2 - 2 * products / (lengths[chosen][:, None] * lengths)))
+def _squared_distances(
+    quantized: np.ndarray, lengths: np.ndarray, chosen: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """(M, N) float64, of chosen rows to all, as unit rows; of integers, so the same anywhere.
+
+    quantized: (N, D) int8; lengths: (N,) of each; chosen: (M,) numbers of rows.
+    """
+    found, others = np.empty((len(chosen), len(quantized))), quantized[chosen]
+    scales = lengths[chosen][:, None]
+
+    def measure(start: int) -> None:
+        some = slice(start, start + _ROWS_AT_ONCE)
+        products = integer_products(quantized[some], others).numpy().T  # (M, n)
+        found[:, some] = np.maximum(0, 2 - 2 * products / (scales * lengths[some]))
+
+    side_by_side(measure, range(0, len(quantized), _ROWS_AT_ONCE))
+    return found

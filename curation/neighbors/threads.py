@@ -19,7 +19,7 @@ def side_by_side(work: Callable[[Item], None], items: Iterable[Item]) -> None:
     import torch
 
     waiting, count = list(items), torch.get_num_threads()
-    if count == 1 or len(waiting) <= 1:
+    if count == 1:
         for item in waiting:
             work(item)
     else:
@@ -34,7 +34,8 @@ def _pool(count: int) -> ThreadPoolExecutor:
     before, all_here = torch.get_num_threads(), threading.Barrier(count)
 
     def start(_: int) -> None:
-        torch.set_num_threads(1)  # of this thread, and of those that start later
+        torch.get_num_threads()  # a thread takes the common number at its first question
+        torch.set_num_threads(1)  # from then on its own
         all_here.wait()
 
     pool = ThreadPoolExecutor(count, "side-by-side")
