@@ -5,6 +5,7 @@ wait: products of 2,000 x 1,000 took 0.65 s of CPU on two threads where one need
 that take a block each never wait before the last.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +24,12 @@ def side_by_side(work: Callable[[Item], None], items: Iterable[Item]) -> None:
         for item in waiting:
             work(item)
     else:
-        list(_pool(count).map(work, waiting))
+        list(_pool(count, os.getpid()).map(work, waiting))
 
 
 @cache
-def _pool(count: int) -> ThreadPoolExecutor:
-    """Threads that each compute alone."""
+def _pool(count: int, process: int) -> ThreadPoolExecutor:
+    """Threads that each compute alone; those of this process, since a fork has none of them."""
     import torch
 
     before, all_here = torch.get_num_threads(), threading.Barrier(count)
