@@ -4,6 +4,7 @@ The sample is the rows with the smallest hash of (seed, id), in the order of tha
 depend on shards, workers or engine. N rows, D width, C centroids.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,24 @@ import numpy as np
 
 from curation import storage
 from curation.dataset import Dataset
-from curation.errors import SpaceError
-from curation.neighbors.quantized import nearest_centroids, quantize_centroids, quantize_rows
+from curation.errors import SchemaError, SpaceError
+from curation.neighbors.centroid_index import FLAT_UP_TO, CentroidIndex
+from curation.neighbors.quantized import integer_products, quantize_rows
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.threads import side_by_side
 from curation.neighbors.vectors import unit_rows, vectors_of
 from curation.stage import Engine
 
 _ROWS_AT_ONCE = 1 << 13
 _SPREAD_UP_TO = 512
 """Centroids up to which k-means++ chooses the first ones; it costs a pass a centroid."""
+_SAMPLE_BYTES = 2 << 30
+"""What a sample may take, as stored and as 8-bit integers."""
+_TRAINED_SHARE = 0.9
+"""Share of the rows that must meet their nearest centroid while centroids still move."""
+_ROWS_ASKED = 2000
+"""Rows on which that share is measured."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +54,16 @@ def train_centroids(
     seed: int,
     iterations: int = 20,
     rows_per_centroid: int = 256,
+    sample_bytes: int = _SAMPLE_BYTES,
 ) -> Centroids:
-    """Spherical k-means on a sample of the rows; fewer centroids where there are fewer rows."""
+    """Spherical k-means on a sample of the rows; fewer centroids where there are fewer rows.
+
+    sample_bytes: what the sample may take in memory; it holds two rows a centroid at least.
+    """
     count = max(1, min(count, files.num_rows))
-    train = _Train(files, count, folder, seed, iterations, rows_per_centroid)
+    fits = sample_bytes // (files.width * (np.dtype(files.dtype).itemsize + 1))
+    size = max(2 * count, min(count * rows_per_centroid, fits))
+    train = _Train(files, count, folder, seed, iterations, size)
     facts = run_steps(engine, train, 1, storage.join(folder, "trained"), "train centroids")
     return Centroids(train.path, facts[0]["count"], files.width)
 
@@ -57,9 +72,10 @@ def copy_centroids(path: str, width: int, folder: str) -> Centroids:
     """The first level's centroids of an earlier `cluster`, as a file for this run.
 
     Raises:
+        SchemaError: there are none.
         SpaceError: they are of another width.
     """
-    rows = vectors_of(Dataset.open(path).read_shard(0, ["embedding"])["embedding"], path)
+    rows = _lowest_level(Dataset.open(path), path)
     if rows.shape[1] != width:
         raise SpaceError(
             f"{path}: centroids of width {rows.shape[1]}, but the pool has width {width}; "
@@ -68,6 +84,21 @@ def copy_centroids(path: str, width: int, folder: str) -> Centroids:
     target = storage.join(folder, "given-centroids.bin")
     write_array(target, rows.astype(np.float32))
     return Centroids(target, len(rows), width)
+
+
+def _lowest_level(dataset: Dataset, path: str) -> np.ndarray:
+    """(C, D): centroids of level 1, which come first; a split level fills several shards."""
+    parts = []
+    for shard in range(dataset.num_shards):
+        table = dataset.read_shard(shard, ["level", "embedding"])
+        if table.num_rows == 0:
+            continue
+        if table["level"][0].as_py() > 1:
+            break
+        parts.append(vectors_of(table["embedding"], path))
+    if not parts:
+        raise SchemaError(f"{path}: holds no centroids; cluster a pool that has rows")
+    return np.concatenate(parts)
 
 
 def assign_exactly(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -135,25 +166,24 @@ class _Train(Work):
     folder: str
     seed: int
     iterations: int
-    rows_per_centroid: int
+    size: int
 
     @property
     def path(self) -> str:
         return storage.join(self.folder, "centroids.bin")
 
     def __call__(self, item: int, opened: Any) -> Done:
-        size = self.count * self.rows_per_centroid
-        sample = sample_positions(self.files, size, "centroids", self.seed)
-        rows = unit_rows(self.files.gather("vectors", sample)).astype(np.float32)
-        centroids = spherical_kmeans(rows, min(self.count, len(rows)), self.iterations, self.seed)
+        sample = sample_positions(self.files, self.size, "centroids", self.seed)
+        rows = self.files.gather("vectors", sample)
+        centroids = spherical_kmeans(rows, self.count, self.iterations, self.seed)
         write_array(self.path, centroids)
         return Done([self.path], {"count": len(centroids)})
 
 
 def spherical_kmeans(rows: np.ndarray, count: int, iterations: int, seed: int) -> np.ndarray:
-    """(C, D) float32: unit centroids of unit rows. rows: (N, D) float32 or float16."""
+    """(C, D) float32: unit centroids. rows: (N, D) float32 or float16, of any length."""
     rng = np.random.default_rng(seed)
-    return lloyd(rows, quantize_rows(rows), count, iterations, rng)[0]
+    return lloyd(rows, quantize_rows(rows), count, iterations, rng, assign=False)[0]
 
 
 def lloyd(
@@ -163,45 +193,77 @@ def lloyd(
     iterations: int,
     rng: np.random.Generator,
     start: np.ndarray | None = None,
+    *,
+    assign: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Spherical k-means in memory: centroids (C, D) float32, and nearest of each row (N,) int32.
 
     Rows find their centroid by exact products of 8-bit integers, centroids are means of the rows
     themselves. A centroid without rows is put beside that with most rows, a little to the side.
+    It ends early where no row changes its centroid.
 
     rows: (N, D) of any length; quantized: the same as (N, D) int8. start: (C, D) float32, the
-    centroids to begin with; drawn from the rows where it is None.
+    centroids to begin with; drawn from the rows where it is None. assign: whether the nearest of
+    each row among the last centroids are wanted; they cost an iteration. Else (0,) int32.
     """
-    count = min(count, len(rows)) if start is None else len(start)
-    if start is not None:
-        centroids = start
-    elif count <= _SPREAD_UP_TO:
-        centroids = spread_rows(unit_rows(rows[: 64 * count]).astype(np.float32), count, rng)
-    else:
-        chosen = np.sort(rng.choice(len(rows), count, replace=False))
-        centroids = unit_rows(rows[chosen]).astype(np.float32)
-    nearest = nearest_centroids(quantized, quantize_centroids(centroids))
+    centroids = first_centroids(rows, count, rng) if start is None else start
+    before, done = np.empty(0, np.int32), False
     for _ in range(iterations):
-        sums, counts = cluster_sums(rows, nearest, count)
+        nearest = _nearest(quantized, centroids, rng)
+        if np.array_equal(nearest, before):
+            done = True
+            break
+        sums, counts = cluster_sums(rows, nearest, len(centroids))
         centroids = means_of(sums, counts, centroids, rng)
-        nearest = nearest_centroids(quantized, quantize_centroids(centroids))
-    return centroids, nearest
+        before = nearest if counts.all() else np.empty(0, np.int32)
+    if not assign:
+        return centroids, np.empty(0, np.int32)
+    return centroids, before if done else _nearest(quantized, centroids, rng)
+
+
+def first_centroids(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(C, D) float32, unit rows: rows far from each other, or any where they are many."""
+    count = min(count, len(rows))
+    if count <= _SPREAD_UP_TO:
+        return spread_rows(unit_rows(rows[: 64 * count]).astype(np.float32), count, rng)
+    chosen = np.sort(rng.choice(len(rows), count, replace=False))
+    return unit_rows(rows[chosen]).astype(np.float32)
+
+
+def _nearest(quantized: np.ndarray, centroids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(N,) int32: nearest centroid of each row while they move."""
+    sample = quantized[:: max(1, len(quantized) // _ROWS_ASKED)]
+    return index_centroids(centroids, sample, _TRAINED_SHARE, rng)[0].nearest(quantized)
+
+
+def index_centroids(
+    centroids: np.ndarray, sample: np.ndarray, share: float, rng: np.random.Generator
+) -> tuple[CentroidIndex, float]:
+    """Make centroids ready for rows; give the share of the sample that meets its nearest, too.
+
+    centroids: (C, D) float32, unit rows; sample: (S, D) int8; share: the least that is wanted.
+    """
+    if len(centroids) <= FLAT_UP_TO:
+        return CentroidIndex.flat(centroids), 1.0
+    count, quantized = round(np.sqrt(len(centroids))), quantize_rows(centroids)
+    groups, _ = lloyd(centroids, quantized, count, 6, rng, assign=False)
+    return CentroidIndex.grouped(centroids, groups, sample, share)
 
 
 def cluster_sums(
     rows: np.ndarray, nearest: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum of the unit rows of each cluster, (C, D) float64, and their number, (C,) int64."""
-    import torch
+    from scipy.sparse import csc_matrix
 
     sums = np.zeros((count, rows.shape[1]))
     block = max(_ROWS_AT_ONCE, count)
     for start in range(0, len(rows), block):
-        some = rows[start : start + block].astype(np.float32)
-        some /= np.sqrt(np.einsum("nd,nd->n", some, some))[:, None]
-        part = torch.zeros(count, rows.shape[1])
-        own = torch.from_numpy(nearest[start : start + len(some)].astype(np.int64))
-        sums += part.index_add_(0, own, torch.from_numpy(some)).numpy()
+        some = np.asarray(rows[start : start + block], np.float32)
+        scales = 1 / np.sqrt(np.einsum("nd,nd->n", some, some))
+        owners = nearest[start : start + len(some)]
+        columns = np.arange(len(some) + 1)  # one entry a row, in its cluster's line
+        sums += csc_matrix((scales, owners, columns), shape=(count, len(some))) @ some
     return sums, np.bincount(nearest, minlength=count)
 
 
@@ -229,20 +291,35 @@ def spread_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.nd
     Of a few rows drawn at a time, the one that brings all rows nearest is taken.
     rows: (N, D) float32, unit rows, N at least `count`.
     """
-    trials = 2 + int(np.log(count))
+    trials, quantized = 2 + int(np.log(count)), quantize_rows(rows)
+    lengths = np.sqrt(np.einsum("nd,nd->n", quantized, quantized, dtype=np.int64))  # (N,)
     chosen = [int(rng.integers(len(rows)))]
-    squared = _squared_distances(rows, rows[chosen])[0]  # (N,) to the nearest chosen row
+    squared = _squared_distances(quantized, lengths, chosen)[0]  # (N,) to the nearest chosen row
     for _ in range(count - 1):
         total = squared.sum()
         weights = squared / total if total > 0 else None
         tried = rng.choice(len(rows), trials, p=weights)
-        after = np.minimum(squared, _squared_distances(rows, rows[tried]))  # (trials, N)
+        after = np.minimum(squared, _squared_distances(quantized, lengths, tried))  # (trials, N)
         best = int(after.sum(axis=1).argmin())
         chosen.append(int(tried[best]))
         squared = after[best]
     return np.ascontiguousarray(rows[chosen])
 
 
-def _squared_distances(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(M, N) float64, between (M, D) and (N, D) unit rows."""
-    return np.asarray(np.maximum(0, 2 - 2 * (others @ rows.T)), np.float64)
+def _squared_distances(
+    quantized: np.ndarray, lengths: np.ndarray, chosen: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """(M, N) float64, of chosen rows to all, as unit rows; of integers, so the same anywhere.
+
+    quantized: (N, D) int8; lengths: (N,) of each; chosen: (M,) numbers of rows.
+    """
+    found, others = np.empty((len(chosen), len(quantized))), quantized[chosen]
+    scales = lengths[chosen][:, None]
+
+    def measure(start: int) -> None:
+        some = slice(start, start + _ROWS_AT_ONCE)
+        products = integer_products(quantized[some], others).numpy().T  # (M, n)
+        found[:, some] = np.maximum(0, 2 - 2 * products / (scales * lengths[some]))
+
+    side_by_side(measure, range(0, len(quantized), _ROWS_AT_ONCE))
+    return found

@@ -7,7 +7,7 @@ passes through the driver but small results.
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -87,11 +87,13 @@ class Exchange:
 
     def read(self, bucket: int, num_items: int) -> pa.Table:
         """Rows of one bucket from all mapped items, in item order."""
-        batches = []
+        return pa.Table.from_batches(list(self.batches(bucket, num_items)))
+
+    def batches(self, bucket: int, num_items: int) -> Iterator[pa.RecordBatch]:
+        """Rows of one bucket, a batch an item, for buckets that are not held whole."""
         for item in range(num_items):
             with storage.open_read(self.mapped_path(item)) as file:
-                batches.append(pa.ipc.open_file(file).get_batch(bucket))
-        return pa.Table.from_batches(batches)
+                yield pa.ipc.open_file(file).get_batch(bucket)
 
 
 @dataclass(frozen=True)

@@ -362,7 +362,12 @@ def cluster(
     embeddings: Annotated[str, typer.Argument(help="Output of embed, or any Parquet of vectors.")],
     out: Out,
     levels: Annotated[
-        str, typer.Option("--levels", help="Clusters of each level, the lowest first: 5000,500.")
+        str,
+        typer.Option(
+            "--levels",
+            help="Clusters of each level, the lowest first: 5000,500. The lowest may be split: "
+            "100000x100,500000 splits each of 100000 into 100.",
+        ),
     ],
     changes: Changes = None,
     id_column: IdColumn = "id",

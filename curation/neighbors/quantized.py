@@ -11,7 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from curation.neighbors.threads import side_by_side
+
 _ROWS_AT_ONCE = 1 << 13
+_PRODUCTS_AT_ONCE = 1 << 18
+"""They stay in the cache of a core until the largest is found."""
 _LEAST_ROWS = 32
 """Products of fewer rows take another path in the kernels: they are padded."""
 
@@ -57,10 +61,16 @@ def nearest_centroids(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     rows: (N, D) int8; centroids: (C, D) int8.
     """
     found = np.empty(len(rows), np.int32)
-    block = max(_LEAST_ROWS, (1 << 21) // max(1, len(centroids)))
-    for start in range(0, len(rows), block):
-        scores = integer_products(rows[start : start + block], centroids)
-        found[start : start + block] = scores.numpy().argmax(axis=1)
+    block = max(_LEAST_ROWS, _PRODUCTS_AT_ONCE // max(1, len(centroids)))
+    step = block * max(1, _ROWS_AT_ONCE // block)
+
+    def assign(start: int) -> None:
+        stop = min(start + step, len(rows))
+        for first in range(start, stop, block):
+            scores = integer_products(rows[first : min(first + block, stop)], centroids)
+            found[first : first + len(scores)] = scores.numpy().argmax(axis=1)
+
+    side_by_side(assign, range(0, len(rows), step))
     return found
 
 

@@ -35,7 +35,7 @@ def run_steps(
     engine: Engine, work: Work, num_items: int, folder: str, label: str
 ) -> list[dict[str, Any]]:
     """Do the work on every item that is not finished; give the facts of all, in order."""
-    waiting = [item for item in range(num_items) if not _is_finished(folder, item)]
+    waiting = [item for item in range(num_items) if not is_finished(folder, item)]
     for _ in engine.map(_Recorded(work, folder), waiting, label):
         pass
     return [storage.read_json(_receipt(folder, item))["facts"] for item in range(num_items)]
@@ -43,7 +43,7 @@ def run_steps(
 
 def finished_steps(folder: str, num_items: int) -> list[dict[str, Any]] | None:
     """Facts of all items where every one is finished and its files are whole; else None."""
-    if not all(_is_finished(folder, item) for item in range(num_items)):
+    if not all(is_finished(folder, item) for item in range(num_items)):
         return None
     return [storage.read_json(_receipt(folder, item))["facts"] for item in range(num_items)]
 
@@ -70,7 +70,8 @@ def _receipt(folder: str, item: int) -> str:
     return storage.join(folder, f"{item:06d}.json")
 
 
-def _is_finished(folder: str, item: int) -> bool:
+def is_finished(folder: str, item: int) -> bool:
+    """Whether an item was finished, and its files are all there."""
     if not storage.exists(_receipt(folder, item)):
         return False
     files = storage.read_json(_receipt(folder, item))["files"]

@@ -1,27 +1,42 @@
 """Clusters the pool: k-means out of core, and levels of clusters above it (SPEC A.5)."""
 
+import logging
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from curation import storage
-from curation.clustering import train_centroids
-from curation.dataset import commit, write_shard
+from curation.dataset import ShardInfo, commit, write_shard
+from curation.errors import ConfigError
 from curation.exchange import Exchange
 from curation.ledger import Receipt, commit_shard, finished_shards
 from curation.neighbors.layout import Comparison, lay_out, sources_of, threads_of
-from curation.neighbors.levels import Level, level_above, refine
+from curation.neighbors.levels import (
+    Fit,
+    IndexedCentroids,
+    Level,
+    centroid_rows,
+    find_clusters,
+    fits_in_memory,
+    level_above,
+)
 from curation.neighbors.partition import read_bad_rows
-from curation.neighbors.quantized import nearest_centroids, quantize_centroids, quantize_rows
+from curation.neighbors.quantized import quantize_rows
 from curation.neighbors.row_files import RowFiles
+from curation.neighbors.split import split_clusters
 from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.threads import limit_threads
 from curation.neighbors.vectors import exact_similarities
 from curation.pool import Pool
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, Task, reject
+
+logger = logging.getLogger(__name__)
 
 CLUSTERS = "clusters"
 CENTROIDS = "centroids"
@@ -30,29 +45,82 @@ CENTROIDS = "centroids"
 class Cluster(DatasetStage):
     """Finds the cluster of every row, and the clusters of clusters above it."""
 
+    version = 2
     reasons = ("bad_vector",)
 
     embeddings: str
     """Name of the side-car with the vectors."""
     embedding_column: str = "embedding"
     """Its column of vectors."""
-    levels: tuple[int, ...] = Field(min_length=1)
-    """Clusters of each level, the lowest first."""
+    levels: tuple[int | str, ...] = Field(min_length=1)
+    """Clusters of each level, the lowest first; the lowest may be split: "100000x100"."""
     iterations: int = Field(default=10, ge=0)
-    """Passes over all rows for the lowest level, after training on a sample."""
+    """Passes over all rows, after training on a sample: lowest level, and what exceeds memory."""
     upper_iterations: int = Field(default=50, ge=1)
-    """Iterations of k-means for the levels above."""
-    resamplings: int = Field(default=10, ge=0)
-    """Fresh starts of a level above, from points near the centroids only."""
-    per_cluster: int = Field(default=3, ge=1)
-    """Points of each cluster that a fresh start uses."""
+    """Iterations of k-means on rows in memory: upper levels, resampling, and splits."""
+    resamplings: int | tuple[int, ...] | None = None
+    """Fresh starts of each level on rows near its centroids: one number for all levels that are not
+    split, or one a level; left out: 10 where there are several levels, none for one."""
+    per_cluster: int | tuple[int, ...] | None = None
+    """Rows of each cluster that a fresh start draws, for all levels or one a level; left out: half
+    of what a cluster holds on average, 2 to 10."""
+    agreement: float = Field(default=0.98, gt=0, le=1)
+    """With thousands of clusters: share of the rows whose cluster is the nearest of all."""
+    memory_gb: float = Field(default=4.0, gt=0)
+    """Rows that are clustered in memory may take half of it."""
 
     @field_validator("levels")
     @classmethod
-    def _descending(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
-        if min(levels) < 1 or list(levels) != sorted(set(levels), reverse=True):
+    def _descending(cls, levels: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        sizes = [parse_level(level) for level in levels]
+        counts = [size.count * size.split for size in sizes]
+        if min(counts) < 1 or counts != sorted(set(counts), reverse=True):
             raise ValueError("levels must be positive and fall, such as [5000, 500, 50]")
+        if any(size.split > 1 for size in sizes[1:]):
+            raise ValueError("only the lowest level, the first, may be split")
         return levels
+
+    @model_validator(mode="after")
+    def _resampling(self) -> "Cluster":
+        for name, least in (("resamplings", 0), ("per_cluster", 1)):
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            if isinstance(value, tuple) and len(value) != len(self.levels):
+                raise ValueError(
+                    f"{name} has {len(value)} numbers for {len(self.levels)} levels: give one for "
+                    "all, or one a level"
+                )
+            if any(number < least for number in numbers):
+                raise ValueError(f"{name} must be {least} or more")
+        if isinstance(self.resamplings, tuple) and self.sizes[0].split > 1 and self.resamplings[0]:
+            raise ValueError(
+                f"level {self.levels[0]} is split and resampled {self.resamplings[0]} times; a "
+                "level cannot do both: give 0 resamplings for it"
+            )
+        return self
+
+    @property
+    def sizes(self) -> tuple["LevelSize", ...]:
+        """Clusters of each level, and into how many each is split."""
+        return tuple(parse_level(level) for level in self.levels)
+
+    def fit_of(self, number: int, rows: RowFiles, seed: int, threads: int) -> Fit:
+        """How level `number`, from 0, is found among its rows."""
+        size, sample_bytes = self.sizes[number], int(self.memory_gb * (1 << 29))
+        whole = number > 0 and fits_in_memory(rows, sample_bytes)
+        half = int(np.clip(-(-rows.num_rows // (2 * size.count)), 2, 10))
+        usual = 10 if len(self.levels) > 1 else 0
+        return Fit(
+            count=size.count,
+            passes=0 if whole else self.iterations,
+            iterations=self.upper_iterations,
+            resamplings=0 if size.split > 1 else _at(self.resamplings, number, usual),
+            per_cluster=_at(self.per_cluster, number, half),
+            agreement=self.agreement,
+            seed=seed + number,
+            threads=threads,
+            sample_bytes=sample_bytes,
+        )
 
     def needs(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
@@ -73,63 +141,135 @@ class Cluster(DatasetStage):
         by_shard = Exchange(
             storage.join(folder.scratch, "by-shard"), max(1, inputs.pool.num_shards)
         )
-        levels, figures = self._levels(files, folder, engine, inputs.seed)
-        if levels:
-            assign = _Assign(files, levels[0], by_shard, threads_of(engine))
-            run_steps(engine, assign, files.num_partitions, by_shard.folder, "assign to clusters")
-            _write_centroids(levels, folder)
-        task = _TellShard(self, inputs.pool, folder, by_shard, files.num_partitions, tuple(levels))
+        lowest, items, figures = self._lowest(files, folder, by_shard, engine, inputs.seed)
+        levels: list[Level] = []
+        if lowest is not None:
+            levels, above = self._upper(lowest, folder, engine, inputs.seed)
+            figures = _joined_figures([figures, *above], levels)
+            _write_centroids(levels, folder, engine)
+        task = _TellShard(self, inputs.pool, folder, by_shard, items, tuple(levels))
         waiting = [i for i in range(inputs.pool.num_shards) if i not in finished_shards(folder)]
         for _ in engine.map(task, waiting, folder.stage):
             pass
         return figures
 
-    def _levels(
-        self, files: RowFiles, folder: StageFolder, engine: Engine, seed: int
-    ) -> tuple[list[Level], dict[str, Any]]:
+    def _lowest(
+        self, files: RowFiles, folder: StageFolder, by_shard: Exchange, engine: Engine, seed: int
+    ) -> tuple[Level | None, int, dict[str, Any]]:
+        """The lowest level, and how many items tell the shards of it."""
         if not files.num_rows:
-            return [], {}
-        threads, root = threads_of(engine), storage.join(folder.scratch, "levels")
-        start = train_centroids(
-            files, self.levels[0], root, engine, seed=seed, rows_per_centroid=64
-        )
-        centroids, cosines = refine(
-            files, start, self.iterations, root, engine, seed=seed, threads=threads
-        )
-        levels = [Level(centroids)]
-        for number, count in enumerate(self.levels[1:], start=2):
-            above = level_above(
-                levels[-1].centroids,
-                count,
-                storage.join(root, f"level-{number}"),
-                engine,
-                iterations=self.upper_iterations,
-                resamplings=self.resamplings,
-                per_cluster=self.per_cluster,
-                seed=seed + number,
-                threads=threads,
+            logger.warning("cluster: no row of the pool has a direction; there are no clusters")
+            return None, 0, {}
+        size, root = self.sizes[0], storage.join(folder.scratch, "levels")
+        if size.count * size.split > files.num_rows:
+            raise ConfigError(
+                f"levels: {self.levels[0]} asks for {size.count * size.split} clusters, but "
+                f"{files.num_rows} rows have a direction; ask for fewer clusters than rows"
             )
-            levels.append(above)
-        counts = [level.centroids.count for level in levels]
-        return levels, {"clusters": counts, "mean_cosine_by_pass": [round(c, 6) for c in cosines]}
+        fit = self.fit_of(0, files, seed, threads_of(engine))
+        indexed, figures = find_clusters(files, fit, root, engine)
+        if size.split > 1:
+            split_root = storage.join(root, "split")
+            rows, items = split_clusters(
+                files, indexed, size.split, fit, split_root, by_shard, engine
+            )
+            return Level(rows), items, figures
+        assign = _Assign(files, indexed, by_shard, fit.threads)
+        run_steps(engine, assign, files.num_partitions, by_shard.folder, "assign to clusters")
+        rows = centroid_rows(indexed.centroids, storage.join(root, "rows"), engine)
+        return Level(rows), files.num_partitions, figures
+
+    def _upper(
+        self, lowest: Level, folder: StageFolder, engine: Engine, seed: int
+    ) -> tuple[list[Level], list[dict[str, Any]]]:
+        levels: list[Level] = [lowest]
+        figures: list[dict[str, Any]] = []
+        for number in range(1, len(self.levels)):
+            root = storage.join(folder.scratch, "levels", f"level-{number + 1}")
+            fit = self.fit_of(number, levels[-1].rows, seed, threads_of(engine))
+            level, found = level_above(levels[-1].rows, fit, root, engine)
+            levels.append(level)
+            figures.append(found)
+        return levels, figures
 
 
-def _write_centroids(levels: list[Level], folder: StageFolder) -> None:
-    """Write the centroids of all levels as a data set, a shard a level."""
-    infos, schema = [], None
-    for number, level in enumerate(levels):
-        rows = level.centroids.load()
+@dataclass(frozen=True)
+class LevelSize:
+    """Clusters of one level, and into how many each of them is split."""
+
+    count: int
+    split: int = 1
+
+
+def parse_level(level: int | str) -> LevelSize:
+    """Read 5000, or "5000x100": 5000 clusters, each split into 100.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(level, int):
+        return LevelSize(level)
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", level.strip())
+    if match is None:
+        raise ValueError(f"a level is a number, or like 100000x100 where it is split, not {level}")
+    return LevelSize(int(match[1]), int(match[2] or 1))
+
+
+def _at(value: int | tuple[int, ...] | None, number: int, otherwise: int) -> int:
+    if value is None:
+        return otherwise
+    return value[number] if isinstance(value, tuple) else value
+
+
+def _joined_figures(figures: Sequence[dict[str, Any]], levels: Sequence[Level]) -> dict[str, Any]:
+    """Figures of all levels."""
+    return {
+        "clusters": [level.count for level in levels],
+        "mean_cosine_by_pass": [round(one, 6) for one in figures[0]["mean_cosine_by_pass"]],
+        "assignment": [one["assignment"] for one in figures],
+    }
+
+
+def _write_centroids(levels: Sequence[Level], folder: StageFolder, engine: Engine) -> None:
+    """Write the centroids of all levels as a data set, the shards of the lowest level first."""
+    parts = tuple(
+        (number, part)
+        for number, level in enumerate(levels)
+        for part in range(level.rows.num_partitions)
+    )
+    work = _WriteCentroids(tuple(levels), parts, folder.output(CENTROIDS))
+    root = storage.join(folder.scratch, "centroids")
+    facts = run_steps(engine, work, len(parts), root, "write centroids")
+    infos = [ShardInfo.model_validate_json(fact["info"]) for fact in facts]
+    commit(work.output, work.table(0).schema, infos, {"stage": folder.stage})
+
+
+@dataclass(frozen=True)
+class _WriteCentroids(Work):
+    """One shard of centroids."""
+
+    levels: tuple[Level, ...]
+    parts: tuple[tuple[int, int], ...]
+    """(level from 0, file) of each shard."""
+    output: str
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        return Done(
+            (), {"info": write_shard(self.output, item, self.table(item)).model_dump_json()}
+        )
+
+    def table(self, item: int) -> pa.Table:
+        number, part = self.parts[item]
+        files = self.levels[number].rows
+        rows, first = files.vectors(part), files.starts[part]
         flat = pa.array(np.ascontiguousarray(rows).reshape(-1))
-        table = pa.table(
+        return pa.table(
             {
                 "level": np.full(len(rows), number + 1, np.int32),
-                "cluster": np.arange(len(rows), dtype=np.int32),
-                "embedding": pa.FixedSizeListArray.from_arrays(flat, rows.shape[1]),
+                "cluster": np.arange(first, first + len(rows), dtype=np.int32),
+                "embedding": pa.FixedSizeListArray.from_arrays(flat, files.width),
             }
         )
-        schema = table.schema
-        infos.append(write_shard(folder.output(CENTROIDS), number, table))
-    commit(folder.output(CENTROIDS), schema, infos, {"stage": folder.stage})
 
 
 @dataclass(frozen=True)
@@ -137,21 +277,21 @@ class _Assign(Work):
     """The cluster of each row of one partition, sent to its shard."""
 
     files: RowFiles
-    level: Level
+    indexed: IndexedCentroids
     by_shard: Exchange
     threads: int
 
     def open(self) -> Any:
-        centroids = np.asarray(self.level.centroids.load())
-        return centroids, quantize_centroids(centroids)
+        limit_threads(self.threads)
+        return np.asarray(self.indexed.centroids.load()), self.indexed.load()
 
     def __call__(self, item: int, opened: Any) -> Done:
-        centroids, quantized = opened
+        centroids, index = opened
         vectors = self.files.vectors(item)
         nearest, cosines = np.empty(len(vectors), np.int32), np.empty(len(vectors), np.float32)
         for start in range(0, len(vectors), 1 << 15):
             rows = np.asarray(vectors[start : start + (1 << 15)])
-            own = nearest_centroids(quantize_rows(rows), quantized)
+            own = index.nearest(quantize_rows(rows))
             nearest[start : start + len(rows)] = own
             cosines[start : start + len(rows)] = exact_similarities(rows, centroids[own])
         places = self.files.rows(item)
@@ -171,6 +311,9 @@ class _TellShard(Task[int, Receipt]):
     num_items: int
     levels: tuple[Level, ...]
 
+    def open(self) -> Any:
+        return [level.owners() for level in self.levels[1:]]
+
     def __call__(self, item: int, opened: Any) -> Receipt:
         shard = Shard(self.pool.read(item, []), item)
         bad = np.zeros(shard.num_rows, bool)
@@ -183,8 +326,8 @@ class _TellShard(Task[int, Receipt]):
             leaf[rows] = np.asarray(found["cluster"])
             cosine[rows] = np.asarray(found["similarity"])
         path = [leaf]
-        for level in self.levels[1:]:
-            path.append(level.owners()[path[-1]])
+        for owners in opened:
+            path.append(owners[path[-1]])
         shard.emit(
             CLUSTERS,
             {"cluster": leaf, "similarity": cosine, "clusters": np.stack(path, axis=1).tolist()},

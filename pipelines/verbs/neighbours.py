@@ -105,14 +105,17 @@ def run_cluster(
     engine: Engine,
 ) -> None:
     """`curate cluster`."""
-    counts = levels.split(",")
-    if not all(count.strip().isdigit() for count in counts):
-        raise ConfigError(f"--levels {levels}: write numbers that fall, such as 5000,500,50")
+    counts = [count.strip() for count in levels.split(",")]
+    if not all(re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", count) for count in counts):
+        raise ConfigError(
+            f"--levels {levels}: write numbers that fall, such as 5000,500,50; the first may be "
+            "split: 100000x100,500000"
+        )
     values = {
         **parse_changes(changes),
         "embeddings": _LAYER,
         "embedding_column": columns[1],
-        "levels": [int(count) for count in counts],
+        "levels": [int(count) if count.isdigit() else count for count in counts],
     }
     stage = parse_settings(load_stage("cluster", "curate cluster"), values, "curate cluster")
     inputs = StageInputs(embedding_pool(embeddings, columns, out), seed=seed)
