@@ -779,6 +779,34 @@ def evaluate(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a run, or a file of weights.")],
+    out: Out,
+    format: Annotated[
+        str, typer.Option("--format", help="safetensors, onnx, huggingface or timm.")
+    ] = "safetensors",
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Work folder or manifest that it learned from, for the card."),
+    ] = None,
+    licence: Annotated[
+        str, typer.Option("--licence", help="Licence of the weights, for the card.")
+    ] = "unknown",
+) -> None:
+    """Write a backbone for others: for transformers, timm, ONNX runtimes; with a model card.
+
+    Examples:
+
+        curate export build/demo/pretrain --format huggingface --out model --data build/demo
+
+        curate export dinov2_vits14_pretrain.pth --format onnx --out model
+    """
+    from pipelines.verbs import export as verb
+
+    verb.run_export(checkpoint, format, out, data, licence)
+
+
+@app.command()
 def encoders(json: Json = False) -> None:
     """List the encoders, and which of them work here.
 

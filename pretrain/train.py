@@ -30,7 +30,7 @@ from pretrain.parallel import divide, local_device, process_group, whole_state
 from pretrain.random_streams import Purpose, torch_stream
 from pretrain.run_log import Record, RunLog, read_lines
 from pretrain.schedules import Cosine, Linear
-from pretrain.sources import open_source
+from pretrain.sources import describe_source, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class Trainer:
         self.out = out
         self.device = device
         self.source = open_source(data)
+        self.data = describe_source(data, self.source)
         self.probe = None if config.knn is None else KnnProbe(config.knn)
         self.method = build_method(config).to(device).train()
         divide(self.method, config, device)
@@ -150,6 +151,7 @@ class Trainer:
             "position": self.position,
             "scaler": self.scaler.state_dict(),
             "config": self.config.model_dump(mode="json"),
+            "data": self.data,
         }
         state = checkpoint.training_state(self.method, self.optimizer)
         folder = checkpoint.save(self.out, self.step, state, about)
