@@ -761,21 +761,57 @@ def distill(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(help="The task: knn.")],
-    backbone: Annotated[str, typer.Option("--backbone", help="Backbone that pretrain made.")],
-    train: Annotated[str, typer.Option("--train", help="Folder with a folder a class.")],
-    test: Annotated[str, typer.Option("--test", help="The same, to classify.")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="knn, linear, logreg, retrieval, segmentation, depth, artifacts; or table."
+        ),
+    ],
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", "--backbone", help="An encoder, or a file with a backbone."),
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option("--train", help="Data to learn from, or its embeddings.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option("--test", help="Data to test on, or its embeddings.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder of results: one Parquet row a run.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=1, help="Side in pixels; the model's own.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    allow_hub: Annotated[
+        bool, typer.Option("--allow-hub", help="Fetch weights from a hub where needed.")
+    ] = False,
+    changes: Changes = None,
     json: Json = False,
 ) -> None:
-    """Evaluate frozen features.
+    """Evaluate any encoder on frozen features, and set the result beside the paper's.
 
-    Example:
+    Examples:
 
-        curate evaluate knn --backbone pretrain/backbone.safetensors --train train --test val
+        curate evaluate knn --encoder runs/vits14/backbone.safetensors --train train --test val
+
+        curate evaluate linear --encoder dinov2:vitl14:w.pth --train in1k/train --test in1k/val
+
+        curate evaluate segmentation --encoder w.pth --train ade20k:ADE --test ade20k:ADE
+
+        curate evaluate table --out results
     """
-    from pipelines.verbs import training as verb
+    from pipelines.verbs import evaluation as verb
 
-    verb.print_evaluation(task, backbone, train, test, json)
+    paths = {"encoder": encoder, "train": train, "test": test, "out": out}
+    options = {
+        "image_size": image_size,
+        "device": device,
+        "allow_hub": allow_hub,
+        "changes": changes or [],
+    }
+    verb.run_evaluation(task, paths, options, json)
 
 
 @app.command()

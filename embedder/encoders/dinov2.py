@@ -5,6 +5,8 @@ FILE is what `curate pretrain`, `distill` or `export` left, a released file, or 
 at 224 pixels, or at the size that it was trained at where that is less.
 """
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from embedder.encoders.torch_trunk import (
     Preprocessing,
     TorchTrunk,
     TrunkEncoder,
+    digest_of,
     existing_file,
     place,
     refuse_hub,
@@ -24,6 +27,7 @@ from embedder.encoders.torch_trunk import (
     weights_digest,
 )
 from embedder.errors import EncoderError
+from embedder.feature_maps import FeatureModel, Layer
 from embedder.vit import VisionTransformer, ViTConfig, vit_config
 
 HUB = "https://dl.fbaipublicfiles.com/dinov2"
@@ -51,6 +55,36 @@ def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
     preprocessing = preprocessing_of(name, backbone.config, options)
     trunk = TorchTrunk(ClassToken(backbone), preprocessing, placement, weights_digest(backbone))
     return TrunkEncoder(name, trunk, backbone.config.width, "Apache-2.0 (public weights)")
+
+
+def load_features(name: str, argument: str, options: LoadOptions) -> FeatureModel:
+    """Load a backbone to look at its layers, after the final norm each."""
+    placement = place(options)
+    backbone = open_backbone(name, argument, options)
+    preprocessing = preprocessing_of(name, backbone.config, options)
+    parts = {"weights": weights_digest(backbone), "preprocessing": asdict(preprocessing)}
+    backbone.to(placement.device, placement.dtype)
+
+    def run(images: Tensor, layers: Sequence[int]) -> list[Layer]:
+        rows, columns = (side // backbone.config.patch for side in images.shape[2:])
+        found = backbone.intermediate(images, layers)
+        return [Layer(t.cls, t.patches.mT.reshape(len(images), -1, rows, columns)) for t in found]
+
+    def run_raw(images: Tensor) -> Tensor:
+        prenorm: Tensor = backbone(images).prenorm
+        return prenorm[:, 1 + backbone.config.registers :]
+
+    return FeatureModel(
+        name,
+        digest_of(**parts, precision=placement.precision),
+        "Apache-2.0 (public weights)",
+        backbone.config.depth,
+        backbone.config.patch,
+        preprocessing.size,
+        placement,
+        run,
+        run_raw=run_raw,
+    )
 
 
 def preprocessing_of(name: str, config: ViTConfig, options: LoadOptions) -> Preprocessing:

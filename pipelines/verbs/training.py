@@ -83,17 +83,6 @@ def packed_folder(data: str) -> str:
     return storage.join(data.rstrip("/").rpartition("/")[0] or ".", str(packed))
 
 
-def print_evaluation(task: str, backbone: str, train: str, test: str, as_json: bool) -> None:
-    """`curate evaluate`."""
-    if task != "knn":
-        raise ConfigError(f"curate evaluate {task}: unknown task; known: knn")
-    result = evaluate_knn(backbone, train, test, (10, 20))
-    if as_json:
-        console.print_json(result)
-    else:
-        console.print_line(result["text"])
-
-
 def evaluate_knn(backbone: str, train: str, test: str, k: tuple[int, ...]) -> dict[str, Any]:
     """k-NN accuracy of a backbone on folders with a folder of images a class."""
     from pretrain.evaluation.knn import evaluate
