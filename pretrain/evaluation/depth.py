@@ -73,8 +73,9 @@ class BinHead(nn.Module):
 
     def forward(self, maps: Maps) -> Tensor:
         """Layers to depths (B, 4 rows, 4 columns) in metres."""
-        x = F.interpolate(self.stacked(maps), scale_factor=4, mode="bilinear", align_corners=False)
-        shares = F.relu(self.score(x)) + 0.1  # (B, K, 4 rows, 4 columns)
+        scores = self.score(self.stacked(maps))  # scaling them up is cheaper, and the same
+        scores = F.interpolate(scores, scale_factor=4, mode="bilinear", align_corners=False)
+        shares = F.relu(scores) + 0.1  # (B, K, 4 rows, 4 columns)
         shares = shares / shares.sum(1, keepdim=True)
         return torch.einsum("bkhw,k->bhw", shares, self.depths)
 
