@@ -48,6 +48,8 @@ class FeatureModel:
     std: tuple[float, ...] = IMAGENET_STD
     run_raw: Callable[[Tensor], Tensor] | None = None
     """Normalised images to patch tokens (B, P, D) before the final norm; None where unknown."""
+    run_attention: Callable[[Tensor], Tensor] | None = None
+    """Normalised images to weights (B, H, P) of the class token; None where unknown."""
 
     @torch.inference_mode()
     def layers(self, pixels: Tensor, indices: Sequence[int]) -> list[Layer]:
@@ -70,6 +72,18 @@ class FeatureModel:
                 f"encoder {self.name!r} shows no tokens before its norm; dinov2 does"
             )
         return self.run_raw(self._normalized(pixels)).float()
+
+    @torch.inference_mode()
+    def attention(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, h, w) to the last layer's weights on patches (B, H, rows, columns).
+
+        Raises: EncoderError where the model does not show them.
+        """
+        if self.run_attention is None:
+            raise EncoderError(f"encoder {self.name!r} shows no attention; dinov2 does")
+        weights = self.run_attention(self._normalized(pixels)).float()
+        rows, columns = (side // self.patch for side in pixels.shape[2:])
+        return weights.view(*weights.shape[:2], rows, columns)
 
     def _normalized(self, pixels: Tensor) -> Tensor:
         device = self.placement.device

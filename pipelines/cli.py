@@ -815,6 +815,35 @@ def evaluate(
 
 
 @app.command()
+def show(
+    kind: Annotated[str, typer.Argument(help="pca, attention or knn.")],
+    images: Annotated[list[str], typer.Argument(help="Images, or folders of them.")],
+    out: Annotated[str, typer.Option("--out", help="A page (.html) or a picture (.png).")],
+    encoder: Annotated[
+        str, typer.Option("--encoder", "--backbone", help="An encoder, or a file with a backbone.")
+    ],
+    among: Annotated[
+        str | None, typer.Option("--among", help="knn: images to search; these by default.")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="knn: neighbours shown.")] = 6,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=1, help="Short side in pixels.")
+    ] = None,
+) -> None:
+    """Show what a model sees: components of its patches, attention, nearest neighbours.
+
+    Examples:
+
+        curate show pca photos/ --encoder backbone.safetensors --image-size 448 --out page.html
+
+        curate show knn query.jpg --among photos/ --encoder lite-semantic --out neighbours.png
+    """
+    from pipelines.verbs import show as verb
+
+    verb.run_show(kind, images, out, encoder, among, k, image_size)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a run, or a file of weights.")],
     out: Out,

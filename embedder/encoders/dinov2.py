@@ -84,6 +84,7 @@ def load_features(name: str, argument: str, options: LoadOptions) -> FeatureMode
         placement,
         run,
         run_raw=run_raw,
+        run_attention=backbone.class_attention,
     )
 
 

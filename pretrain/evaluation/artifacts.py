@@ -35,7 +35,7 @@ def artifacts(
     rows = []
     for image in share_of(images):
         crop = center_crop(decode(image.read_bytes()), model.image_size)
-        pixels = torch.from_numpy(crop).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None]
         rows.append(model.raw_patches(pixels)[0].norm(dim=-1).cpu())  # (P,)
     norms = gathered(torch.stack(rows), len(images)).numpy()
     median = float(np.median(norms))
