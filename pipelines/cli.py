@@ -718,22 +718,33 @@ def forget(
 
 @app.command()
 def pretrain(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
     data: Annotated[
         str, typer.Option("--data", help="A manifest, packed shards or a folder of images.")
     ],
     out: Out,
+    config: Annotated[
+        str | None, typer.Argument(help="A YAML file, or the name of one that ships.")
+    ] = None,
+    config_file: Annotated[
+        str | None, typer.Option("--config", help="The same, as an option.")
+    ] = None,
+    continued: Annotated[
+        str | None,
+        typer.Option("--continue", help="Run or checkpoint to go on from at another resolution."),
+    ] = None,
     changes: Changes = None,
 ) -> None:
     """Pretrain DINOv2 on a manifest; the same command resumes a stopped run.
 
-    Example:
+    Examples:
 
         curate pretrain demo --data build/demo/manifest --out build/demo/pretrain
+
+        curate pretrain highres_518 --continue runs/vitl14 --data manifest --out runs/vitl14-518
     """
     from pipelines.verbs import training as verb
 
-    verb.run_pretrain(config, data, out, changes or [])
+    verb.run_pretrain(config or config_file, data, out, continued, changes or [])
 
 
 @app.command()

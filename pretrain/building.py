@@ -12,6 +12,7 @@ from embedder.checkpoint import load_state, read_weights
 from embedder.errors import CheckpointError
 from embedder.vit import ViTConfig
 from pretrain.config import DistillConfig, PretrainConfig
+from pretrain.continuing import restore_networks
 from pretrain.methods.dinov2 import DINOv2
 from pretrain.methods.distillation import Distillation
 
@@ -30,6 +31,8 @@ def build_method(config: PretrainConfig) -> DINOv2:
         method = (
             Distillation(config, vit) if isinstance(config, DistillConfig) else DINOv2(config, vit)
         )
+    if config.continue_run is not None:
+        restore_networks(method, config.continue_run)
     if weights is not None:
         for network in (method.student, method.averaged):
             load_state(network.backbone, weights, where=str(config.init))
@@ -48,7 +51,7 @@ def refuse_other_model(saved: dict[str, Any], config: PretrainConfig, out: Path)
         CheckpointError: naming the first setting that differs.
     """
     ours = config.model_dump(mode="json")
-    for key in ("teacher_run", "ibot_tokens"):
+    for key in ("teacher_run", "ibot_tokens", "continue_run"):
         if ours.get(key) != saved.get(key):
             raise _changed(out, key, saved.get(key), ours.get(key))
     for section in ("model", "crops", "loss"):

@@ -226,6 +226,8 @@ class PretrainConfig(Settings):
     """k-NN during training; null for none."""
     init: str | None = None
     """Backbone weights to start from (heads start fresh)."""
+    continue_run: str | None = None
+    """Run whose networks, heads included, go on at these crop sizes; `--continue` names it."""
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
