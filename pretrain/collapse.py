@@ -45,7 +45,7 @@ def effective_rank(x: Tensor) -> Tensor:
 def alarms(measured: dict[str, float]) -> list[str]:
     """Say in words what looks like collapse."""
     found = []
-    if measured["feature_rank"] < MIN_RANK:
+    if measured.get("feature_rank", MIN_RANK) < MIN_RANK:
         found.append(f"features have rank {measured['feature_rank']:.1f}: all images look alike")
     if measured["prototypes_in_use"] < MIN_IN_USE:
         found.append("every image chooses the same prototype")

@@ -281,6 +281,13 @@ class StudentSettings(ModelSettings):
     """Share of images that each residual branch leaves out; distillation needs none."""
 
 
+class NamedStudent(StudentSettings):
+    """One of several students."""
+
+    name: str = Field(pattern=r"^[\w-]+$")
+    """Names its folder, and its figures in the log."""
+
+
 class DistillConfig(PretrainConfig):
     """Everything that decides a distillation run but its data.
 
@@ -290,11 +297,44 @@ class DistillConfig(PretrainConfig):
 
     model: StudentSettings = StudentSettings()
     """The student's backbone; its patch must be the teacher's."""
+    students: tuple[str | NamedStudent, ...] = ()
+    """Several students of one teacher in place of `model`: sizes (s, b, l), archs, or settings
+    with a name. OUT/NAME/backbone.safetensors is what each leaves."""
+    objective: Literal["prototypes", "features"] = "prototypes"
+    """What the student matches: the teacher's choices among prototypes, by its heads; or, where
+    there are no heads, its class and patch tokens, by linear maps and cosine."""
     teacher_run: str | None = None
-    """Folder of the pretraining run whose last checkpoint teaches; `--teacher` names it too."""
+    """Folder of the pretraining run whose last checkpoint teaches; `--teacher` names it too. For
+    `features` it may be a file of weights."""
     ibot_tokens: Literal["all", "masked"] = "all"
     """Patches of the global crops that iBOT compares: all, or those that `masks` would hide.
     The student sees every patch either way."""
+
+    def single(self) -> "dict[str, DistillConfig]":
+        """Settings of each student's own run, by name; a single one has the empty name.
+
+        Raises:
+            ConfigError: two students have one name.
+        """
+        if not self.students:
+            return {"": self}
+        found: dict[str, DistillConfig] = {}
+        for student in self.students:
+            name, model = self._student(student)
+            if name in found:
+                raise ConfigError(f"students: two are named '{name}'; give one another name")
+            values = {**self.model_dump(mode="json"), "model": model, "students": []}
+            found[name] = parse_settings(DistillConfig, values, f"student '{name}'")
+        return found
+
+    def _student(self, student: str | NamedStudent) -> tuple[str, dict[str, Any]]:
+        """Name and model settings; what a bare size leaves open is that of `model`."""
+        if isinstance(student, NamedStudent):
+            values = student.model_dump(mode="json")
+            return values.pop("name"), values
+        patch = self.vit().patch
+        arch = student if student.startswith("vit") else f"vit{student}{patch}"
+        return student, {**self.model.model_dump(mode="json"), "arch": arch}
 
 
 def load_config(path_or_name: str, overrides: list[str] | tuple[str, ...] = ()) -> PretrainConfig:

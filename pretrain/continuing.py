@@ -34,7 +34,8 @@ def load_continued_config(
     saved = checkpoint.read_about(folder, step)["config"]
     if "teacher_run" in saved:
         raise ConfigError(f"{run}: is a distillation; only `curate pretrain` runs can be continued")
-    values = _laid_over({**saved, "init": None}, read_yaml(find_config(path_or_name)) or {})
+    above: dict[str, Any] = read_yaml(find_config(path_or_name)) or {}
+    values = _laid_over({**saved, "init": None}, above)
     for override in overrides:
         apply_change(values, override)
     values["continue_run"] = str(Path(run).resolve())
@@ -93,6 +94,8 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
         inner = result.get(key)
-        both = isinstance(inner, dict) and isinstance(value, dict)
-        result[key] = _laid_over(inner, value) if both else value
+        if isinstance(inner, dict) and isinstance(value, dict):
+            result[key] = _laid_over(inner, value)
+        else:
+            result[key] = value
     return result

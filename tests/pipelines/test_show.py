@@ -153,7 +153,8 @@ def test_show__pages_and_sheets(backbone: str, tmp_path: Path, kind: str, suffix
         assert out.read_text().count('<img src="data:image/png;base64,') == pictures
         assert not re.search(r"(src|href)=\"http", out.read_text())
     else:
-        assert Image.open(out).height == 3 * 228
+        with Image.open(out) as sheet:
+            assert sheet.height == 3 * 228
 
 
 def test_show__what_cannot_be_is_one_line(backbone: str, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def split(root: Path, layouts: dict[str, Layout]) -> tuple[list[Scene], list[Sce
 
 
 def segment_scenes(model: FeatureModel, root: Path, **changes: object) -> dict[str, float]:
-    settings = {"head": "multiscale", "crop": 128, "steps": 150, "test_scales": (1.0,), **QUICK}
+    settings = {"head": "multiscale", "crop": 128, "steps": 100, "test_scales": (1.0,), **QUICK}
     train, test, layout = split(root, SEGMENTATION)
     return segmentation(model, train, test, layout, SegmentationSettings(**settings | changes))
 
@@ -92,11 +92,13 @@ def test_segmentation__learns_scenes_far_above_colours(lite: FeatureModel, scene
     assert found["miou"] > constant.metrics()["miou"] + 0.4
 
 
+@pytest.mark.slow
 def test_segmentation__light_decoder_learns(lite: FeatureModel, scenes: Path) -> None:
     found = segment_scenes(lite, scenes, head="decoder", steps=30)
     assert found["miou"] > 0.5
 
 
+@pytest.mark.slow
 def test_segmentation__crops_drawn_anew(lite: FeatureModel, scenes: Path) -> None:
     found = segment_scenes(lite, scenes, steps=40, augment=True, test_scales=(1.0, 1.5))
     assert found["miou"] > 0.4
@@ -133,7 +135,7 @@ def window_of(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def depth_of(model: FeatureModel, root: Path, **changes: object) -> dict[str, float]:
-    settings = {"head": "lin4", "crop": (128, 128), "steps": 120, **QUICK}
+    settings = {"head": "lin4", "crop": (128, 128), "steps": 60, "bins": 64, **QUICK}
     train, test, layout = split(root, DEPTH)
     return depth(model, train, test, layout, DepthSettings(**settings | changes))
 
@@ -152,6 +154,7 @@ def test_depth__learns_scenes_far_above_colours(lite: FeatureModel, scenes: Path
     assert found["delta_1"] > colours["delta_1"] + 0.2
 
 
+@pytest.mark.slow
 def test_depth__learns_a_real_pair(lite: FeatureModel, tmp_path: Path) -> None:
     """The Middlebury motorcycle of scikit-image: columns of tiles teach, the others test."""
     left, _, disparity = stereo_motorcycle()

@@ -42,7 +42,7 @@ def accuracy_of(model: object, train: Features, test: Features) -> float:
 def test_linear_probe__agrees_with_scikit_learn(data) -> None:
     train, test = data()
     settings = LinearSettings(
-        steps=3000, batch_size=256, learning_rates=(0.01, 0.03, 0.1, 0.3, 1.0)
+        steps=2000, batch_size=128, learning_rates=(0.01, 0.03, 0.1, 0.3, 1.0)
     )
     ours = linear_probe([train], test, settings, "cpu")["linear"]
     strengths = np.logspace(-4, 4, 9)
