@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curation.errors import ConfigError
 from embedder.checkpoint import load_state, read_weights
 from embedder.errors import CheckpointError
 from embedder.vit import ViTConfig
@@ -16,6 +17,9 @@ from pretrain.continuing import restore_networks
 from pretrain.methods.dinov2 import DINOv2
 from pretrain.methods.distillation import Distillation, FeatureDistillation
 from pretrain.methods.learners import SeveralStudents
+
+TOKENS_PER_PROTOTYPE = 50
+"""Class tokens of global crops that heads on a frozen backbone must see for each prototype."""
 
 
 def build_method(config: PretrainConfig) -> Any:
@@ -60,7 +64,7 @@ def _build_single(config: PretrainConfig, teacher: Any = None) -> Any:
         if config.run.compile:
             for block in backbone.blocks:
                 block.compile()
-    if config.optim.freeze_backbone_steps >= config.optim.steps:
+    if config.fits_heads:
         method.student.backbone.requires_grad_(False)
     return method
 
@@ -71,6 +75,24 @@ def _new_method(config: PretrainConfig, vit: ViTConfig, teacher: Any) -> Any:
     if config.objective == "features":
         return FeatureDistillation(config, vit, teacher)
     return Distillation(config, vit, teacher)
+
+
+def refuse_too_many_prototypes(config: PretrainConfig, processes: int) -> None:
+    """Heads fitted on a frozen backbone see too little for prototypes beyond a number.
+
+    Raises:
+        ConfigError: each would be seen for fewer than 50 class tokens.
+    """
+    if not config.fits_heads:
+        return
+    seen = 2 * config.effective_batch(processes) * config.optim.steps
+    wanted = config.loss.dino_head.prototypes
+    if wanted * TOKENS_PER_PROTOTYPE > seen:
+        raise ConfigError(
+            f"loss.dino_head.prototypes = {wanted}: {seen:,} class tokens are seen, "
+            f"{TOKENS_PER_PROTOTYPE} for each are needed; take at most "
+            f"{seen // TOKENS_PER_PROTOTYPE}, or more steps"
+        )
 
 
 def refuse_other_model(saved: dict[str, Any], config: PretrainConfig, out: Path) -> None:

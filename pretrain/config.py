@@ -148,7 +148,11 @@ class OptimSettings(Settings):
     freeze_last_layer_steps: int = Field(default=1250, ge=0)
     """Steps in which the prototypes stay as they are."""
     freeze_backbone_steps: int = Field(default=0, ge=0)
-    """Steps in which the backbone stays as it is (for continued training with fresh heads)."""
+    """Steps in which the backbone stays as it is (for continued training with fresh heads). All of
+    them: heads alone are fitted."""
+    stop_when_flat: int | None = Field(default=None, gt=1)
+    """End once loss and prototypes in use differ by less than 1 % between the last so many logged
+    steps and those before them; null goes to the end."""
 
 
 class DataSettings(Settings):
@@ -262,6 +266,11 @@ class PretrainConfig(Settings):
             image_size=max(self.crops.global_size // patch, 1) * patch,
             **changes,
         )
+
+    @property
+    def fits_heads(self) -> bool:
+        """Whether the backbone stays as it is throughout."""
+        return self.optim.freeze_backbone_steps >= self.optim.steps
 
     def effective_batch(self, processes: int) -> int:
         """Images a step."""

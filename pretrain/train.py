@@ -18,8 +18,8 @@ from embedder.checkpoint import save_state
 from embedder.errors import CheckpointError
 from pretrain import checkpoint
 from pretrain.batch import Batch
-from pretrain.building import build_method, refuse_other_model
-from pretrain.collapse import alarms
+from pretrain.building import build_method, refuse_other_model, refuse_too_many_prototypes
+from pretrain.collapse import Flatness, alarms
 from pretrain.config import PretrainConfig
 from pretrain.data import open_loader
 from pretrain.distributed import any_rank, barrier, rank, sum_over_ranks, world_size
@@ -92,12 +92,16 @@ class Trainer:
         self.config = config
         self.out = out
         self.device = device
+        refuse_too_many_prototypes(config, world_size())
         self.source = open_source(data)
         self.data = describe_source(data, self.source)
         self.probe = None if config.knn is None else KnnProbe(config.knn)
         self.method = build_method(config).to(device).train()
         divide(self.method, config, device)
         self.learners = learners(self.method)
+        window = config.optim.stop_when_flat
+        self.flatness = None if window is None else Flatness(window)
+        self.flat = False
         self.optimizer = self._build_optimizer()
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.run.precision == "float16"
@@ -114,17 +118,24 @@ class Trainer:
 
     def train(self, stop: threading.Event, progress: Progress | None) -> TrainResult:
         """Take the steps that are left, then write the backbone."""
-        steps = self.config.optim.steps
-        batches = self._batches() if self.step < steps else iter(())
-        while self.step < steps and not any_rank(stop.is_set()):
-            self._log(self._timed_step(batches), progress)
+        batches = iter(()) if self.done else self._batches()
+        while not self.done and not any_rank(stop.is_set()):
+            record = self._timed_step(batches)
+            if self.flatness is not None and self._is_logged(self.step):
+                self.flat = any_rank(self.flatness.add(record))
+            self._log(record, progress)
             if self.step % self.config.run.checkpoint_every_steps == 0:
                 self.save()
         if self.step not in checkpoint.saved_steps(self.out):
             self.save()
-        if self.step >= steps:
+        if self.done:
             self._save_backbone()
         return self._result()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.flat or self.step >= self.config.optim.steps
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optim
@@ -170,6 +181,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "data": self.data,
+            "flat": self.flat,
         }
         state = checkpoint.training_state(self.method, self.optimizer)
         folder = checkpoint.save(self.out, self.step, state, about)
@@ -204,6 +216,7 @@ class Trainer:
         if about["scaler"]:
             self.scaler.load_state_dict(about["scaler"])
         self.step, self.position = about["step"], about["position"]
+        self.flat = about.get("flat", False)
         logger.info("%s: resumed at step %d", self.out, self.step)
 
     def _batches(self) -> Iterator[Batch]:
@@ -288,7 +301,7 @@ class Trainer:
             self._backbone(next(iter(self.learners))),
             self.log.path,
             self.step,
-            self.step >= self.config.optim.steps,
+            self.done,
             records[0],
             records[-1],
             self.log.num_bad,

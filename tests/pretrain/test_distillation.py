@@ -14,6 +14,7 @@ from embedder.errors import CheckpointError
 from pipelines.verbs import training
 from pretrain import checkpoint
 from pretrain.building import build_method
+from pretrain.collapse import Flatness
 from pretrain.config import DistillConfig, find_config, load_distill_config
 from pretrain.data import Batches, Part
 from pretrain.methods.distillation import Distillation
@@ -203,7 +204,7 @@ def test_load_distill_config__shipped_config_names_command_and_cost() -> None:
     assert header[0].startswith("# curate distill tiny --teacher ")
     assert header[1].startswith("# Cost: ")
     assert "Expected: " in header[1]
-    with pytest.raises(ConfigError, match="these are: tiny"):
+    with pytest.raises(ConfigError, match="these are: tiny, vitb14, vitl14, vits14"):
         load_distill_config("missing")
 
 
@@ -295,12 +296,27 @@ def test_build_method__a_frozen_backbone_only_fits_heads(
 ) -> None:
     """Heads on a released backbone: then they teach like those of a run of our own."""
     weights = str(Path(teacher_run) / "backbone.safetensors")
-    changes = {"steps": 5, "freeze_backbone_steps": 5, "freeze_last_layer_steps": 0}
+    changes = {"steps": 200, "freeze_backbone_steps": 200, "freeze_last_layer_steps": 0,
+               "stop_when_flat": 2}  # fmt: skip
     config = small_config(init=weights, optim=changes, model={"drop_path": 0.0})
     result = run(config, images, str(tmp_path / "heads"))
+    assert result.finished
+    assert result.steps < 200
     before = load_backbone(weights).state_dict()
     for name, value in load_backbone(result.backbone).state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-7)
     teacher = build_method(distill_config(str(tmp_path / "heads"))).teacher
     fresh = build_method(config).teacher
     assert not torch.equal(teacher.dino_head.mlp[0].weight, fresh.dino_head.mlp[0].weight)
+
+
+def test_refuse_too_many_prototypes__fifty_class_tokens_each(images: str, tmp_path: Path) -> None:
+    config = small_config(optim={"steps": 10, "freeze_backbone_steps": 10})
+    with pytest.raises(ConfigError, match=r"80 class tokens are seen, 50 .* take at most 1, or"):
+        run(config, images, str(tmp_path / "out"))
+
+
+def test_flatness__two_equal_windows() -> None:
+    flat = Flatness(2)
+    losses = [5.0, 4.0, 3.0, 2.0, 2.0, 2.001, 2.0]
+    assert [flat.add({"loss": x, "prototypes_in_use": 8.0}) for x in losses] == [False] * 6 + [True]
