@@ -47,14 +47,12 @@ def student_config(method: str, teacher: str, steps: int, seed: int) -> Pretrain
 def leave_one_out(backbone: Path) -> float:
     """Share of images that their K nearest others give their class, by the public weighting."""
     model = load_backbone(backbone)
-    images = [
-        item for part in ("train", "val") for item in labeled_folder(DATA / "imagenette" / part)
-    ]
+    parts = [labeled_folder(DATA / "imagenette" / part) for part in ("train", "val")]
+    images = [item for part in parts for item in part]
     names = sorted({label for _, label in images})
     labels = torch.tensor([names.index(label) for _, label in images])
-    rows = F.normalize(
-        class_tokens(model, [file for file, _ in images], default_size(model)), dim=1
-    )
+    tokens = class_tokens(model, [file for file, _ in images], default_size(model))
+    rows = F.normalize(tokens, dim=1)
     similarity = rows @ rows.T
     similarity.fill_diagonal_(-1)
     values, index = similarity.topk(K)
@@ -91,9 +89,8 @@ def main() -> None:
     for method in found.keys() - {"scratch"}:
         gains = [a - b for a, b in zip(found[method], found["scratch"], strict=True)]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-        print(
-            f"{method} gains {100 * statistics.mean(gains):.1f} ± {100 * error:.1f} (standard error)"
-        )
+        mean = statistics.mean(gains)
+        print(f"{method} gains {100 * mean:.1f} ± {100 * error:.1f} points (standard error)")
 
 
 if __name__ == "__main__":
