@@ -52,7 +52,7 @@ def load_features(name: str, argument: str, options: LoadOptions) -> FeatureMode
     is_vit = model_name.startswith("vit_")
     model: Any = _create(name, model_name, file, options, dynamic=is_vit)
     model = model.eval().to(placement.device, placement.dtype)
-    patch = model.patch_embed.patch_size[0] if is_vit else model.feature_info.reduction()[-1]
+    patch = model.patch_embed.patch_size[0] if is_vit else model.feature_info[-1]["reduction"]
     depth = len(model.blocks) if is_vit else len(model.feature_info)
 
     def run(images: Tensor, layers: Sequence[int]) -> list[Layer]:

@@ -193,7 +193,7 @@ def train_head(
         if buffer.is_floating_point():
             buffer.copy_(sum_over_ranks(buffer) / world_size())
     head.eval()
-    return losses
+    return [float(x) / world_size() for x in sum_over_ranks(torch.tensor(losses))]
 
 
 def _cloned(maps: Maps) -> Maps:
