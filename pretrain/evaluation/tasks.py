@@ -260,8 +260,16 @@ def _artifacts(request: Request, settings: ArtifactSettings) -> Measured:
 
 
 def encoder_name(name: str) -> str:
-    """The name of an encoder; files and folders of backbones stand for themselves."""
-    return f"dinov2:{name}" if Path(name).exists() else name
+    """The name of an encoder; files and folders of backbones stand for themselves.
+
+    Raises:
+        ConfigError: what looks like a file is none.
+    """
+    if Path(name).exists():
+        return f"dinov2:{name}"
+    if ":" not in name and ("/" in name or Path(name).suffix in (".pth", ".safetensors")):
+        raise ConfigError(f"{name}: no such file or folder with a backbone")
+    return name
 
 
 def _encoder(request: Request) -> Encoder:

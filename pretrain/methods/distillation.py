@@ -125,7 +125,8 @@ class FeatureDistillation(nn.Module):
         self, parts: Sequence[Batch], temperature: float, *, watch: bool = False
     ) -> FeatureTargets:
         """Run the frozen teacher on the global crops of all parts of a step."""
-        return FeatureTargets([self.teacher(part.global_crops) for part in parts])
+        look = self.teacher.forward_packed
+        return FeatureTargets([look([part.global_crops], [None])[0] for part in parts])
 
     def losses(
         self, batch: Batch, targets: FeatureTargets, part: int, generator: torch.Generator

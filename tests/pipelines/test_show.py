@@ -112,6 +112,7 @@ def test_evaluate__what_cannot_be_is_one_line(classes: Path, backbone: str) -> N
             EncoderError,
             "before its norm",
         ),
+        (["knn", *both, "--encoder", "/no/b.pth"], ConfigError, "no such file or folder with a"),
         (["table"], ConfigError, "name the folder of results"),
     ):
         result = CLI.invoke(app, ["evaluate", *arguments])
