@@ -68,12 +68,15 @@ def summary(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--teacher", default="build/tiny")
     parser.add_argument("--work", default="build/distillation")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default="scratch,prototypes,features")
     options = parser.parse_args()
+    if not (Path(options.teacher) / "backbone.safetensors").is_file():
+        print(f"left out: {options.teacher} holds no finished run; see --help")
+        return
     teacher = leave_one_out(Path(options.teacher) / "backbone.safetensors")
     print(f"teacher: {100 * teacher:.1f}", flush=True)
     print("| student | k-NN, mean | deviation | each seed |\n|---|---|---|---|")
