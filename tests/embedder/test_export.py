@@ -102,6 +102,7 @@ def test_export__peers_agree_on_photos(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["vits14", "vits14_reg"])
 @pytest.mark.parametrize("format", ["huggingface", "timm", "onnx"])
 def test_export__peers_agree_on_20_photos_at_full_size(
