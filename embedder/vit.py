@@ -152,6 +152,12 @@ class Attention(nn.Module):
         mixed = [self._mix(part, *shape) for part, shape in zip(parts, layout, strict=True)]
         return scaled_linear(mixed[0] if len(mixed) == 1 else torch.cat(mixed), self.proj, gamma)
 
+    def class_weights(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Give the softmax weights (B, H, N) of the class tokens of packed images (T, D)."""
+        q, k, _ = self.qkv(x).view(*shape, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        scores: Tensor = q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, 1, N)
+        return scores.softmax(-1)[:, :, 0]
+
     def _mix(self, qkv: Tensor, images: int, tokens: int) -> Tensor:
         qkv = qkv.view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, H, N, D / H)
@@ -344,6 +350,14 @@ class VisionTransformer(nn.Module):
             if index in wanted:
                 found[index] = self._unpack(x, layout)[0]
         return [found[layer % len(self.blocks)] for layer in layers]
+
+    def class_attention(self, images: Tensor) -> Tensor:
+        """Give the weights (B, H, P) of the last block's class token on patches."""
+        x, layout = self._pack([images], [None])
+        *before, last = self.blocks
+        for block in before:
+            x = self._run(block, x, layout, (None, None))
+        return last.attn.class_weights(last.norm1(x), layout[0])[..., 1 + self.config.registers :]  # type: ignore[no-any-return, operator, union-attr]
 
     def interpolated_pos_embed(self, rows: int, columns: int) -> Tensor:
         """Give the position embedding (1, 1 + P, D) of a grid of rows x columns patches."""

@@ -723,22 +723,33 @@ def forget(
 
 @app.command()
 def pretrain(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
     data: Annotated[
         str, typer.Option("--data", help="A manifest, packed shards or a folder of images.")
     ],
     out: Out,
+    config: Annotated[
+        str | None, typer.Argument(help="A YAML file, or the name of one that ships.")
+    ] = None,
+    config_file: Annotated[
+        str | None, typer.Option("--config", help="The same, as an option.")
+    ] = None,
+    continued: Annotated[
+        str | None,
+        typer.Option("--continue", help="Run or checkpoint to go on from at another resolution."),
+    ] = None,
     changes: Changes = None,
 ) -> None:
     """Pretrain DINOv2 on a manifest; the same command resumes a stopped run.
 
-    Example:
+    Examples:
 
         curate pretrain demo --data build/demo/manifest --out build/demo/pretrain
+
+        curate pretrain highres_518 --continue runs/vitl14 --data manifest --out runs/vitl14-518
     """
     from pipelines.verbs import training as verb
 
-    verb.run_pretrain(config, data, out, changes or [])
+    verb.run_pretrain(config or config_file, data, out, continued, changes or [])
 
 
 @app.command()
@@ -766,21 +777,114 @@ def distill(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(help="The task: knn.")],
-    backbone: Annotated[str, typer.Option("--backbone", help="Backbone that pretrain made.")],
-    train: Annotated[str, typer.Option("--train", help="Folder with a folder a class.")],
-    test: Annotated[str, typer.Option("--test", help="The same, to classify.")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="knn, linear, logreg, retrieval, segmentation, depth, artifacts; or table."
+        ),
+    ],
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", "--backbone", help="An encoder, or a file with a backbone."),
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option("--train", help="Data to learn from, or its embeddings.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option("--test", help="Data to test on, or its embeddings.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder of results: one Parquet row a run.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=1, help="Side in pixels; the model's own.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    allow_hub: Annotated[
+        bool, typer.Option("--allow-hub", help="Fetch weights from a hub where needed.")
+    ] = False,
+    changes: Changes = None,
     json: Json = False,
 ) -> None:
-    """Evaluate frozen features.
+    """Evaluate any encoder on frozen features, and set the result beside the paper's.
 
-    Example:
+    Examples:
 
-        curate evaluate knn --backbone pretrain/backbone.safetensors --train train --test val
+        curate evaluate knn --encoder runs/vits14/backbone.safetensors --train train --test val
+
+        curate evaluate linear --encoder dinov2:vitl14:w.pth --train in1k/train --test in1k/val
+
+        curate evaluate segmentation --encoder w.pth --train ade20k:ADE --test ade20k:ADE
+
+        curate evaluate table --out results
     """
-    from pipelines.verbs import training as verb
+    from pipelines.verbs import evaluation as verb
 
-    verb.print_evaluation(task, backbone, train, test, json)
+    paths = {"encoder": encoder, "train": train, "test": test, "out": out}
+    options = {
+        "image_size": image_size,
+        "device": device,
+        "allow_hub": allow_hub,
+        "changes": changes or [],
+    }
+    verb.run_evaluation(task, paths, options, json)
+
+
+@app.command()
+def show(
+    kind: Annotated[str, typer.Argument(help="pca, attention or knn.")],
+    images: Annotated[list[str], typer.Argument(help="Images, or folders of them.")],
+    out: Annotated[str, typer.Option("--out", help="A page (.html) or a picture (.png).")],
+    encoder: Annotated[
+        str, typer.Option("--encoder", "--backbone", help="An encoder, or a file with a backbone.")
+    ],
+    among: Annotated[
+        str | None, typer.Option("--among", help="knn: images to search; these by default.")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="knn: neighbours shown.")] = 6,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=1, help="Short side in pixels.")
+    ] = None,
+) -> None:
+    """Show what a model sees: components of its patches, attention, nearest neighbours.
+
+    Examples:
+
+        curate show pca photos/ --encoder backbone.safetensors --image-size 448 --out page.html
+
+        curate show knn query.jpg --among photos/ --encoder lite-semantic --out neighbours.png
+    """
+    from pipelines.verbs import show as verb
+
+    verb.run_show(kind, images, out, encoder, among, k, image_size)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a run, or a file of weights.")],
+    out: Out,
+    format: Annotated[
+        str, typer.Option("--format", help="safetensors, onnx, huggingface or timm.")
+    ] = "safetensors",
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Work folder or manifest that it learned from, for the card."),
+    ] = None,
+    licence: Annotated[
+        str, typer.Option("--licence", help="Licence of the weights, for the card.")
+    ] = "unknown",
+) -> None:
+    """Write a backbone for others: for transformers, timm, ONNX runtimes; with a model card.
+
+    Examples:
+
+        curate export build/demo/pretrain --format huggingface --out model --data build/demo
+
+        curate export dinov2_vits14_pretrain.pth --format onnx --out model
+    """
+    from pipelines.verbs import export as verb
+
+    verb.run_export(checkpoint, format, out, data, licence)
 
 
 @app.command()

@@ -44,7 +44,9 @@ def effective_rank(x: Tensor) -> Tensor:
 
 def alarms(measured: dict[str, float]) -> list[str]:
     """Say in words what looks like collapse."""
-    found = []
+    found: list[str] = []
+    if "feature_rank" not in measured:  # a method without prototypes
+        return found
     if measured["feature_rank"] < MIN_RANK:
         found.append(f"features have rank {measured['feature_rank']:.1f}: all images look alike")
     if measured["prototypes_in_use"] < MIN_IN_USE:
@@ -52,3 +54,26 @@ def alarms(measured: dict[str, float]) -> list[str]:
     if measured["teacher_entropy"] > MAX_ENTROPY:
         found.append("the teacher is uniform over prototypes: the loss stays at log K")
     return found
+
+
+class Flatness:
+    """Tells when loss and prototypes in use have stopped moving, as fitted heads should.
+
+    Compared are the means of two windows of logged steps, one after the other.
+    """
+
+    def __init__(self, window: int, tolerance: float = 0.01) -> None:
+        self._window, self._tolerance = window, tolerance
+        self._seen: list[tuple[float, float]] = []
+
+    def add(self, measured: dict[str, float]) -> bool:
+        """Add a logged step; say whether both are flat by now."""
+        self._seen = self._seen[1 - 2 * self._window :]
+        self._seen.append((measured["loss"], measured["prototypes_in_use"]))
+        if len(self._seen) < 2 * self._window:
+            return False
+        before, now = (
+            torch.tensor(part).mean(0)
+            for part in (self._seen[: self._window], self._seen[self._window :])
+        )
+        return bool(((now - before).abs() <= self._tolerance * before.abs()).all())

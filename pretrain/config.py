@@ -148,7 +148,11 @@ class OptimSettings(Settings):
     freeze_last_layer_steps: int = Field(default=1250, ge=0)
     """Steps in which the prototypes stay as they are."""
     freeze_backbone_steps: int = Field(default=0, ge=0)
-    """Steps in which the backbone stays as it is (for continued training with fresh heads)."""
+    """Steps in which the backbone stays as it is (for continued training with fresh heads). All of
+    them: heads alone are fitted."""
+    stop_when_flat: int | None = Field(default=None, gt=1)
+    """End once loss and prototypes in use differ by less than 1 % between the last so many logged
+    steps and those before them; null goes to the end."""
 
 
 class DataSettings(Settings):
@@ -226,6 +230,8 @@ class PretrainConfig(Settings):
     """k-NN during training; null for none."""
     init: str | None = None
     """Backbone weights to start from (heads start fresh)."""
+    continue_run: str | None = None
+    """Run whose networks, heads included, go on at these crop sizes; `--continue` names it."""
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -261,6 +267,11 @@ class PretrainConfig(Settings):
             **changes,
         )
 
+    @property
+    def fits_heads(self) -> bool:
+        """Whether the backbone stays as it is throughout."""
+        return self.optim.freeze_backbone_steps >= self.optim.steps
+
     def effective_batch(self, processes: int) -> int:
         """Images a step."""
         return self.optim.batch_size * self.optim.accumulate * processes
@@ -279,6 +290,13 @@ class StudentSettings(ModelSettings):
     """Share of images that each residual branch leaves out; distillation needs none."""
 
 
+class NamedStudent(StudentSettings):
+    """One of several students."""
+
+    name: str = Field(pattern=r"^[\w-]+$")
+    """Names its folder, and its figures in the log."""
+
+
 class DistillConfig(PretrainConfig):
     """Everything that decides a distillation run but its data.
 
@@ -288,11 +306,44 @@ class DistillConfig(PretrainConfig):
 
     model: StudentSettings = StudentSettings()
     """The student's backbone; its patch must be the teacher's."""
+    students: tuple[str | NamedStudent, ...] = ()
+    """Several students of one teacher in place of `model`: sizes (s, b, l), archs, or settings
+    with a name. OUT/NAME/backbone.safetensors is what each leaves."""
+    objective: Literal["prototypes", "features"] = "prototypes"
+    """What the student matches: the teacher's choices among prototypes, by its heads; or, where
+    there are no heads, its class and patch tokens, by linear maps and cosine."""
     teacher_run: str | None = None
-    """Folder of the pretraining run whose last checkpoint teaches; `--teacher` names it too."""
+    """Folder of the pretraining run whose last checkpoint teaches; `--teacher` names it too. For
+    `features` it may be a file of weights."""
     ibot_tokens: Literal["all", "masked"] = "all"
     """Patches of the global crops that iBOT compares: all, or those that `masks` would hide.
     The student sees every patch either way."""
+
+    def single(self) -> "dict[str, DistillConfig]":
+        """Settings of each student's own run, by name; a single one has the empty name.
+
+        Raises:
+            ConfigError: two students have one name.
+        """
+        if not self.students:
+            return {"": self}
+        found: dict[str, DistillConfig] = {}
+        for student in self.students:
+            name, model = self._student(student)
+            if name in found:
+                raise ConfigError(f"students: two are named '{name}'; give one another name")
+            values = {**self.model_dump(mode="json"), "model": model, "students": []}
+            found[name] = parse_settings(DistillConfig, values, f"student '{name}'")
+        return found
+
+    def _student(self, student: str | NamedStudent) -> tuple[str, dict[str, Any]]:
+        """Name and model settings; what a bare size leaves open is that of `model`."""
+        if isinstance(student, NamedStudent):
+            values = student.model_dump(mode="json")
+            return values.pop("name"), values
+        patch = self.vit().patch
+        arch = student if student.startswith("vit") else f"vit{student}{patch}"
+        return student, {**self.model.model_dump(mode="json"), "arch": arch}
 
 
 def load_config(path_or_name: str, overrides: list[str] | tuple[str, ...] = ()) -> PretrainConfig:

@@ -44,13 +44,18 @@ def group_key(name: str, depth: int, settings: OptimSettings) -> GroupKey:
 
 def build_optimizer(student: nn.Module, depth: int, settings: OptimSettings) -> torch.optim.AdamW:
     """Group the student's parameters; `Schedules.apply` sets learning rates and decay later."""
+    groups = parameter_groups(student, depth, settings)
+    return torch.optim.AdamW(groups, betas=settings.betas, fused=True)
+
+
+def parameter_groups(
+    student: nn.Module, depth: int, settings: OptimSettings
+) -> list[dict[str, Any]]:
+    """Group the parameters of one student that share their multipliers."""
     groups: dict[GroupKey, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         groups[group_key(name, depth, settings)].append(parameter)
-    listed: list[dict[str, Any]] = [
-        {"params": parameters, "key": tuple(key)} for key, parameters in groups.items()
-    ]
-    return torch.optim.AdamW(listed, betas=settings.betas, fused=True)
+    return [{"params": parameters, "key": tuple(key)} for key, parameters in groups.items()]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from embedder.vit import VisionTransformer
 from pretrain.config import PretrainConfig
 from pretrain.distributed import world_size
-from pretrain.methods.dinov2 import DINOv2, Network
+from pretrain.methods.dinov2 import Network
+from pretrain.methods.distillation import FeatureStudent
 
 
 @contextmanager
@@ -45,7 +47,7 @@ def local_device(name: str) -> torch.device:
     return torch.device(name, index)
 
 
-def divide(method: DINOv2, config: PretrainConfig, device: torch.device) -> None:
+def divide(method: nn.Module, config: PretrainConfig, device: torch.device) -> None:
     """Divide parameters, gradients and optimiser state among the processes, block by block.
 
     Every unit is resharded after its forward pass, the roots too: the EMA then always sees both
@@ -54,9 +56,14 @@ def divide(method: DINOv2, config: PretrainConfig, device: torch.device) -> None
     if world_size() == 1:
         return
     mesh = init_device_mesh(device.type, (world_size(),))
-    for network in method.children():
-        if isinstance(network, Network):
+    divided: set[int] = set()
+    for network in [*method.modules()]:
+        if isinstance(network, Network | FeatureStudent):
+            divided.update(map(id, network.modules()))
             _divide_network(network, mesh, config, device)
+    for network in [*method.modules()]:  # a teacher without heads
+        if isinstance(network, VisionTransformer) and id(network) not in divided:
+            _divide_backbone(network, mesh, config, device)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -70,21 +77,27 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _divide_network(
-    network: Network, mesh: Any, config: PretrainConfig, device: torch.device
+    network: nn.Module, mesh: Any, config: PretrainConfig, device: torch.device
 ) -> None:
-    backbone = {
+    _divide_backbone(network.get_submodule("backbone"), mesh, config, device)
+    head = {"mesh": mesh, "reshard_after_forward": True, **_precision(config, device, half=False)}
+    for name, module in network.named_children():
+        if name != "backbone":
+            fully_shard(module, **head)
+
+
+def _divide_backbone(
+    backbone: Any, mesh: Any, config: PretrainConfig, device: torch.device
+) -> None:
+    settings = {
         "mesh": mesh,
         "reshard_after_forward": True,
         **_precision(config, device, half=True),
     }
-    head = {"mesh": mesh, "reshard_after_forward": True, **_precision(config, device, half=False)}
-    for block in network.backbone.blocks:
-        fully_shard(block, **backbone)
-    fully_shard(network.backbone, **backbone)
-    register_fsdp_forward_method(network.backbone, "forward_packed")
-    for name, module in network.named_children():
-        if name != "backbone":
-            fully_shard(module, **head)
+    for block in backbone.blocks:
+        fully_shard(block, **settings)
+    fully_shard(backbone, **settings)
+    register_fsdp_forward_method(backbone, "forward_packed")
 
 
 def _precision(

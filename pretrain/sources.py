@@ -146,6 +146,14 @@ def open_source(path: str) -> Source:
     return source
 
 
+def describe_source(path: str, source: Source) -> dict[str, str | int | None]:
+    """Say what a run learns from, for its checkpoints and its model's card."""
+    digest = None
+    if Dataset.is_finished(path):
+        digest = Dataset.open(path).manifest.content_digest
+    return {"path": path, "images": sum(source.sizes), "content_digest": digest}
+
+
 def _open(path: str) -> Source:
     if Dataset.is_finished(path):
         return PackedShards(path)

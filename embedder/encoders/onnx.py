@@ -1,11 +1,15 @@
 """`onnx:FILE`: any ONNX file from images (B, 3, H, W) to vectors (B, D).
 
 Pixels are resized to H x W, scaled to 0..1 and normalised with ImageNet's mean and deviation, or
-with those that the file's metadata holds as JSON lists under the keys `mean` and `std`.
+with those that the file's metadata holds as JSON lists under the keys `mean` and `std`. A file that
+takes any size, as `curate export` writes them, names the side of its inputs under `image_size`:
+there the short side is resized to 256/224 of it, and the middle cut out, as the backbone's own
+encoder does.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,15 +67,19 @@ def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
     """Load an ONNX file; it runs on CUDA where onnxruntime has it."""
     path = existing_file(name, argument)
     session = _open_session(path, options)
-    batch, size = _input_shape(name, session)
+    metadata = session.get_modelmeta().custom_metadata_map
+    batch, size = _input_shape(name, session, metadata)
     width = session.get_outputs()[0].shape[-1]
     if len(session.get_outputs()[0].shape) != 2 or not isinstance(width, int):
         shape = session.get_outputs()[0].shape
         raise EncoderError(f"encoder {name!r}: gives {shape}, expected (batch, width)")
-    metadata = session.get_modelmeta().custom_metadata_map
     mean = tuple(json.loads(metadata.get("mean", json.dumps(IMAGENET_MEAN))))
     std = tuple(json.loads(metadata.get("std", json.dumps(IMAGENET_STD))))
     preprocessing = Preprocessing(size, "squash", size, "bilinear", mean, std)
+    if "image_size" in metadata:
+        preprocessing = Preprocessing(
+            size, "short_side", round(size * 256 / 224), "bicubic", mean, std
+        )
     weights = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     space = digest_of(weights=weights, preprocessing=asdict(preprocessing))
     return OnnxEncoder(name, space, width, batch, preprocessing, session)
@@ -92,9 +100,11 @@ def _open_session(path: Path, options: LoadOptions) -> Any:
         raise EncoderError(f"{path}: no ONNX file that runs here ({first})") from error
 
 
-def _input_shape(name: str, session: Any) -> tuple[int, int]:
+def _input_shape(name: str, session: Any, metadata: Mapping[str, str]) -> tuple[int, int]:
     """Return batch size and side of the input."""
     shape = session.get_inputs()[0].shape
+    if "image_size" in metadata and shape[1] == 3:
+        return DEFAULT_BATCH_SIZE, int(metadata["image_size"])
     is_square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]
     if not is_square or not isinstance(shape[2], int):
         raise EncoderError(f"encoder {name!r}: takes {shape}, expected (batch, 3, side, side)")

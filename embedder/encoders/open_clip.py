@@ -1,9 +1,11 @@
 """`open_clip:MODEL/PRETRAINED`: the image tower of any model of open_clip."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
+from torch import Tensor
 
 from embedder.encoder import LoadOptions
 from embedder.encoders.torch_trunk import (
@@ -19,6 +21,7 @@ from embedder.encoders.torch_trunk import (
     weights_digest,
 )
 from embedder.errors import EncoderError
+from embedder.feature_maps import FeatureModel, Layer
 
 
 def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
@@ -33,6 +36,48 @@ def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
     preprocessing = _preprocessing(name, visual.preprocess_cfg)
     trunk = TorchTrunk(visual, preprocessing, placement, weights_digest(visual))
     return TrunkEncoder(name, trunk, output_width(name, trunk), "that of the weights")
+
+
+def load_features(name: str, argument: str, options: LoadOptions) -> FeatureModel:
+    """Load a vision transformer of open_clip to look at its blocks; other towers show none.
+
+    Raises: EncoderError for another kind of tower.
+    """
+    encoder = load(name, argument, options)
+    model_name, _, weights = argument.partition("/")
+    tower = _image_tower(name, model_name, weights, options).eval()
+    if not hasattr(tower, "transformer"):
+        raise EncoderError(f"encoder {name!r}: its tower is no vision transformer and shows none")
+    placement, preprocessing = encoder.trunk.placement, encoder.trunk.preprocessing
+    tower = tower.to(placement.device, placement.dtype)
+
+    def run(images: Tensor, layers: Sequence[int]) -> list[Layer]:
+        wanted = sorted(set(layers))
+        found = tower.forward_intermediates(
+            images,
+            indices=wanted,
+            normalize_intermediates=True,
+            intermediates_only=True,
+            output_extra_tokens=True,
+        )
+        maps, prefixes = found["image_intermediates"], found["image_intermediates_prefix"]
+        parts = zip(wanted, prefixes, maps, strict=True)
+        at = {layer: Layer(prefix[:, 0], plane) for layer, prefix, plane in parts}
+        return [at[layer] for layer in layers]
+
+    return FeatureModel(
+        name,
+        encoder.space,
+        encoder.licence,
+        len(tower.transformer.resblocks),
+        tower.patch_size[0],
+        preprocessing.size,
+        placement,
+        run,
+        True,
+        preprocessing.mean,
+        preprocessing.std,
+    )
 
 
 def _image_tower(name: str, model_name: str, weights: str, options: LoadOptions) -> Any:

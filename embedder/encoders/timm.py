@@ -1,12 +1,12 @@
 """`timm:NAME[:FILE]`: any image model of timm, without its classifier."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 from timm.data.config import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from embedder.encoder import LoadOptions
 from embedder.encoders.torch_trunk import (
@@ -23,6 +23,7 @@ from embedder.encoders.torch_trunk import (
     weights_digest,
 )
 from embedder.errors import EncoderError
+from embedder.feature_maps import FeatureModel, Layer, with_mean
 
 
 def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
@@ -43,17 +44,65 @@ def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
     return TrunkEncoder(name, trunk, output_width(name, trunk), licence)
 
 
-def _create(name: str, model_name: str, file: str, options: LoadOptions) -> nn.Module:
+def load_features(name: str, argument: str, options: LoadOptions) -> FeatureModel:
+    """Load a model to look at its layers: blocks of a transformer, stages of others."""
+    encoder = load(name, argument, options)
+    model_name, _, file = argument.partition(":")
+    placement, preprocessing = encoder.trunk.placement, encoder.trunk.preprocessing
+    is_vit = model_name.startswith("vit_")
+    model: Any = _create(name, model_name, file, options, dynamic=is_vit)
+    model = model.eval().to(placement.device, placement.dtype)
+    patch = model.patch_embed.patch_size[0] if is_vit else model.feature_info[-1]["reduction"]
+    depth = len(model.blocks) if is_vit else len(model.feature_info)
+
+    def run(images: Tensor, layers: Sequence[int]) -> list[Layer]:
+        found = model.forward_intermediates(
+            images,
+            indices=sorted(set(layers)),
+            norm=is_vit,
+            output_fmt="NCHW",
+            intermediates_only=True,
+            **({"return_prefix_tokens": True} if is_vit else {}),
+        )
+        at = dict(zip(sorted(set(layers)), map(_as_layer, found), strict=True))
+        return [at[layer] for layer in layers]
+
+    return FeatureModel(
+        name,
+        encoder.space,
+        encoder.licence,
+        depth,
+        patch,
+        preprocessing.size,
+        placement,
+        run,
+        not is_vit,
+        preprocessing.mean,
+        preprocessing.std,
+    )
+
+
+def _as_layer(found: Any) -> Layer:
+    if isinstance(found, tuple):
+        maps, prefix = found
+        return Layer(prefix[:, 0], maps) if prefix.shape[1] else with_mean(maps)
+    return with_mean(found)
+
+
+def _create(
+    name: str, model_name: str, file: str, options: LoadOptions, *, dynamic: bool = False
+) -> nn.Module:
+    arguments: dict[str, Any] = {"dynamic_img_size": True} if dynamic else {}
     if file == RANDOM:
         with seeded_weights():
-            return timm.create_model(model_name, num_classes=0)
+            return timm.create_model(model_name, num_classes=0, **arguments)
     if file:
         path = existing_file(name, file)
-        model = timm.create_model(model_name, num_classes=0)
+        model = timm.create_model(model_name, num_classes=0, **arguments)
         timm.models.load_checkpoint(model, str(path), strict=False)
         return model
     refuse_hub(name, options, "no file given")
-    return timm.create_model(model_name, num_classes=0, pretrained=True)
+    return timm.create_model(model_name, num_classes=0, pretrained=True, **arguments)
 
 
 def _preprocessing(name: str, config: dict[str, Any]) -> Preprocessing:

@@ -15,10 +15,24 @@ if TYPE_CHECKING:
 Labelled = list[tuple[bytes, str]]
 
 
-def run_pretrain(config: str, data: str, out: str, changes: list[str]) -> None:
-    """`curate pretrain`."""
+def run_pretrain(
+    config: str | None, data: str, out: str, continued: str | None, changes: list[str]
+) -> None:
+    """`curate pretrain`.
+
+    Raises:
+        ConfigError: no config is named.
+    """
     console.set_up_logging(True)
-    result = pretrain_on(config, packed_folder(data), out, changes)
+    if config is None:
+        raise ConfigError("curate pretrain: name a config, a YAML file or one that ships")
+    if continued is None:
+        result = pretrain_on(config, packed_folder(data), out, changes)
+    else:
+        from pretrain.continuing import load_continued_config
+
+        settings = load_continued_config(config, changes, continued)
+        result = _train(settings, packed_folder(data), out)
     console.print_pairs(result, title="pretrain")
 
 
@@ -81,17 +95,6 @@ def packed_folder(data: str) -> str:
             f"{data}: its images are not packed; run `curate pack` and name its output"
         )
     return storage.join(data.rstrip("/").rpartition("/")[0] or ".", str(packed))
-
-
-def print_evaluation(task: str, backbone: str, train: str, test: str, as_json: bool) -> None:
-    """`curate evaluate`."""
-    if task != "knn":
-        raise ConfigError(f"curate evaluate {task}: unknown task; known: knn")
-    result = evaluate_knn(backbone, train, test, (10, 20))
-    if as_json:
-        console.print_json(result)
-    else:
-        console.print_line(result["text"])
 
 
 def evaluate_knn(backbone: str, train: str, test: str, k: tuple[int, ...]) -> dict[str, Any]:

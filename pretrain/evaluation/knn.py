@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
+from curation.config import Settings
 from curation.errors import ConfigError
 from embedder.checkpoint import load_backbone
 from embedder.images import decode
@@ -30,6 +32,15 @@ Labeled = Sequence[tuple[bytes | str | Path, Any]]
 
 RESIZE = 256 / 224
 """Shorter side before the centre crop, as a share of the crop."""
+
+
+class KnnTaskSettings(Settings):
+    """The paper's."""
+
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """Neighbours that vote."""
+    temperature: float = Field(default=0.07, gt=0)
+    """Of their votes' weights."""
 
 
 def evaluate(

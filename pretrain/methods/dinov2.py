@@ -145,9 +145,7 @@ class DINOv2(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Move the average: t <- momentum t + (1 - momentum) s, heads included."""
-        average = [_local(parameter) for parameter in self.averaged.parameters()]
-        student = [_local(parameter) for parameter in self.student.parameters()]
-        torch._foreach_lerp_(average, student, 1 - momentum)
+        move_average(self.averaged, self.student, momentum)
 
     def submodules(self) -> Iterator[tuple[str, nn.Module]]:
         """The student's parts, whose gradients are clipped each on their own."""
@@ -204,6 +202,13 @@ class DINOv2(nn.Module):
             settings.student_temperature,
             settings.block_rows,
         )
+
+
+def move_average(average: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move the parameters of an average: a <- momentum a + (1 - momentum) s."""
+    ours = [_local(parameter) for parameter in average.parameters()]
+    theirs = [_local(parameter) for parameter in student.parameters()]
+    torch._foreach_lerp_(ours, theirs, 1 - momentum)
 
 
 def _total(losses: dict[str, Tensor]) -> Tensor:

@@ -7,21 +7,31 @@ Legend: B images, P patches of a global crop.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curation.config import parse_settings
 from curation.errors import ConfigError
-from embedder.vit import ViTConfig
+from embedder.checkpoint import load_backbone
+from embedder.vit import Tokens, VisionTransformer, ViTConfig
 from pretrain import checkpoint
 from pretrain.batch import Batch, index_masks
 from pretrain.config import DistillConfig, PretrainConfig
-from pretrain.methods.dinov2 import DINOv2, Network, StepTargets
+from pretrain.methods.dinov2 import DINOv2, Network, StepTargets, move_average
+
+
+class FeatureTargets(NamedTuple):
+    """The teacher's tokens for the global crops of each part of a step."""
+
+    tokens: list[Tokens]
+    health: dict[str, float] = {}
+    """Without prototypes there are no signs of collapse to watch."""
 
 
 class Distillation(DINOv2):
@@ -29,10 +39,13 @@ class Distillation(DINOv2):
 
     config: DistillConfig
 
-    def __init__(self, config: DistillConfig, vit: ViTConfig | None = None) -> None:
+    def __init__(
+        self, config: DistillConfig, vit: ViTConfig | None = None, teacher: Network | None = None
+    ) -> None:
+        """`teacher` is one that is loaded already, for several students."""
         super().__init__(config, vit)
         self.average = self.teacher
-        self.teacher = load_teacher(config)
+        self.teacher = teacher or load_teacher(config)
         self.register_state_dict_post_hook(_leave_out_teacher)  # type: ignore[no-untyped-call]
 
     @property
@@ -67,6 +80,98 @@ class Distillation(DINOv2):
         return replace(shown, mask_index=index, mask_weights=weights)
 
 
+class FeatureStudent(nn.Module):
+    """A backbone, and linear maps of its tokens to the teacher's width."""
+
+    def __init__(self, vit: ViTConfig, teacher_width: int) -> None:
+        super().__init__()
+        self.backbone = VisionTransformer(vit)
+        self.cls_map = nn.Linear(vit.width, teacher_width)
+        self.patch_map = nn.Linear(vit.width, teacher_width)
+
+
+class FeatureDistillation(nn.Module):
+    """Distillation without heads: tokens, mapped linearly, point where the teacher's do.
+
+    The baseline for a teacher whose heads are not at hand.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        vit: ViTConfig | None = None,
+        teacher: VisionTransformer | None = None,
+    ) -> None:
+        """`teacher` is one that is loaded already, for several students."""
+        super().__init__()
+        self.config = config
+        self.teacher = teacher or load_teacher_backbone(config)
+        width = self.teacher.config.width
+        self.student = FeatureStudent(vit or config.vit(), width)
+        self.averaged = FeatureStudent(vit or config.vit(), width)
+        self.averaged.load_state_dict(self.student.state_dict())
+        self.averaged.requires_grad_(False).eval()
+        self.register_state_dict_post_hook(_leave_out_teacher)  # type: ignore[no-untyped-call]
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the student; teacher and average never drop anything."""
+        super().train(mode)
+        self.teacher.eval()
+        self.averaged.eval()
+        return self
+
+    @torch.no_grad()
+    def targets(
+        self, parts: Sequence[Batch], temperature: float, *, watch: bool = False
+    ) -> FeatureTargets:
+        """Run the frozen teacher on the global crops of all parts of a step."""
+        look = self.teacher.forward_packed
+        return FeatureTargets([look([part.global_crops], [None])[0] for part in parts])
+
+    def losses(
+        self, batch: Batch, targets: FeatureTargets, part: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """One minus the cosine, of class tokens and of patches, in the mean."""
+        seen = self.student.backbone.forward_packed([batch.global_crops], [None], generator)[0]
+        taught = targets.tokens[part]
+        cls = _distance(self.student.cls_map(seen.cls), taught.cls)
+        patches = _distance(self.student.patch_map(seen.patches), taught.patches)
+        return {"cls_loss": cls, "patch_loss": patches, "total_loss": cls + patches}
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Move the average of the student."""
+        move_average(self.averaged, self.student, momentum)
+
+    def submodules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The student's parts, whose gradients are clipped each on their own."""
+        yield from self.student.named_children()
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(ours.float(), theirs.float(), dim=-1).mean()
+
+
+def load_teacher_backbone(config: DistillConfig) -> VisionTransformer:
+    """Load the backbone of the teacher's run, or of a file, frozen.
+
+    Raises:
+        CheckpointError: the file is no backbone.
+        ConfigError: no teacher is named, or its patches are of another size.
+    """
+    if config.teacher_run is None:
+        raise ConfigError("no teacher: name a run, or a file of weights, with --teacher")
+    path = Path(config.teacher_run)
+    left = path / "backbone.safetensors"
+    teacher = load_backbone(left if left.is_file() else path)
+    if teacher.config.patch != config.vit().patch:
+        raise ConfigError(
+            f"{path}: the teacher has patch = {teacher.config.patch}, the student "
+            f"{config.vit().patch}; set model.patch to {teacher.config.patch}"
+        )
+    return teacher.requires_grad_(False)
+
+
 def load_teacher(config: DistillConfig) -> Network:
     """Restore backbone and heads from the last checkpoint of the teacher's run, frozen.
 
@@ -81,6 +186,8 @@ def load_teacher(config: DistillConfig) -> Network:
     if not steps:
         raise ConfigError(f"{run}: holds no checkpoint of `curate pretrain` to be the teacher")
     saved = checkpoint.read_about(run, steps[-1])["config"]
+    if saved.get("students") or saved.get("objective") == "features":
+        raise ConfigError(f"{run}: its checkpoints hold no single student with heads to teach")
     distilled = "teacher_run" in saved
     model = DistillConfig if distilled else PretrainConfig
     settings = parse_settings(model, saved, where=str(run))

@@ -14,6 +14,7 @@ from embedder.errors import CheckpointError
 from pipelines.verbs import training
 from pretrain import checkpoint
 from pretrain.building import build_method
+from pretrain.collapse import Flatness
 from pretrain.config import DistillConfig, find_config, load_distill_config
 from pretrain.data import Batches, Part
 from pretrain.methods.distillation import Distillation
@@ -203,7 +204,7 @@ def test_load_distill_config__shipped_config_names_command_and_cost() -> None:
     assert header[0].startswith("# curate distill tiny --teacher ")
     assert header[1].startswith("# Cost: ")
     assert "Expected: " in header[1]
-    with pytest.raises(ConfigError, match="these are: tiny"):
+    with pytest.raises(ConfigError, match="these are: tiny, vitb14, vitl14, vits14"):
         load_distill_config("missing")
 
 
@@ -216,3 +217,106 @@ def test_run_distill__verb(
     training.run_distill(str(config), images, str(out), teacher_run, ["optim.steps=1"])
     assert (out / "backbone.safetensors").is_file()
     assert "distill" in capsys.readouterr().out
+
+
+def test_run__two_students_match_two_single_runs(
+    images: str, teacher_run: str, tmp_path: Path
+) -> None:
+    wide = {**distill_config(teacher_run).model.model_dump(), "width": 18, "name": "wide"}
+    small = {**distill_config(teacher_run).model.model_dump(), "name": "small"}
+    both = run(distill_config(teacher_run, students=[small, wide]), images, str(tmp_path / "both"))
+    records = read_lines(both.log)
+    for student in (small, wide):
+        name = student.pop("name")
+        alone = run(distill_config(teacher_run, model=student), images, str(tmp_path / name))
+        assert [r["loss"] for r in read_lines(alone.log)] == [
+            r[f"{name}.total_loss"] for r in records
+        ]
+        ours = load_backbone(tmp_path / "both" / name / "backbone.safetensors").state_dict()
+        for key, value in load_backbone(alone.backbone).state_dict().items():
+            assert torch.equal(value, ours[key])
+    sums = [r["small.total_loss"] + r["wide.total_loss"] for r in records]
+    assert [r["loss"] for r in records] == pytest.approx(sums)
+
+
+def test_run__two_students_resume_together(images: str, teacher_run: str, tmp_path: Path) -> None:
+    students = [
+        {**distill_config(teacher_run).model.model_dump(), "name": name} for name in ("a", "b")
+    ]
+
+    def stop(record: Record) -> None:
+        if record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = distill_config(teacher_run, students=students, optim={"steps": 4})
+    calm = run(config, images, str(tmp_path / "calm"))
+    run(config, images, str(tmp_path / "halting"), progress=stop)
+    resumed = run(config, images, str(tmp_path / "halting"))
+    assert resumed.finished
+    first, second = (
+        [r["b.total_loss"] for r in read_lines(result.log)] for result in (calm, resumed)
+    )
+    assert first == second
+
+
+def test_single__sizes_archs_and_names() -> None:
+    config = distill_config(None, model={"width": None, "depth": None, "heads": None})
+    two = config.replace(students=("s", "vitb14_reg")).single()
+    assert {name: one.model.arch for name, one in two.items()} == {
+        "s": "vits14",
+        "vitb14_reg": "vitb14_reg",
+    }
+    with pytest.raises(ConfigError, match="two are named 's'"):
+        config.replace(students=("s", "s")).single()
+    with pytest.raises(ConfigError, match="student 'q'"):
+        config.replace(students=("q",)).single()
+
+
+def test_features__student_approaches_the_teacher_s_tokens(
+    images: str, teacher_run: str, tmp_path: Path
+) -> None:
+    config = distill_config(
+        str(Path(teacher_run) / "backbone.safetensors"),
+        objective="features",
+        optim={"steps": 40, "base_lr": 3e-3},
+    )
+    result = run(config, images, str(tmp_path / "out"))
+    records = read_lines(result.log)
+    for name in ("cls_loss", "patch_loss"):
+        assert records[-1][name] < 0.5 * records[0][name]
+    assert load_backbone(result.backbone).config.width == 12
+    with pytest.raises(ConfigError, match="hold no single student with heads to teach"):
+        run(distill_config(str(tmp_path / "out")), images, str(tmp_path / "next"))
+    with pytest.raises(ConfigError, match="patch = 14, the student 7"):
+        build_method(config.replace(model=config.model.replace(patch=7)))
+
+
+def test_build_method__a_frozen_backbone_only_fits_heads(
+    images: str, teacher_run: str, tmp_path: Path
+) -> None:
+    """Heads on a released backbone: then they teach like those of a run of our own."""
+    weights = str(Path(teacher_run) / "backbone.safetensors")
+    changes = {"steps": 200, "freeze_backbone_steps": 200, "freeze_last_layer_steps": 0,
+               "stop_when_flat": 2}  # fmt: skip
+    config = small_config(init=weights, optim=changes, model={"drop_path": 0.0})
+    result = run(config, images, str(tmp_path / "heads"))
+    assert result.finished
+    assert result.steps < 200
+    before = load_backbone(weights).state_dict()
+    for name, value in load_backbone(result.backbone).state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-7)
+    teacher = build_method(distill_config(str(tmp_path / "heads"))).teacher
+    fresh = build_method(config).teacher
+    assert not torch.equal(teacher.dino_head.mlp[0].weight, fresh.dino_head.mlp[0].weight)
+
+
+def test_refuse_too_many_prototypes__fifty_class_tokens_each(images: str, tmp_path: Path) -> None:
+    config = small_config(optim={"steps": 10, "freeze_backbone_steps": 10})
+    with pytest.raises(ConfigError, match=r"80 class tokens are seen, 50 .* take at most 1, or"):
+        run(config, images, str(tmp_path / "out"))
+
+
+def test_flatness__two_equal_windows() -> None:
+    flat = Flatness(2)
+    losses = [5.0, 4.0, 3.0, 2.0, 2.0, 2.001, 2.0]
+    assert [flat.add({"loss": x, "prototypes_in_use": 8.0}) for x in losses] == [False] * 6 + [True]

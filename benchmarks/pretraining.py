@@ -1,4 +1,4 @@
-"""Speed of pretraining against others, all in one run of `python benchmarks/pretrain.py`.
+"""Speed of pretraining against others, all in one run of `python benchmarks/pretraining.py`.
 
 ViT-S/14, batch 16, 2 x 224 + 8 x 98 px, one process, as many threads as cores, no loader
 processes, every rival under the same allocator setting. `lightly-train` runs from an interpreter

@@ -1,0 +1,313 @@
+"""Evaluation by name: `run_task` finds the data, the encoder and the settings, and measures."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from curation.config import Settings, parse_settings, split_change
+from curation.dataset import Dataset
+from curation.errors import ConfigError
+from embedder.encoder import Encoder, load_encoder
+from embedder.errors import EncoderError
+from embedder.feature_maps import FeatureModel, load_feature_model
+from embedder.images import Pixels, decode
+from pretrain.evaluation.artifacts import ArtifactSettings, artifacts
+from pretrain.evaluation.datasets import (
+    DEPTH,
+    SEGMENTATION,
+    Layout,
+    labelled_images,
+    open_scenes,
+    plain_images,
+)
+from pretrain.evaluation.depth import DepthSettings, depth
+from pretrain.evaluation.features import (
+    Features,
+    class_numbers,
+    is_stored,
+    layer_features,
+    stored_vectors,
+    vectors,
+)
+from pretrain.evaluation.knn import KnnTaskSettings, knn_classify
+from pretrain.evaluation.linear import LinearSettings, linear_probe
+from pretrain.evaluation.logistic import LogisticSettings, logistic_regression
+from pretrain.evaluation.results import Result
+from pretrain.evaluation.retrieval import (
+    RetrievalSettings,
+    find_revisited,
+    open_revisited,
+    retrieve_classes,
+    retrieve_revisited,
+)
+from pretrain.evaluation.segmentation import SegmentationSettings, segmentation
+from pretrain.parallel import local_device, process_group
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated on what."""
+
+    task: str
+    encoder: str | None
+    """Name of an encoder, or a file or folder with a backbone; None for stored features."""
+    train: str | None
+    test: str
+    image_size: int | None = None
+    device: str = "auto"
+    allow_hub: bool = False
+    changes: list[str] = field(default_factory=list)
+    """KEY=VALUE of the task's settings."""
+
+
+class Measured(NamedTuple):
+    """What a task gives."""
+
+    metrics: dict[str, float]
+    num_train: int
+    num_test: int
+    encoder: str
+    space: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of evaluation."""
+
+    about: str
+    settings: type[Settings]
+    measure: Callable[[Request, Any], Measured]
+
+
+def run_task(request: Request) -> Result:
+    """Evaluate, on all processes that torchrun started.
+
+    Raises:
+        ConfigError: an unknown task or setting, or data that is not where it is expected.
+        EncoderError: the encoder is unknown, or shows too little for the task.
+    """
+    if request.task not in TASKS:
+        known = ", ".join(TASKS)
+        raise ConfigError(f"curate evaluate {request.task}: unknown task; known: {known}")
+    task = TASKS[request.task]
+    changes = dict(split_change(change) for change in request.changes)
+    settings = parse_settings(task.settings, changes, f"--set of '{request.task}'")
+    start = time.monotonic()
+    device = local_device(request.device)
+    with process_group(device):
+        found = task.measure(replace(request, device=str(device)), settings)
+    return Result(
+        request.task,
+        found.encoder,
+        found.space,
+        found.licence,
+        request.train or "",
+        request.test,
+        found.num_train,
+        found.num_test,
+        found.metrics,
+        settings,
+        time.monotonic() - start,
+    )
+
+
+# --- vectors ------------------------------------------------------------------------------------
+
+
+def _knn(request: Request, settings: KnnTaskSettings) -> Measured:
+    train, test, about = _vector_pair(request)
+    numbers, truth, _ = class_numbers(train, test)
+    device = request.device
+    guesses = knn_classify(
+        train.rows.to(device),
+        numbers.to(device),
+        test.rows.to(device),
+        k=settings.k,
+        temperature=settings.temperature,
+    )
+    metrics = {
+        f"knn_{k}": (guess.cpu() == truth).float().mean().item() for k, guess in guesses.items()
+    }
+    return Measured(metrics, len(train), len(test), *about)
+
+
+def _linear(request: Request, settings: LinearSettings) -> Measured:
+    stored = is_stored(_train_of(request)) or is_stored(request.test)
+    if stored or settings.features == "vectors":
+        train, test, about = _vector_pair(request)
+        views = [train]
+    else:
+        model = _feature_model(request)
+        about = (model.name, model.space, model.licence)
+        images = labelled_images(_train_of(request))
+        most = max(settings.layers)
+        test = layer_features(model, labelled_images(request.test), most)
+        rng = np.random.default_rng(settings.seed)
+        drawn = [layer_features(model, images, most, view=rng) for _ in range(settings.views)]
+        views = drawn or [layer_features(model, images, most)]
+    metrics = linear_probe(views, test, settings, request.device)
+    return Measured(metrics, len(views[0]), len(test), *about)
+
+
+def _logreg(request: Request, settings: LogisticSettings) -> Measured:
+    train, test, about = _vector_pair(request)
+    metrics = logistic_regression(train, test, settings, request.device)
+    return Measured(metrics, len(train), len(test), *about)
+
+
+def _retrieval(request: Request, settings: RetrievalSettings) -> Measured:
+    file = find_revisited(request.test)
+    if file is None:
+        train, test, about = _vector_pair(request)
+        found = retrieve_classes(train, test, settings.precisions)
+        return Measured(found, len(train), len(test), *about)
+    truth = open_revisited(file)
+    encoder = _encoder(request)
+    database = vectors(encoder, [_reader(path) for path in truth.images])
+    queries = vectors(
+        encoder, [_reader(p, box) for p, box in zip(truth.queries, truth.boxes, strict=True)]
+    )
+    about = (encoder.name, encoder.space, encoder.licence)
+    found = retrieve_revisited(database, queries, truth)
+    return Measured(found, len(truth.images), len(truth.queries), *about)
+
+
+def _vector_pair(request: Request) -> tuple[Features, Features, tuple[str, str, str]]:
+    """Features of both sets, and name, space and licence of what made them.
+
+    Raises:
+        ConfigError: stored features of two spaces.
+    """
+    paths = (_train_of(request), request.test)
+    if not any(is_stored(path) for path in paths):
+        encoder = _encoder(request)
+        sets = [labelled_images(path) for path in paths]
+        train, test = (
+            Features(vectors(encoder, [_reader(item.path) for item in items]), _labels(items))
+            for items in sets
+        )
+        return train, test, (encoder.name, encoder.space, encoder.licence)
+    if not all(is_stored(path) for path in paths):
+        raise ConfigError(f"{paths[0]}, {paths[1]}: give images for both, or features for both")
+    attributes = [Dataset.open(path).attributes for path in paths]
+    spaces = [str(one.get("space", "")) for one in attributes]
+    if spaces[0] != spaces[1]:
+        raise ConfigError(
+            f"{paths[1]}: embeddings of space {spaces[1] or 'unknown'}, those of {paths[0]} are "
+            f"of {spaces[0] or 'unknown'}; embed one like the other"
+        )
+    name = str(attributes[0].get("encoder", request.encoder or "unknown"))
+    licence = str(attributes[0].get("licence", "unknown"))
+    return stored_vectors(paths[0]), stored_vectors(paths[1]), (name, spaces[0], licence)
+
+
+def _labels(items: list[Any]) -> list[str]:
+    return [item.label for item in items]
+
+
+def _reader(
+    path: Path, box: tuple[float, float, float, float] | None = None
+) -> Callable[[], Pixels]:
+    """What decodes an image, or a box of it (left, top, right, bottom), when it is asked to."""
+
+    def read() -> Pixels:
+        pixels = decode(path.read_bytes())
+        if box is None:
+            return pixels
+        left, top, right, bottom = (round(side) for side in box)
+        return pixels[top : bottom + 1, left : right + 1]
+
+    return read
+
+
+# --- maps ---------------------------------------------------------------------------------------
+
+
+def _segmentation(request: Request, settings: SegmentationSettings) -> Measured:
+    return _dense(request, settings, SEGMENTATION, segmentation)
+
+
+def _depth(request: Request, settings: DepthSettings) -> Measured:
+    return _dense(request, settings, DEPTH, depth)
+
+
+def _dense(
+    request: Request,
+    settings: Any,
+    layouts: dict[str, Layout],
+    measure: Callable[..., dict[str, float]],
+) -> Measured:
+    train, _ = open_scenes(_train_of(request), "train", layouts)
+    test, layout = open_scenes(request.test, "test", layouts)
+    model = _feature_model(request)
+    metrics = measure(model, train, test, layout, settings)
+    return Measured(metrics, len(train), len(test), model.name, model.space, model.licence)
+
+
+def _artifacts(request: Request, settings: ArtifactSettings) -> Measured:
+    images = plain_images(request.test)
+    model = _feature_model(request)
+    metrics = artifacts(model, images, settings)
+    return Measured(metrics, 0, len(images), model.name, model.space, model.licence)
+
+
+# --- what is evaluated --------------------------------------------------------------------------
+
+
+def encoder_name(name: str) -> str:
+    """The name of an encoder; files and folders of backbones stand for themselves.
+
+    Raises:
+        ConfigError: what looks like a file is none.
+    """
+    if Path(name).exists():
+        return f"dinov2:{name}"
+    if ":" not in name and ("/" in name or Path(name).suffix in (".pth", ".safetensors")):
+        raise ConfigError(f"{name}: no such file or folder with a backbone")
+    return name
+
+
+def _encoder(request: Request) -> Encoder:
+    return load_encoder(
+        _named(request),
+        device=request.device,
+        allow_hub=request.allow_hub,
+        image_size=request.image_size,
+    )
+
+
+def _feature_model(request: Request) -> FeatureModel:
+    return load_feature_model(
+        _named(request),
+        device=request.device,
+        allow_hub=request.allow_hub,
+        image_size=request.image_size,
+    )
+
+
+def _named(request: Request) -> str:
+    if request.encoder is None:
+        raise EncoderError("no encoder: name one with --encoder, such as dinov2:vits14 or a file")
+    return encoder_name(request.encoder)
+
+
+def _train_of(request: Request) -> str:
+    if request.train is None:
+        raise ConfigError(f"curate evaluate {request.task}: name the images to learn from: --train")
+    return request.train
+
+
+TASKS: dict[str, Task] = {
+    "knn": Task("k nearest neighbours vote", KnnTaskSettings, _knn),
+    "linear": Task("a grid of linear classifiers", LinearSettings, _linear),
+    "logreg": Task("logistic regression", LogisticSettings, _logreg),
+    "retrieval": Task("mean average precision of ranking", RetrievalSettings, _retrieval),
+    "segmentation": Task("mean IoU of a head on patches", SegmentationSettings, _segmentation),
+    "depth": Task("errors of a linear depth head", DepthSettings, _depth),
+    "artifacts": Task("share of patches with outlier norms", ArtifactSettings, _artifacts),
+}

@@ -1,0 +1,218 @@
+"""Other libraries load what we export and see what we see; and what they save loads back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import Tensor
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+)
+
+from embedder.checkpoint import load_backbone
+from embedder.encoder import embed_images, load_encoder
+from embedder.encoders.torch_trunk import IMAGENET_MEAN, IMAGENET_STD
+from embedder.errors import CheckpointError
+from embedder.export import export_backbone
+from embedder.images import decode, resize
+from embedder.onnx_export import resize_matrix
+from embedder.peers import Peer, with_interpolation
+from embedder.vit import VisionTransformer, ViTConfig, vit_config
+from pretrain.batch import normalize
+
+SIZES = ((224, 224), (518, 518), (336, 560))
+ARCHITECTURES = ("vits14", "vits14_reg", "vitg14", "vitg14_reg")
+CLOSE = {"rtol": 0.0, "atol": 1e-4}
+
+
+def small(name: str, seed: int = 0) -> VisionTransformer:
+    """A narrow, shallow model of a kind, all of whose parameters matter."""
+    torch.manual_seed(seed)
+    model = VisionTransformer(vit_config(name, width=48, depth=2, heads=3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def retuned(model: VisionTransformer, peer: Peer) -> VisionTransformer:
+    """The same weights, positions interpolated as a peer does."""
+    other = VisionTransformer(with_interpolation(model.config, peer))
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+@torch.no_grad()
+def tokens(model: VisionTransformer, images: Tensor) -> Tensor:
+    found = model(images)
+    return torch.cat([found.cls[:, None], found.registers, found.patches], dim=1)
+
+
+@pytest.fixture(scope="module")
+def photos(shared_data: Path) -> list[np.ndarray]:
+    return [decode(p.read_bytes()) for p in sorted((shared_data / "photos").glob("*.jpg"))[:20]]
+
+
+def batch(photos: list[np.ndarray], height: int, width: int) -> Tensor:
+    stacked = np.stack([resize(photo, width, height) for photo in photos])
+    return normalize(torch.from_numpy(stacked).permute(0, 3, 1, 2))
+
+
+def exported(name: str, format: str, folder: Path) -> tuple[VisionTransformer, Path]:
+    model = small(name)
+    out = folder / f"{name}-{format}"
+    export_backbone(model, format, out)
+    return model, out
+
+
+def peer_tokens(format: str, folder: Path, model: VisionTransformer, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        if format == "timm":
+            peer = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+            return peer.forward_features(images)
+        kind = Dinov2WithRegistersModel if model.config.registers else Dinov2Model
+        peer, report = kind.from_pretrained(folder, output_loading_info=True)
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
+        return peer.eval()(images).last_hidden_state
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("format", ["huggingface", "timm"])
+def test_export__peers_agree_on_photos(
+    photos: list[np.ndarray], name: str, format: Peer, tmp_path: Path
+) -> None:
+    model, out = exported(name, format, tmp_path)
+    for height, width in SIZES:
+        shown = photos if height == 224 else photos[:4]
+        images = batch(shown, height, width)
+        theirs = peer_tokens(format, out, model, images)
+        torch.testing.assert_close(theirs, tokens(retuned(model, format), images), **CLOSE)
+        if model.config.registers or (height, width) == (518, 518):
+            torch.testing.assert_close(theirs, tokens(model, images), **CLOSE)
+        else:  # the offset of the public code, which the peers do without
+            assert (theirs - tokens(model, images)).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["vits14", "vits14_reg"])
+@pytest.mark.parametrize("format", ["huggingface", "timm", "onnx"])
+def test_export__peers_agree_on_20_photos_at_full_size(
+    photos: list[np.ndarray], name: str, format: Peer, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(vit_config(name)).eval()
+    export_backbone(model, format, tmp_path / "out")
+    for height, width in SIZES:
+        for start in range(0, len(photos), 5):
+            images = batch(photos[start : start + 5], height, width)
+            if format == "onnx":
+                session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+                outputs = session.run(None, {"images": images.numpy()})
+                theirs = torch.cat(
+                    [torch.from_numpy(outputs[0])[:, None], *map(torch.from_numpy, outputs[1:])], 1
+                )
+                ours = tokens(model, images)
+            else:
+                theirs = peer_tokens(format, tmp_path / "out", model, images)
+                ours = tokens(retuned(model, format), images)
+            torch.testing.assert_close(theirs, ours, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["vits14", "vitg14_reg"])
+def test_export__onnx_at_dynamic_sizes(photos: list[np.ndarray], name: str, tmp_path: Path) -> None:
+    model, out = exported(name, "onnx", tmp_path)
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"))
+    for height, width in (*SIZES, (700, 14)):
+        images = batch(photos[: 1 + height // 300], height, width)
+        outputs = [torch.from_numpy(x) for x in session.run(None, {"images": images.numpy()})]
+        theirs = torch.cat([outputs[0][:, None], *outputs[1:]], dim=1)
+        torch.testing.assert_close(theirs, tokens(model, images), **CLOSE)
+    export_backbone(model, "huggingface", tmp_path / "folder")
+    encoders = [
+        load_encoder(f"onnx:{out / 'model.onnx'}"),
+        load_encoder(f"dinov2:{tmp_path / 'folder'}", precision="float32"),
+    ]
+    ours, theirs_rows = (rows.astype(np.float32) for rows in embed_images(encoders, photos[:3]))
+    assert np.abs(ours - theirs_rows).max() < 1e-3  # both rounded to half precision
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("format", ["safetensors", "huggingface", "timm"])
+def test_load_backbone__reads_every_format_back(name: str, format: str, tmp_path: Path) -> None:
+    model, out = exported(name, format, tmp_path)
+    loaded = load_backbone(out if format != "safetensors" else out / "model.safetensors")
+    assert loaded.config == model.config
+    images = torch.randn(1, 3, 70, 98)
+    torch.testing.assert_close(tokens(loaded, images), tokens(model, images), **CLOSE)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_load_backbone__random_weights_of_transformers(registers: int, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3,
+             "patch_size": 14, "image_size": 518}  # fmt: skip
+    if registers:
+        peer = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape)).eval()
+    else:
+        peer = Dinov2Model(Dinov2Config(**shape)).eval()
+    peer.save_pretrained(tmp_path)
+    model = load_backbone(tmp_path)
+    assert model.config.registers == registers
+    for size in SIZES:
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            theirs = peer(images).last_hidden_state
+        torch.testing.assert_close(theirs, tokens(retuned(model, "huggingface"), images), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"])
+def test_load_backbone__random_weights_of_timm(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    shape = {"embed_dim": 192, "depth": 2, "num_heads": 3}
+    peer = timm.create_model(name, num_classes=0, dynamic_img_size=True, **shape).eval()
+    torch.save(peer.state_dict(), tmp_path / "weights.pth")
+    model = load_backbone(tmp_path / "weights.pth")
+    for size in SIZES:
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            theirs = peer.forward_features(images)
+        torch.testing.assert_close(theirs, tokens(retuned(model, "timm"), images), **CLOSE)
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 37, 50])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_resize_matrix__is_torch_s_bicubic(count: int, antialias: bool) -> None:
+    plane = torch.randn(1, 2, 37, 37)
+    matrix = resize_matrix(count, torch.tensor(float(count)), 37, antialias=antialias)
+    ours = torch.einsum("ia,jb,cab->cij", matrix, matrix, plane[0])
+    theirs = torch.nn.functional.interpolate(
+        plane, size=(count, count), mode="bicubic", antialias=antialias
+    )[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_export__what_cannot_be_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="known: safetensors, onnx, huggingface, timm"):
+        export_backbone(small("vits14"), "gguf", tmp_path)
+    bare = VisionTransformer(ViTConfig(24, 1, 3, layerscale=None))
+    with pytest.raises(CheckpointError, match="no DINOv2 without LayerScale"):
+        export_backbone(bare, "huggingface", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 3}))
+    with pytest.raises(CheckpointError, match=r"is a folder; expected model\.safetensors"):
+        load_backbone(tmp_path)
+
+
+def test_processor__is_imagenet_s(tmp_path: Path) -> None:
+    _, out = exported("vits14", "huggingface", tmp_path)
+    values = json.loads((out / "preprocessor_config.json").read_text())
+    assert (values["image_mean"], values["image_std"]) == ([*IMAGENET_MEAN], [*IMAGENET_STD])
+    assert (values["size"], values["crop_size"]["height"]) == ({"shortest_edge": 256}, 224)
