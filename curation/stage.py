@@ -57,6 +57,9 @@ class Task(ABC, Generic[Item, Result]):
 class Engine(ABC):
     """Runs tasks: in this process, or on a cluster."""
 
+    max_failed_shards: int = 0
+    """Shards of a stage that may keep failing: their rows are dropped, and the run goes on."""
+
     @property
     @abstractmethod
     def workers(self) -> int:

@@ -108,8 +108,7 @@ class Attempts:
         raise EngineError(
             f"{self._label}: {len(self._given_up)} of {num_items} shards failed {self._limit} "
             f"times ({names}{f' and {more} more' if more > 0 else ''}): "
-            f"{type(first).__name__}: {_one_line(first)}; the others are kept: run the same "
-            "command again",
+            f"{type(first).__name__}: {_one_line(first)}; the others are kept",
             [(item, f"{type(e).__name__}: {_one_line(e)}") for item, e in self._given_up.values()],
         ) from first
 

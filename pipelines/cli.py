@@ -1,6 +1,7 @@
 """The command line. Every verb imports what it needs when it runs, so that --help is quick."""
 
 import os
+import shlex
 import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +32,14 @@ class EngineName(StrEnum):
 Out = Annotated[str, typer.Option("--out", help="Folder or URL of the output.")]
 Work = Annotated[str, typer.Option("--work", help="Work folder of a run.")]
 Kind = Annotated[EngineName, typer.Option("--engine", help="This machine, or a Ray cluster.")]
-Workers = Annotated[int, typer.Option("--workers", min=1, help="Tasks that run at once.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Tasks that run at once: 1 here, all of a cluster."),
+]
+MaxFailed = Annotated[
+    int,
+    typer.Option("--max-failed-shards", min=0, help="Shards of a stage that may keep failing."),
+]
 Address = Annotated[str | None, typer.Option("--address", help="Address of a Ray cluster.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seeds every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -49,8 +57,9 @@ def run(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
     work: Work,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
+    max_failed_shards: MaxFailed = 0,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
@@ -66,7 +75,9 @@ def run(
     """
     from pipelines.verbs import run as verb
 
-    verb.run_recipe(recipe, work, _engine(engine, workers, address), changes or [], json)
+    verb.run_recipe(
+        recipe, work, _engine(engine, workers, address, max_failed_shards), changes or [], json
+    )
 
 
 @app.command()
@@ -105,7 +116,7 @@ def ingest(
     set_name: Annotated[str, typer.Option("--set-name", help="Name of the set.")] = "web",
     rows_per_shard: Annotated[int, typer.Option("--rows-per-shard", min=1)] = 10_000,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Give every URL or image its id, and drop repeated ones.
@@ -136,8 +147,9 @@ def download(
     ] = None,
     changes: Changes = None,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
+    max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Fetch images politely and safely; every URL ends as a row with one reason.
 
@@ -151,7 +163,7 @@ def download(
     """
     from pipelines.verbs import stages as verb
 
-    runner = _engine(engine, workers, address)
+    runner = _engine(engine, workers, address, max_failed_shards)
     verb.run_download(rows, out, retry_failed, changes or [], runner)
 
 
@@ -161,8 +173,9 @@ def canonicalize(
     out: Out,
     changes: Changes = None,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
+    max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Decode once, turn upright, convert to sRGB, shrink, and hash.
 
@@ -172,7 +185,9 @@ def canonicalize(
     """
     from pipelines.verbs import stages as verb
 
-    verb.run_canonicalize(raw, out, changes or [], _engine(engine, workers, address))
+    verb.run_canonicalize(
+        raw, out, changes or [], _engine(engine, workers, address, max_failed_shards)
+    )
 
 
 @app.command("filter")
@@ -184,8 +199,9 @@ def filter_images(
     ] = "quality,nsfw",
     changes: Changes = None,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
+    max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Drop useless and unsafe images: id, keep, reason, score, threshold, a column a score.
 
@@ -197,7 +213,9 @@ def filter_images(
     """
     from pipelines.verbs import stages as verb
 
-    verb.run_filter(images, out, filters, changes or [], _engine(engine, workers, address))
+    verb.run_filter(
+        images, out, filters, changes or [], _engine(engine, workers, address, max_failed_shards)
+    )
 
 
 @app.command()
@@ -215,8 +233,9 @@ def embed(
         bool, typer.Option("--allow-hub", help="Fetch weights that are not here from a hub.")
     ] = False,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
+    max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Embed images: id, source, embedding (unit rows of float16).
 
@@ -229,7 +248,9 @@ def embed(
     from pipelines.verbs import stages as verb
 
     settings = {"device": device, "allow_hub": allow_hub}
-    verb.run_embed(images, out, encoder, like, settings, _engine(engine, workers, address))
+    verb.run_embed(
+        images, out, encoder, like, settings, _engine(engine, workers, address, max_failed_shards)
+    )
 
 
 @app.command()
@@ -254,7 +275,7 @@ def dedup(
         float, typer.Option("--max-component-share", help="Largest share of one component.")
     ] = 0.01,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Find near duplicates, and leaks of evaluation sets: one verdict an image.
@@ -305,7 +326,7 @@ def retrieve(
     ] = False,
     seed: Seed = 0,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Retrieve images of the pool that resemble curated seed images: one row a hit.
@@ -337,7 +358,7 @@ def cluster(
     embedding_column: VectorColumn = "embedding",
     seed: Seed = 0,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Cluster embeddings by k-means out of core, with levels of clusters above.
@@ -363,7 +384,7 @@ def balance(
     ] = 1,
     seed: Seed = 0,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Draw a sample to which every cluster of each level gives as equally as it can.
@@ -390,7 +411,7 @@ def select(
         typer.Option("--keep", help="NAME=DECISIONS: take only images with keep = true."),
     ] = None,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Join sets of images into one manifest, each image once.
@@ -413,7 +434,7 @@ def pack(
     ] = None,
     rows_per_tar: Annotated[int, typer.Option("--rows-per-tar", min=1)] = 10_000,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Write images into tars with an index, for training by byte range.
@@ -551,7 +572,7 @@ def certificate(
         typer.Option("--threshold", min=-1, max=1, help="Cosine of a leak; the run's by default."),
     ] = None,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
     json: Json = False,
 ) -> None:
@@ -683,14 +704,20 @@ def encoders(json: Json = False) -> None:
     verb.print_encoders(json)
 
 
-def _engine(kind: EngineName, workers: int, address: str | None) -> "Engine":
+def _engine(
+    kind: EngineName, workers: int | None, address: str | None, max_failed_shards: int = 0
+) -> "Engine":
+    engine: Engine
     if kind is EngineName.ray or address:
         from pipelines.ray_engine import RayEngine
 
-        return RayEngine(None if address else workers, address=address)
-    from pipelines.local_engine import LocalEngine
+        engine = RayEngine(workers, address=address)
+    else:
+        from pipelines.local_engine import LocalEngine
 
-    return LocalEngine(workers)
+        engine = LocalEngine(workers or 1)
+    engine.max_failed_shards = max_failed_shards
+    return engine
 
 
 def main() -> None:
@@ -703,10 +730,14 @@ def main() -> None:
     try:
         app()
     except CurateError as error:
-        from curation.errors import ConfigError
+        from curation.errors import ConfigError, EngineError
         from pipelines.console import print_error
 
-        print_error(str(error))
+        retry = ""
+        if isinstance(error, EngineError) and error.failures:
+            command = shlex.join(["curate", *sys.argv[1:]])
+            retry = f"; retry them with: {command}  (--max-failed-shards N accepts some)"
+        print_error(f"{error}{retry}")
         sys.exit(2 if isinstance(error, ConfigError | EncoderError) else 1)
     except KeyboardInterrupt:
         sys.stderr.write("curate: stopped; run the same command again to go on\n")

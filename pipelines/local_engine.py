@@ -30,7 +30,7 @@ class LocalEngine(Engine):
     only its unfinished items with it: they are tried again.
     """
 
-    def __init__(self, workers: int = 1, *, attempts: int = 3, first_pause_s: float = 1.0) -> None:
+    def __init__(self, workers: int = 1, *, attempts: int = 3, first_pause_s: float = 0.5) -> None:
         self._workers = workers
         self._attempts = attempts
         self._first_pause_s = first_pause_s

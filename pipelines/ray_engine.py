@@ -43,7 +43,7 @@ class RayEngine(Engine):
         *,
         address: str | None = None,
         attempts: int = 3,
-        first_pause_s: float = 1.0,
+        first_pause_s: float = 0.5,
     ) -> None:
         self._attempts = attempts
         self._first_pause_s = first_pause_s

@@ -10,12 +10,13 @@ from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
 from curation.errors import LedgerError, StageError
-from curation.stage import Engine
+from curation.ledger import reopen_failed
+from curation.stage import Engine, StageFolder
 from pipelines import console
 from pipelines.demo_site import build_site, serve_site
 from pipelines.funnel import adds_up, funnel
 from pipelines.recipe import CheckedRecipe, Recipe, load_recipe
-from pipelines.runner import RecipeRun, RunRecord
+from pipelines.runner import RUN_FILE, RecipeRun, RunRecord, read_run
 from pipelines.seal import write_seal
 
 _STEP_FILE = "_step.json"
@@ -29,6 +30,7 @@ def run_recipe(name: str, work: str, engine: Engine, changes: list[str], as_json
     checked = load_recipe(name, {"work": work}, changes)
     storage.make_folder(work)
     watcher = console.ConsoleWatcher(quiet=as_json)
+    _reopen_failed(work, engine.max_failed_shards)
     with demo_site(checked.recipe, work):
         recipe_run = RecipeRun(checked, work, engine, watcher)
         record = recipe_run.run()
@@ -43,6 +45,16 @@ def run_recipe(name: str, work: str, engine: Engine, changes: list[str], as_json
         console.print_json(summary)
     else:
         _print_summary(summary, record)
+
+
+def _reopen_failed(work: str, allowed: int) -> None:
+    """Let a run that accepted failed shards try them again, where fewer are accepted now."""
+    if not storage.exists(storage.join(work, RUN_FILE)):
+        return
+    record = read_run(work)
+    for entry in (*record.pool, *(entry for flow in record.sets.values() for entry in flow)):
+        folder = StageFolder(storage.join(work, entry.folder), entry.stage)
+        reopen_failed(folder, entry.record, allowed)
 
 
 @contextlib.contextmanager
