@@ -343,4 +343,4 @@ def test_run__a_shard_that_keeps_failing_is_named_with_the_command_that_retries_
     assert f"retry them with: curate run {recipe} --work {work}" in line
 
     shard.write_bytes(whole)
-    assert json.loads(succeeds(*words, "--json"))["funnel"][-1]["rows_out"] == 12
+    assert json.loads(succeeds(*words, "--json"))["funnel"][-1]["rows_out"] == 13
