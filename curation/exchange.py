@@ -61,7 +61,8 @@ class Exchange:
         buckets = [bucket for bucket in range(self.num_buckets) if bucket not in reduced]
         for _ in engine.map(_Reduce(self, reducer, len(items)), buckets, f"{self._label} (join)"):
             pass
-        return [storage.read_json(self.result_path(k)) for k in range(self.num_buckets)]
+        paths = map(self.result_path, range(self.num_buckets))
+        return storage.gather(storage.read_json, paths, self.folder)
 
     @property
     def _label(self) -> str:
@@ -87,11 +88,12 @@ class Exchange:
 
     def read(self, bucket: int, num_items: int) -> pa.Table:
         """Rows of one bucket from all mapped items, in item order."""
-        batches = []
-        for item in range(num_items):
-            with storage.open_read(self.mapped_path(item)) as file:
-                batches.append(pa.ipc.open_file(file).get_batch(bucket))
-        return pa.Table.from_batches(batches)
+
+        def read_item(item: int) -> pa.RecordBatch:
+            with storage.open_read(self.mapped_path(item), by_range=True) as file:
+                return pa.ipc.open_file(file).get_batch(bucket)
+
+        return pa.Table.from_batches(storage.gather(read_item, range(num_items), self.folder))
 
 
 @dataclass(frozen=True)

@@ -150,9 +150,8 @@ def decision_table(stage: Stage, stage_name: str, shard: Shard) -> pa.Table:
 def finished_shards(folder: StageFolder) -> dict[int, Receipt]:
     """Receipts of the shards that were committed, by index."""
     root = storage.join(folder.path, RECEIPTS)
-    receipts = (
-        read_receipt(storage.join(root, name)) for name in storage.list_files(root, ".json")
-    )
+    paths = [storage.join(root, name) for name in storage.list_files(root, ".json")]
+    receipts = storage.gather(read_receipt, paths, root)
     return {receipt.index: receipt for receipt in receipts}
 
 
