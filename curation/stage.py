@@ -59,6 +59,8 @@ class Engine(ABC):
 
     max_failed_shards: int = 0
     """Shards of a stage that may keep failing: their rows are dropped, and the run goes on."""
+    retries: int = 0
+    """Failures so far that were tried again."""
 
     @property
     @abstractmethod

@@ -56,6 +56,15 @@ def make_folder(path: str) -> None:
 
 def list_files(path: str, suffix: str = "") -> list[str]:
     """Names (not paths) of the files directly inside a folder, sorted; none where it is absent."""
+    return [name for name in _list(path, "file") if name.endswith(suffix)]
+
+
+def list_folders(path: str) -> list[str]:
+    """Names of the folders directly inside a folder, sorted; none where it is absent."""
+    return _list(path, "directory")
+
+
+def _list(path: str, wanted: str) -> list[str]:
     fs, inner = _resolve(path)
     with storage_errors(path):
         fs.invalidate_cache(inner)
@@ -64,8 +73,15 @@ def list_files(path: str, suffix: str = "") -> list[str]:
         except FileNotFoundError:
             return []
     names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries)
-    files = zip(names, (entry["type"] for entry in entries), strict=True)
-    return sorted(name for name, kind in files if kind == "file" and name.endswith(suffix))
+    kinds = zip(names, (entry["type"] for entry in entries), strict=True)
+    return sorted(name for name, kind in kinds if kind == wanted)
+
+
+def total_bytes(path: str) -> int:
+    """Bytes of all files below a folder of an object store."""
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        return int(fs.du(inner)) if fs.exists(inner) else 0
 
 
 def walk_files(path: str) -> list[str]:

@@ -60,6 +60,12 @@ def run(
     workers: Workers = None,
     address: Address = None,
     max_failed_shards: MaxFailed = 0,
+    max_disk: Annotated[
+        str | None, typer.Option("--max-disk", help="Most that DIR may hold, such as 200GB.")
+    ] = None,
+    plan_file: Annotated[
+        str | None, typer.Option("--plan", help="A plan to compare with: curate plan --out.")
+    ] = None,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
@@ -75,9 +81,9 @@ def run(
     """
     from pipelines.verbs import run as verb
 
-    verb.run_recipe(
-        recipe, work, _engine(engine, workers, address, max_failed_shards), changes or [], json
-    )
+    runner = _engine(engine, workers, address, max_failed_shards)
+    limits = verb.RunLimits(max_disk, plan_file)
+    verb.run_recipe(recipe, work, runner, changes or [], limits, json)
 
 
 @app.command()
@@ -627,6 +633,41 @@ def forget(
     from pipelines.verbs import audit as verb
 
     verb.forget_images(work, {"ids": ids, "urls": urls, "hashes": hashes}, near, json)
+
+
+@app.command()
+def status(
+    work: Annotated[str, typer.Argument(help="Work folder of a run, finished or not.")],
+    json: Json = False,
+) -> None:
+    """Tell what a run is doing, from another terminal or machine: stage, speed, time left.
+
+    Example:
+
+        curate status build/demo
+    """
+    from pipelines.verbs import operation as verb
+
+    verb.print_status(work, json)
+
+
+@app.command()
+def clean(
+    work: Annotated[str, typer.Argument(help="Work folder of a finished run.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be removed.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Remove what a finished run no longer needs: stages of other settings, scratch.
+
+    Example:
+
+        curate clean build/demo --dry-run
+    """
+    from pipelines.verbs import operation as verb
+
+    verb.clean_work(work, dry_run, json)
 
 
 @app.command()

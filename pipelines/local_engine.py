@@ -69,6 +69,7 @@ class LocalEngine(Engine):
                 attempts.failed(item, error, backlog)
             else:
                 yield item, result
+        self.retries += attempts.retries
         attempts.raise_failures(len(items))
 
     def _map_in_processes(
@@ -88,6 +89,7 @@ class LocalEngine(Engine):
                 except BrokenProcessPool:
                     logger.warning("%s: a worker process died; its items are tried again", label)
                     self._pool = None
+        self.retries += attempts.retries
         attempts.raise_failures(len(items))
 
     def _new_attempts(self, label: str) -> Attempts:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from curation import storage
 from curation.dataset import Dataset
+from curation.errors import ConfigError
 from curation.ledger import StageRecord
 from pipelines.runner import RunRecord, StageEntry
 
@@ -74,3 +75,15 @@ def _bytes_left(entry: StageEntry, work: str) -> int:
     if Dataset.is_finished(packed):
         total += sum(Dataset.open(packed).read(["num_bytes"])["num_bytes"].to_pylist())
     return total
+
+
+def read_plan(path: str) -> dict[str, float]:
+    """Planned seconds of each stage, from what `curate plan --out` wrote.
+
+    Raises:
+        StorageError, ConfigError: the file is missing, or no plan.
+    """
+    plan = storage.read_json(path)
+    if not isinstance(plan, dict) or "stages" not in plan:
+        raise ConfigError(f"{path}: is no plan; write one with `curate plan RECIPE --out {path}`")
+    return {stage["stage"]: float(stage["wall_s"]) for stage in plan["stages"]}

@@ -70,6 +70,7 @@ class RayEngine(Engine):
         attempts = Attempts(label, self._attempts, self._first_pause_s)
         pool = self._pool_for(task.resources, label)
         yield from pool.run(task, Backlog(items), attempts)
+        self.retries += attempts.retries
         attempts.raise_failures(len(items))
 
     def _pool_for(self, needed: Resources, label: str) -> "_ActorPool":
