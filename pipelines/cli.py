@@ -93,11 +93,19 @@ def plan(
     sample: Annotated[
         int, typer.Option("--sample", min=8, help="Rows of your own data to measure on.")
     ] = 1000,
-    cores: Annotated[int, typer.Option("--cores", min=1, help="Cores of the cluster.")] = 1,
+    cores: Annotated[
+        int | None, typer.Option("--cores", min=1, help="Cores of a node; none: one worker here.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="A YAML file of rates, or such as 20x8xV100.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Write it, for `curate run --plan`.")
+    ] = None,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
-    """Predict hours and disk of a recipe, stage by stage, from a sample of your own data.
+    """Predict hours, memory and disk of a recipe, stage by stage, from a sample of your data.
 
     Runs the recipe up to the packed shards on a quarter of the sample and on all of it, so that
     what a stage costs once is told from what it costs a row.
@@ -106,11 +114,16 @@ def plan(
 
         curate plan demo --images 1e6
 
-        curate plan my.yaml --images 1.2e9 --sample 2000 --cores 640
+        curate plan my.yaml --images 1.2e9 --sample 2000 --cores 40 --cluster 20x8xV100
     """
+    from pipelines.cluster import Cluster, read_cluster
     from pipelines.verbs import plan as verb
 
-    verb.print_plan(recipe, images, sample, cores, changes or [], json)
+    machines = Cluster(cpus=cores) if cores else None
+    if cluster:
+        machines = read_cluster(cluster, cores or 1)
+    stages = verb.make_plan(recipe, images, sample, machines, changes or [])
+    verb.print_plan(stages, images, machines, out, json)
 
 
 @app.command()
