@@ -2,7 +2,7 @@
 
     python benchmarks/workers.py [--images 256]
 
-One row a stage: images/s of one and of two pinned workers, the gain, the gain of two threads over one
+One row a stage: images/s of one and of two workers, the gain, the gain of two threads over one
 on a bare matrix product in the same rounds, and their ratio (asked for: at least 0.85). Rounds are
 interleaved and the best of five counts.
 """
