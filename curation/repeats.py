@@ -27,29 +27,48 @@ class RepeatFinder:
     """Columns that `order` and the writer need."""
     order: Order
     """The first row by (column, "ascending" | "descending"), then by id, is no repeat."""
+    base: tuple[Pool, ...] = ()
+    """What earlier deliveries kept: such a row comes before any other, and is no repeat."""
+    base_key: str = ""
+    """Column of the base that is held against `key`; `key` itself where it is empty."""
 
     def run(self, engine: Engine, scratch: str, writer: Reducer) -> None:
         """Find the repeats and hand those of each shard to `writer`.
 
         The writer's rows have id, twin (the first of the group), and each of `columns` and the
-        number of the shard for the row itself and, as `twin_<column>`, for its twin.
+        number of the shard for the row itself and, as `twin_<column>`, for its twin; the shard is
+        -1 for a twin in the base.
         """
-        buckets = max(1, -(-self.pool.num_rows // _ROWS_PER_BUCKET))
+        pools = (self.pool, *self.base)
+        buckets = max(1, -(-sum(pool.num_rows for pool in pools) // _ROWS_PER_BUCKET))
         groups = Exchange(storage.join(scratch, "groups"), buckets)
-        shards = range(self.pool.num_shards)
+        shards = [(number, shard) for number in range(len(pools)) for shard in self._shards(number)]
         groups.run(engine, _ByKey(self, buckets), shards, _FindFirst(self, groups.folder))
         back = Exchange(storage.join(scratch, "repeats"), self.pool.num_shards)
         back.run(engine, _ByShard(groups.folder), range(buckets), writer)
 
+    def read(self, number: int, shard: int) -> pa.Table:
+        """One shard's rows, of the pool (0) or of a base: id, key, columns and shard."""
+        if number == 0:
+            rows = self.pool.read(shard, [self.key, *self.columns])
+        else:
+            key = self.base_key or self.key
+            rows = self.base[number - 1].read(shard, [key, *self.columns])
+            rows = rows if key == self.key else rows.append_column(self.key, rows[key])
+            rows, shard = rows.select([ID, self.key, *self.columns]), -1
+        return rows.append_column("shard", pa.array(np.full(rows.num_rows, shard), pa.int64()))
+
+    def _shards(self, number: int) -> range:
+        return range((self.pool, *self.base)[number].num_shards)
+
 
 @dataclass(frozen=True)
-class _ByKey(Mapper[int]):
+class _ByKey(Mapper[tuple[int, int]]):
     finder: RepeatFinder
     num_buckets: int
 
-    def __call__(self, item: int) -> tuple[pa.Table, np.ndarray]:
-        rows = self.finder.pool.read(item, [self.finder.key, *self.finder.columns])
-        rows = rows.append_column("shard", pa.array(np.full(rows.num_rows, item), pa.int64()))
+    def __call__(self, item: tuple[int, int]) -> tuple[pa.Table, np.ndarray]:
+        rows = self.finder.read(*item)
         return rows, bucket_of_ids(rows[self.finder.key], self.num_buckets)
 
 
@@ -62,7 +81,9 @@ class _FindFirst(Reducer):
 
     def __call__(self, bucket: int, rows: pa.Table) -> int:
         key = self.finder.key
-        rows = rows.sort_by([(key, "ascending"), *self.finder.order, (ID, "ascending")])
+        rows = rows.append_column("is_new", pa.array(np.asarray(rows["shard"]) >= 0))
+        first_of_all = ((key, "ascending"), ("is_new", "ascending"))
+        rows = rows.sort_by([*first_of_all, *self.finder.order, (ID, "ascending")])
         keys = np.asarray(rows[key].to_numpy(zero_copy_only=False))
         first = np.ones(len(keys), bool)
         first[1:] = keys[1:] != keys[:-1]
@@ -70,7 +91,8 @@ class _FindFirst(Reducer):
         leaders = rows.take(pa.array(leader))
         for column in (*self.finder.columns, "shard"):
             rows = rows.append_column(f"twin_{column}", leaders[column])
-        repeats = rows.append_column("twin", leaders[ID]).filter(pa.array(~first))
+        repeats = rows.append_column("twin", leaders[ID])
+        repeats = repeats.filter(pa.array(~first & np.asarray(rows["is_new"])))
         storage.write_parquet(_repeats_path(self.folder, bucket), repeats)
         return int(repeats.num_rows)
 

@@ -196,6 +196,8 @@ class StageInputs:
     sets: dict[str, Pool] = field(default_factory=dict)
     """Benchmarks, seed sets and sets taken as they are, by name."""
     seed: int = 0
+    base: tuple[Pool, ...] = ()
+    """What the same stage kept in earlier deliveries, for stages that meet a base."""
 
 
 class Stage(Settings, ABC):
@@ -209,6 +211,8 @@ class Stage(Settings, ABC):
     """Whether benchmarks and seed sets pass this stage too, with the same settings."""
     on_union: ClassVar[bool] = False
     """Whether the stage sees the pool together with the sets taken as they are."""
+    meets_base: ClassVar[bool] = False
+    """Whether the stage compares its rows with what earlier deliveries kept."""
 
     @classmethod
     def name(cls) -> str:

@@ -256,25 +256,33 @@ class _HashingFile:
 def write_parquet(path: str, table: pa.Table) -> tuple[int, str]:
     """Write one Parquet file whole; give its bytes and SHA-256.
 
-    Row groups stay small so that readers of a few rows fetch little.
+    Row groups stay small so that readers of a few rows fetch little. Images and vectors are
+    stored plain: they do not shrink, and a dictionary of vectors costs four times their decoding.
     """
+    shrinking = [_leaf(field) for field in table.schema if not _is_dense(field.type)]
     with open_whole(path) as file:
         sink = _HashingFile(file)
         pq.write_table(
             table,
             pa.PythonFile(sink, mode="w"),
-            compression=_compression(table.schema),
+            compression=dict.fromkeys(shrinking, "zstd"),
+            use_dictionary=shrinking,
+            write_statistics=shrinking,
             row_group_size=_ROWS_PER_GROUP,
         )
     return sink.num_bytes, sink.sha256.hexdigest()
 
 
-def _compression(schema: pa.Schema) -> str | dict[str, str]:
-    """zstd, but not for images: they are compressed already, and it would cost half a decode."""
-    images = {field.name for field in schema if pa.types.is_large_binary(field.type)}
-    if not images:
-        return "zstd"
-    return {name: "NONE" if name in images else "zstd" for name in schema.names}
+def _is_dense(kind: pa.DataType) -> bool:
+    """Whether values are images, or vectors of floats: bytes that no codec shrinks."""
+    floats = pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)
+    return bool(pa.types.is_large_binary(kind) or floats)
+
+
+def _leaf(field: pa.Field) -> str:
+    """Path of a column in a Parquet file."""
+    is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
+    return f"{field.name}.list.element" if is_list else str(field.name)
 
 
 def read_parquet(path: str, columns: list[str] | None = None) -> pa.Table:

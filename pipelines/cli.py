@@ -67,6 +67,10 @@ def run(
         str | None, typer.Option("--plan", help="A plan to compare with: curate plan --out.")
     ] = None,
     changes: Changes = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Work folder of an earlier run: only what is new is taken."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run a whole recipe: from a list of URLs to a manifest, a report and a checkpoint.
@@ -78,12 +82,14 @@ def run(
         curate run demo --work build/demo
 
         curate run my.yaml --work /data/run1 --engine ray --workers 32 --set paths.urls=/data/urls
+
+        curate run my.yaml --work /data/run2 --base /data/run1 --set paths.urls=/data/more-urls
     """
     from pipelines.verbs import run as verb
 
     runner = _engine(engine, workers, address, max_failed_shards)
     limits = verb.RunLimits(max_disk, plan_file)
-    verb.run_recipe(recipe, work, runner, changes or [], limits, json)
+    verb.run_recipe(recipe, work, runner, changes or [], limits, json, base)
 
 
 @app.command()
@@ -293,6 +299,14 @@ def dedup(
     max_component_share: Annotated[
         float, typer.Option("--max-component-share", help="Largest share of one component.")
     ] = 0.01,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Output of an earlier dedup: what it kept stays, and wins."),
+    ] = None,
+    base_embeddings: Annotated[
+        str | None,
+        typer.Option("--base-embeddings", help="Its embeddings, where they have moved."),
+    ] = None,
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
@@ -307,6 +321,8 @@ def dedup(
         curate dedup emb --out verdicts
 
         curate dedup emb --against imagenet-val=val-emb --threshold 0.6 --out verdicts
+
+        curate dedup more-emb --base verdicts --out more-verdicts
     """
     from pipelines.verbs import neighbours as verb
 
@@ -318,7 +334,10 @@ def dedup(
     }
     columns = (id_column, embedding_column)
     runner = _engine(engine, workers, address)
-    verb.run_dedup(embeddings, out, against or [], settings, changes or [], columns, runner)
+    earlier = (base, base_embeddings)
+    verb.run_dedup(
+        embeddings, out, against or [], settings, changes or [], columns, runner, earlier
+    )
 
 
 @app.command()

@@ -145,12 +145,23 @@ def _sources_of_twins(folder: WorkFolder, verdicts: list[Row], flow: str) -> dic
     for row in verdicts:
         for name, of in (("twin", row.get("twin_set")), ("seed_id", row.get("seed_set"))):
             other = row.get(name)
-            for candidate in [of or flow, POOL, *folder.record.as_is]:
-                if other and other not in found and candidate in folder.flows:
-                    origin = side_car_row(folder, candidate, "rows", other)
+            for where, candidate in _places(folder, of or flow):
+                if other and other not in found:
+                    origin = side_car_row(where, candidate, "rows", other)
                     if origin:
                         found[other] = origin["source"]
     return found
+
+
+def _places(folder: WorkFolder, flow: str) -> list[tuple[WorkFolder, str]]:
+    """Runs and flows that may hold a twin or a seed: this run's first, then those of its base."""
+    places, path = list[tuple[WorkFolder, str]](), [folder]
+    while path[-1].record.base is not None and WorkFolder.is_one(path[-1].record.base):
+        path.append(WorkFolder(path[-1].record.base))
+    for where in path:
+        candidates = dict.fromkeys([flow, POOL, *where.record.as_is])
+        places += [(where, one) for one in candidates if one in where.flows]
+    return places
 
 
 def _hits(folder: WorkFolder, flow: str, row_id: str) -> list[Row]:

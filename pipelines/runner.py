@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from curation import storage
 from curation.config import Settings, parse_settings
@@ -65,8 +65,27 @@ class RunRecord(Settings):
     """The packed shards."""
     versions: dict[str, str] = {}
     """Versions of what computes."""
+    base: str | None = None
+    """Work folder of the earlier run whose rows this one does not take again."""
+    base_digest: str = ""
+    """Digest of what that run and those before it did."""
     stamp: str = ""
     """Digest of recipe, versions and the stamps of all files read: the same, nothing to do."""
+
+
+class Base(Protocol):
+    """What earlier runs kept."""
+
+    @property
+    def path(self) -> str:
+        """Work folder of the latest."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of what they did."""
+
+    def kept_by(self, stage: Stage) -> tuple[Pool, ...]:
+        """The rows that each kept at a stage; none for a stage that meets no base."""
 
 
 @dataclass
@@ -82,8 +101,16 @@ class _Flow:
 class RecipeRun:
     """One run of a checked recipe in a work folder."""
 
-    def __init__(self, checked: CheckedRecipe, work: str, engine: Engine, watcher: Watcher) -> None:
+    def __init__(
+        self,
+        checked: CheckedRecipe,
+        work: str,
+        engine: Engine,
+        watcher: Watcher,
+        base: Base | None = None,
+    ) -> None:
         self._checked = checked
+        self._base = base
         self._recipe = checked.recipe
         self._work = work
         self._engine = engine
@@ -95,7 +122,7 @@ class RecipeRun:
 
     def run(self) -> RunRecord:
         """Run all stages, or find them finished; publish the manifest; give the record."""
-        stamp = _stamp(self._checked)
+        stamp = _stamp(self._checked, self._base.digest if self._base else "")
         found = _finished_before(self._work, stamp)
         if found is not None:
             for entry in (*(e for flow in found.sets.values() for e in flow), *found.pool):
@@ -120,7 +147,8 @@ class RecipeRun:
 
     def _advance(self, flow: _Flow, stage: Stage, where: str) -> None:
         """Run one stage of a flow and put its outputs on top of the pool."""
-        inputs = StageInputs(flow.pool, self._named_sets(stage), self._recipe.seed)
+        base = self._base.kept_by(stage) if self._base and where == POOL else ()
+        inputs = StageInputs(flow.pool, self._named_sets(stage), self._recipe.seed, base)
         key = stage_key(stage, inputs)
         name = f"{len(flow.entries) + 1:02d}-{stage.name()}-{key[:8]}"
         folder = StageFolder(storage.join(self._work, "work", where, name), stage.name())
@@ -206,6 +234,8 @@ class RecipeRun:
             manifest=self._publish_manifest(flow),
             packed=self._packed_folder(flow),
             versions=_versions(),
+            base=self._base.path if self._base else None,
+            base_digest=self._base.digest if self._base else "",
             stamp=stamp,
         )
         storage.remove_partials(self._work, deep=False)
@@ -260,7 +290,7 @@ def _already_published(target: str, selected: Dataset, attributes: dict[str, Any
     return same and published.attributes == attributes
 
 
-def _stamp(checked: CheckedRecipe) -> str:
+def _stamp(checked: CheckedRecipe, base_digest: str) -> str:
     """What changes when a run may have something to do, found without opening any model."""
     flows = {"pool": checked.stages, **{n: checked.set_stages(n) for n in checked.recipe.sets}}
     stamps = [
@@ -268,7 +298,8 @@ def _stamp(checked: CheckedRecipe) -> str:
         for name, stages in flows.items()
         for stage in stages
     ]
-    return digest_of(checked.recipe.model_dump_json(), stamps, sorted(_versions().items()))
+    parts = (checked.recipe.model_dump_json(), stamps, sorted(_versions().items()))
+    return digest_of(*parts, base_digest) if base_digest else digest_of(*parts)
 
 
 def _stamps_of_files(stage: Stage) -> list[str]:

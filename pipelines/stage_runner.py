@@ -85,6 +85,7 @@ def stage_key(stage: Stage, inputs: StageInputs) -> str:
     pools = [inputs.pool, *(inputs.sets[name] for name in sorted(inputs.sets))]
     needed = columns_read(stage, inputs.pool) if isinstance(stage, ShardStage) else None
     contents = [pool.fingerprint(needed) for pool in pools if pool.has_rows]
+    contents += [f"base {pool.fingerprint(needed)}" for pool in inputs.base]
     return digest_of(
         stage.name(),
         stage.version,

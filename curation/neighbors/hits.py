@@ -24,7 +24,7 @@ from curation.dataset import ShardInfo, commit, write_shard
 from curation.exchange import Exchange
 from curation.ledger import Receipt, commit_shard, finished_shards
 from curation.neighbors.layout import Layout, search_in
-from curation.neighbors.matching import assign_free
+from curation.neighbors.matching import Matching
 from curation.neighbors.review import id_bytes, ids_array
 from curation.neighbors.row_files import RowFiles, write_array
 from curation.neighbors.search import Search, ranks_within
@@ -114,7 +114,7 @@ class Retrieval:
         k = self.candidates_of(number)
         search, figures = search_in(self.layout, self.queries[number], k, folder, engine)
         if self.on_collision == "next":
-            _write_chosen(search, rule.k)
+            figures |= Matching(search, rule.k).run(engine)
         work = _SampleHits(self, search, hits, number)
         facts = run_steps(
             engine, work, search.queries.num_partitions, f"{search.folder}/hits", "write hits"
@@ -314,7 +314,7 @@ class _SampleHits(Work):
         search, k = self.search, self.retrieval.rules[self.number].k
         positions, similarities = search.nearest(item)
         if self.retrieval.on_collision == "next":
-            chosen = _read_chosen(search, item)
+            chosen = Matching(search, k).chosen(item)
         else:
             chosen = (positions >= 0) & (np.arange(search.k) < k)
         seeds, columns = np.nonzero(chosen)
@@ -328,23 +328,6 @@ class _SampleHits(Work):
         )
         files = self.hits.write(self.hits.first_items[self.number] + item, table)
         return Done(files, {"hits": table.num_rows})
-
-
-def _write_chosen(search: Search, k: int) -> None:
-    """Give every seed images of its own, over all partitions of seeds (20 bytes a candidate)."""
-    found = [search.nearest(partition) for partition in range(search.queries.num_partitions)]
-    chosen = assign_free(
-        np.concatenate([positions for positions, _ in found]),
-        np.concatenate([similarities for _, similarities in found]),
-        k,
-    )
-    write_array(storage.join(search.folder, "chosen.bin"), chosen)
-
-
-def _read_chosen(search: Search, partition: int) -> np.ndarray:
-    data = storage.read_bytes(storage.join(search.folder, "chosen.bin"))
-    first, stop = search.queries.starts[partition : partition + 2]
-    return np.frombuffer(data, bool).reshape(-1, search.k)[first:stop]
 
 
 @dataclass(frozen=True)

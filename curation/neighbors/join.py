@@ -33,6 +33,8 @@ class Join:
     products: Products = FLOAT32
     active: str | None = None
     """File of (N,) bool by position: which rows take part; all where it is None."""
+    apart: str | None = None
+    """File of (N,) bool by position: rows not compared with each other; none where it is None."""
 
     def active_rows(self, partition: int) -> np.ndarray:
         """(N,) bool: rows of one partition that take part."""
@@ -50,6 +52,12 @@ class Join:
         """(M,) int64: numbers of the active rows, of identical ones only the first."""
         stand_ins = self.stand_ins(partition)
         return np.flatnonzero(stand_ins == np.arange(len(stand_ins)))
+
+    def rows_apart(self, positions: np.ndarray) -> np.ndarray:
+        """(M,) bool: which rows are not compared with each other."""
+        if self.apart is None:
+            return np.zeros(len(positions), bool)
+        return np.asarray(map_array(self.apart, "bool", 0, (self.files.num_rows,))[positions])
 
     def met_path(self, kind: str, item: int) -> str:
         """File of one `Meet` task: "edges" or "candidates"."""
@@ -114,39 +122,55 @@ class _MeetAll(Work):
 
     def __call__(self, item: int, opened: Any) -> Done:
         first, second = self.pairs[item]
-        positions, raw = _unique_vectors(self.join, first)
-        split = 0
+        positions, raw, apart = _unique_vectors(self.join, first)
+        blocks = [((0, apart), (0, len(raw)))]
         if first != second:
-            split = len(positions)
-            more, more_raw = _unique_vectors(self.join, second)
+            more, more_raw, more_apart = _unique_vectors(self.join, second)
+            start, end = len(raw), len(raw) + len(more)
+            blocks = [((0, apart), (start, end)), ((apart, start), (start, start + more_apart))]
             positions, raw = np.concatenate([positions, more]), np.concatenate([raw, more_raw])
         collector = PairCollector(len(raw), self.join.threshold, raw.__getitem__)
-        products = self.join.products
-        meet_blocks(collector, products, products.prepare(raw), split)
+        rows = self.join.products.prepare(raw)
+        for own, others in blocks:
+            meet_blocks(collector, self.join.products, rows, own, others)
         return write_met(self.join, item, positions, collector)
 
 
-def meet_blocks(collector: PairCollector, products: Products, rows: Any, split: int) -> None:
-    """Compare rows before `split` with those from it on, or all with all where it is 0.
+def meet_blocks(
+    collector: PairCollector,
+    products: Products,
+    rows: Any,
+    own: tuple[int, int],
+    others: tuple[int, int],
+) -> None:
+    """Compare the rows of a range with those of another, or each with those behind it.
 
-    rows: (M, D), prepared.
+    rows: (M, D), prepared. own, others: first row and end, of the same range or of two.
     """
     band = products.band(rows.shape[1])
-    end = split or len(rows)
-    for left in range(0, end, _TILE):
-        for right in range(split or left, len(rows), _TILE):
-            block = rows[left : min(left + _TILE, end)]
-            found = products.above(block, rows[right : right + _TILE], collector.bound(band))
+    for left in range(*own, _TILE):
+        for right in range(max(left, others[0]), others[1], _TILE):
+            block, columns = (
+                rows[start : min(start + _TILE, end)]
+                for start, end in ((left, own[1]), (right, others[1]))
+            )
+            found = products.above(block, columns, collector.bound(band))
             a, b, scores = found[0] + left, found[1] + right, found[2]
             if left == right:
                 a, b, scores = (values[found[0] < found[1]] for values in (a, b, scores))
             collector.add(a, b, scores, band)
 
 
-def _unique_vectors(join: Join, partition: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and vectors of a partition's active rows, of identical ones only the first."""
+def _unique_vectors(join: Join, partition: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Positions and vectors of a partition's active rows, of identical ones only the first.
+
+    Those that are not compared with each other come last; the number says where they begin.
+    """
     rows = join.unique_rows(partition)
-    return rows + join.files.starts[partition], join.files.vectors(partition)[rows]
+    apart = join.rows_apart(rows + join.files.starts[partition])
+    rows = np.concatenate([rows[~apart], rows[apart]])
+    vectors = join.files.vectors(partition)[rows]
+    return rows + join.files.starts[partition], vectors, int((~apart).sum())
 
 
 def write_met(join: Join, item: int, positions: np.ndarray, collector: PairCollector) -> Done:
@@ -238,7 +262,7 @@ def best_of_each(
     finalists = np.flatnonzero(exact >= top[rows])
     rows, twins, exact = rows[finalists], twins[finalists], exact[finalists]
     ids = files.gather("ids", twins).view(">u8")  # (H, 2)
-    order = np.lexsort((ids[:, 1], ids[:, 0], rows))
+    order = np.lexsort((twins, ids[:, 1], ids[:, 0], rows))
     _, firsts = np.unique(rows[order], return_index=True)
     chosen = order[firsts]
     best, similarities = np.full(size, -1, np.int64), np.full(size, np.nan, np.float32)

@@ -19,23 +19,38 @@ _WORST_SHOWN = 5
 
 @dataclass(frozen=True)
 class KeepOne(Judge):
-    """Keeps one row of a component, by rule, or a few that are not within the threshold."""
+    """Keeps one row of a component, by rule, or a few that are not within the threshold.
+
+    Rows that an earlier delivery has published all stay, and come before any other.
+    """
 
     threshold: float
     linkage: Literal["components", "representative"] = "components"
+    first_base: int | None = None
+    """Number of the first set of published rows, if any; they are the last sets."""
+
+    def is_published(self, members: pa.Table) -> np.ndarray:
+        """(M,) bool: members that an earlier delivery kept."""
+        if self.first_base is None:
+            return super().is_published(members)
+        return np.asarray(members["set"]) >= self.first_base
 
     def judge(self, members: pa.Table, files: RowFiles) -> tuple[pa.Table, dict[str, Any]]:
         """Verdicts on the members of whole components (see `Judge`)."""
         firsts, sizes = groups_of(np.asarray(members["label"]))
         leaders = np.repeat(firsts, sizes)  # (M,)
-        keep = leaders == np.arange(len(leaders))
+        published = self.is_published(members)
+        keep = published | (leaders == np.arange(len(leaders)))
         positions = np.asarray(members["position"])
-        to_leader = similarities_between(files, positions, positions[leaders])
+        to_leader = np.ones(len(leaders), np.float32)
+        new = np.flatnonzero(~published)
+        to_leader[new] = similarities_between(files, positions[new], positions[leaders[new]])
         if self.linkage == "representative":
             for first, size in zip(firsts, sizes, strict=True):
-                own = positions[first : first + size]
-                keep[first : first + size] = self._representatives(files, own)
-        verdicts = members.select(["set", "shard", "row", "position", "twin", "similarity"])
+                own = slice(first, first + size)
+                keep[own] = self._representatives(files, positions[own], published[own])
+        names = ["set", "shard", "row", "position", "twin", "twin_set", "similarity"]
+        verdicts = members.select(names)
         verdicts = verdicts.append_column("keep", pa.array(keep))
         component = ids_array(id_bytes(members["id"])[leaders])
         verdicts = verdicts.append_column("component", component)
@@ -43,11 +58,15 @@ class KeepOne(Judge):
         verdicts = verdicts.append_column("component_size", many)
         return verdicts, _health(members, firsts, sizes, to_leader)
 
-    def _representatives(self, files: RowFiles, positions: np.ndarray) -> np.ndarray:
+    def _representatives(
+        self, files: RowFiles, positions: np.ndarray, published: np.ndarray
+    ) -> np.ndarray:
         """(S,) bool: in rule order, keep a row unless a kept one is within the threshold."""
-        keep = np.zeros(len(positions), bool)
-        kept: list[np.ndarray] = []
-        for start in range(0, len(positions), 256):
+        keep = published.copy()
+        old = int(published.sum())  # they come first
+        blocks = (positions[start : min(start + 256, old)] for start in range(0, old, 256))
+        kept = [files.gather("vectors", block) for block in blocks]
+        for start in range(old, len(positions), 256):
             block = files.gather("vectors", positions[start : start + 256])
             close = np.zeros(len(block), bool)
             for before in kept:

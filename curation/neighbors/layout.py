@@ -70,13 +70,13 @@ def sources_of(
     *,
     assume_same_space: bool,
 ) -> tuple[VectorSource, ...]:
-    """The pool's vectors, then those of the named sets, all of one space.
+    """The pool's vectors, then those of the named sets, then of the base, all of one space.
 
     Raises:
         ConfigError: there is no set of a name.
         SpaceError: embeddings of different spaces.
     """
-    pools = [inputs.pool, *(_set_of(inputs, name) for name in names)]
+    pools = [inputs.pool, *(_set_of(inputs, name) for name in names), *inputs.base]
     sources = tuple(VectorSource(pool, layer, column) for pool in pools)
     check_spaces(sources, assume_same_space=assume_same_space)
     return sources
@@ -124,12 +124,20 @@ def lay_out_queries(source: VectorSource, rows: RowFiles, folder: str, engine: E
 
 
 def self_join(
-    layout: Layout, threshold: float, folder: str, engine: Engine, active: str | None = None
+    layout: Layout,
+    threshold: float,
+    folder: str,
+    engine: Engine,
+    active: str | None = None,
+    apart: str | None = None,
 ) -> tuple[Joined, dict[str, Any]]:
-    """Join arranged rows with themselves above a threshold; give what it found, and figures."""
+    """Join arranged rows with themselves above a threshold; give what it found, and figures.
+
+    active: file of the rows that take part. apart: file of those not compared with each other.
+    """
     files = layout.files
     products = Products.best_for(files.num_rows)
-    join = Join(files, threshold, folder, products, active)
+    join = Join(files, threshold, folder, products, active, apart)
     if layout.router is None:
         joined = join_exhaustively(join, engine)
         return joined, {"compared": "all", "measured_recall": 1.0, "estimated_missed_pairs": 0}
@@ -142,6 +150,7 @@ def self_join(
         engine,
         seed=layout.seed,
         threads=layout.threads,
+        apart=apart,
     )
     joined = join_by_lists(join, recall.num_visits, engine, layout.threads)
     return joined, {"compared": "lists", **recall.figures()}

@@ -14,10 +14,10 @@ import numpy as np
 
 from curation import storage
 from curation.clustering import Centroids, cluster_sums, lloyd, means_of
-from curation.neighbors.coarse import limit_threads
 from curation.neighbors.quantized import nearest_centroids, quantize_centroids, quantize_rows
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.threads import limit_threads
 from curation.stage import Engine
 
 _MOST_TASKS = 16

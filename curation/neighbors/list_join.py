@@ -8,16 +8,17 @@ M rows held at a time, D width.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from curation import storage
 from curation.components import spanning_edges
-from curation.neighbors.coarse import limit_threads
 from curation.neighbors.join import Join, Joined, finish_join, write_found
 from curation.neighbors.pairs import Candidates, PairCollector
+from curation.neighbors.row_files import RowReader
 from curation.neighbors.steps import Done, Work
+from curation.neighbors.threads import in_threads
 from curation.neighbors.visits import Visits, invert
 from curation.stage import Engine
 
@@ -33,12 +34,19 @@ def join_by_lists(join: Join, num_visits: int, engine: Engine, threads: int = 0)
     return finish_join(join, meet, join.files.num_partitions, engine)
 
 
-@dataclass(frozen=True)
-class _List:
-    """One list: where its residents and visitors stand among the rows held."""
+_Bounds = tuple[int, int, int, bool]
+"""Of each list: its first resident, its first visitor, its end; whether residents meet."""
+_Meeting = tuple[np.ndarray, np.ndarray, bool]
+"""Positions of residents and of visitors that meet them; whether residents meet, too."""
 
-    residents: np.ndarray
-    visitors: np.ndarray
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some lists, one after the other: residents, then visitors of each."""
+
+    positions: np.ndarray
+    """(M,) int64; a row stands there once for each list that it is in."""
+    bounds: list[_Bounds]
 
 
 @dataclass(frozen=True)
@@ -49,20 +57,17 @@ class _MeetLists(Work):
     visits: Visits
     threads: int
 
-    def open(self) -> Any:
-        if self.join.products.precision != "float32":
-            limit_threads(self.threads)
+    def open(self) -> RowReader:
+        return RowReader(self.join.files)
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: RowReader) -> Done:
         edges, candidates = [np.empty((0, 2), np.int64)], [Candidates.empty()]
         num_pairs = 0
-        for positions, lists in self._chunks(item):
-            found = self._meet(positions, lists)
-            num_pairs += found.num_pairs
-            edges.append(positions[found.edges()])
-            some = found.candidates()
-            rows, twins = positions[some.rows], positions[some.twins]
-            candidates.append(Candidates(rows, twins, some.scores, some.bands))
+        work = partial(self._meet, opened)
+        for some_edges, some, count in in_threads(work, self._chunks(item), self.threads):
+            edges.append(some_edges)
+            candidates.append(some)
+            num_pairs += count
         return write_found(
             self.join,
             item,
@@ -71,50 +76,54 @@ class _MeetLists(Work):
             num_pairs,
         )
 
-    def _meet(self, positions: np.ndarray, lists: list[_List]) -> PairCollector:
-        raw = self.join.files.gather("vectors", positions)  # (M, D)
+    def _meet(self, reader: RowReader, chunk: _Chunk) -> tuple[np.ndarray, Candidates, int]:
+        """Edges, candidates and the number of pairs of one chunk; rows are positions."""
         products = self.join.products
+        raw = reader.gather(chunk.positions)  # (M, D)
         prepared = products.prepare(raw)
         band = products.band(raw.shape[1])
         collector = PairCollector(len(raw), self.join.threshold, raw.__getitem__)
-        for one in lists:
-            everyone = np.concatenate([one.residents, one.visitors])
-            for left in range(0, len(one.residents), _TILE):
-                rows = one.residents[left : left + _TILE]
-                block = products.rows(prepared, rows)
-                for right in range(left, len(everyone), _TILE):
-                    columns = everyone[right : right + _TILE]
-                    others = products.rows(prepared, columns)
+        for first, visitors, end, meet in chunk.bounds:
+            for left in range(first, visitors, _TILE):
+                block = prepared[left : min(left + _TILE, visitors)]
+                for right in range(left if meet else visitors, end, _TILE):
+                    others = prepared[right : min(right + _TILE, end)]
                     a, b, scores = products.above(block, others, collector.bound(band))
                     new = a + left < b + right  # residents meet each other once
-                    collector.add(rows[a[new]], columns[b[new]], scores[new], band)
-        return collector
+                    collector.add(a[new] + left, b[new] + right, scores[new], band)
+        some = collector.candidates()
+        rows, twins = chunk.positions[some.rows], chunk.positions[some.twins]
+        found = Candidates(rows, twins, some.scores, some.bands)
+        return chunk.positions[collector.edges()], found.possible_of_any(), collector.num_pairs
 
-    def _chunks(self, item: int) -> Iterator[tuple[np.ndarray, list[_List]]]:
-        """Positions of the rows to hold, sorted, and the lists to be compared among them."""
+    def _chunks(self, item: int) -> Iterator[_Chunk]:
+        """Runs of lists that are held at once; a list too long to be held comes in pieces."""
         starts, residents, visit_starts, visitors = self._lists(item)
-        sizes = np.diff(starts) + np.diff(visit_starts)
-        first = 0
-        while first < len(sizes):
-            held = np.cumsum(sizes[first:])
-            count = max(1, int(np.searchsorted(held, _ROWS_HELD, "right")))
-            stop = first + count
-            yield self._chunk(
-                [residents[starts[i] : starts[i + 1]] for i in range(first, stop)],
-                [visitors[visit_starts[i] : visit_starts[i + 1]] for i in range(first, stop)],
-            )
-            first = stop
+        parts: list[np.ndarray] = []
+        bounds: list[_Bounds] = []
+        end = 0
+        for one in range(len(starts) - 1):
+            own = residents[starts[one] : starts[one + 1]]
+            others = visitors[visit_starts[one] : visit_starts[one + 1]]
+            for left, right, meet in self._meetings(own, others):
+                if parts and end + len(left) + len(right) > _ROWS_HELD:
+                    yield _Chunk(np.concatenate(parts), bounds)
+                    parts, bounds, end = [], [], 0
+                parts += [left, right]
+                bounds.append((end, end + len(left), end + len(left) + len(right), meet))
+                end = bounds[-1][2]
+        if parts:
+            yield _Chunk(np.concatenate(parts), bounds)
 
-    def _chunk(
-        self, residents: list[np.ndarray], visitors: list[np.ndarray]
-    ) -> tuple[np.ndarray, list[_List]]:
-        positions = np.unique(np.concatenate([*residents, *visitors]))
-        lists = [
-            _List(np.searchsorted(positions, own), np.searchsorted(positions, others))
-            for own, others in zip(residents, visitors, strict=True)
-            if len(own)
-        ]
-        return positions, lists
+    def _meetings(self, residents: np.ndarray, visitors: np.ndarray) -> Iterator[_Meeting]:
+        """Pieces of one list, without pairs of two rows that are apart."""
+        if self.join.apart is None:
+            yield from pieces(residents, visitors)
+            return
+        old = self.join.rows_apart(residents)
+        yield from pieces(residents[~old], np.concatenate([residents[old], visitors]))
+        new_visitors = visitors[~self.join.rows_apart(visitors)]
+        yield from pieces(residents[old], new_visitors, meet=False)
 
     def _lists(self, item: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Residents and visitors of all lists of a partition, and where each list begins."""
@@ -129,3 +138,22 @@ class _MeetLists(Work):
             np.searchsorted(visited, numbers),
             visitors,
         )
+
+
+def pieces(residents: np.ndarray, visitors: np.ndarray, *, meet: bool = True) -> Iterator[_Meeting]:
+    """Cut a list into pieces no longer than what is held at once; one that fits is one piece.
+
+    Every pair of a resident and a visitor, and of two residents where they `meet`, stands in
+    exactly one piece.
+    """
+    if len(residents) + len(visitors) <= _ROWS_HELD:
+        if len(residents):
+            yield residents, visitors, meet
+        return
+    half = _ROWS_HELD // 2
+    for start in range(0, len(residents), half):
+        own = residents[start : start + half]
+        others = np.concatenate([residents[start + half :], visitors]) if meet else visitors
+        yield own, others[:half], meet
+        for first in range(half, len(others), half):
+            yield own, others[first : first + half], False

@@ -1,7 +1,8 @@
 """The search by lists: every query meets the rows of the lists nearest to it.
 
 `_Route` finds the lists of the queries, `_Sample` and `_Needed` measure on some queries how many
-of them the recall needs, `_LookInLists` tasks go through the lists of one partition of the pool.
+of them the recall needs, `_SetFloors` finds what each query surely reaches in its nearest list, so
+that `_LookInLists` tasks, which go through the lists of one partition, keep few candidates.
 Q queries, N rows, K neighbours, V lists of a query, H candidates.
 """
 
@@ -13,14 +14,16 @@ import numpy as np
 
 from curation import storage
 from curation.clustering import hash_ids
-from curation.neighbors.coarse import CoarseRouter, limit_threads
+from curation.neighbors.coarse import CoarseRouter
+from curation.neighbors.recall import shares_met
 from curation.neighbors.row_files import map_array, write_array
-from curation.neighbors.search import Found, Search, exactly_nearest, finish_search, nearest_in
+from curation.neighbors.search import Found, Search, finish_search, nearest_in
 from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.threads import in_threads
 from curation.neighbors.visits import Visits
 from curation.stage import Engine
 
-_MOST_LISTS = 64
+_MOST_LISTS = 256
 _ROWS_HELD = 1 << 15
 _SAMPLED = 256
 
@@ -51,20 +54,23 @@ class ListSearch:
         routes = storage.join(search.folder, "routes")
         run_steps(engine, _Route(self), partitions, routes, "find the lists of queries")
         num_lists, figures = self._lists_needed(engine)
-        visits = Visits(search.rows, storage.join(search.folder, "visits"), partitions)
-        run_steps(
-            engine,
-            _Invert(self, visits, num_lists),
-            partitions,
-            visits.folder,
-            "turn visits around",
-        )
-        look = _LookInLists(self, visits)
-        looked = storage.join(search.folder, "looked")
         items = search.rows.num_partitions
+        floors = _SetFloors(self, self._visits("nearest", 1, engine))
+        folder = storage.join(search.folder, "floors")
+        run_steps(engine, floors, items, folder, "look into the nearest lists")
+        look = _LookInLists(self, self._visits("visits", num_lists, engine), floors)
+        looked = storage.join(search.folder, "looked")
         run_steps(engine, look, items, looked, "look for neighbours")
         finish_search(search, tuple(tuple(range(items)) for _ in range(partitions)), engine)
         return figures
+
+    def _visits(self, name: str, num_lists: int, engine: Engine) -> Visits:
+        """The first lists of every query, by list."""
+        partitions = self.search.queries.num_partitions
+        visits = Visits(self.search.rows, storage.join(self.search.folder, name), partitions)
+        work = _Invert(self, visits, num_lists)
+        run_steps(engine, work, partitions, visits.folder, "turn visits around")
+        return visits
 
     def _lists_needed(self, engine: Engine) -> tuple[int, dict[str, Any]]:
         """Lists a query that reach the recall on sampled queries, and what they reach."""
@@ -73,16 +79,17 @@ class ListSearch:
         run_steps(
             engine, sample, self.search.rows.num_partitions, folder, "compare sampled queries"
         )
-        needed = sample.needed()  # (V + 1,)
+        needed = sample.needed()  # (Q, V + 1)
         total = int(needed.sum())
         if not total:
-            return min(16, len(needed) - 1), {"measured_recall": None, "sampled_neighbours": 0}
-        met = np.cumsum(needed[:-1]) / total
-        enough = np.flatnonzero(met >= self.recall)
+            return min(16, needed.shape[1] - 1), {"measured_recall": None, "sampled_neighbours": 0}
+        met, errors = shares_met(needed)
+        enough = np.flatnonzero(met - errors >= self.recall)
         count = int(enough[0]) if len(enough) else len(met) - 1
         return 1 + count, {
             "lists_met": 1 + count,
             "measured_recall": float(met[count]),
+            "recall_error": float(errors[count]),
             "sampled_neighbours": total,
         }
 
@@ -127,10 +134,6 @@ class _Sample(Work):
 
     of: ListSearch
 
-    def open(self) -> Any:
-        if self.of.search.products.precision != "float32":
-            limit_threads(self.of.threads)
-
     def path(self, item: int) -> str:
         return storage.join(self.of.search.folder, "sample", f"sample-{item:06d}.bin")
 
@@ -147,21 +150,23 @@ class _Sample(Work):
         search, positions = self.of.search, self.queries()
         products = search.products
         queries = products.prepare(search.queries.gather("vectors", positions))
-        parts = []
         vectors, start = search.rows.vectors(item), search.rows.starts[item]
-        for first in range(0, len(vectors), _ROWS_HELD):
+
+        def of_block(first: int) -> Found:
             rows = products.prepare(vectors[first : first + _ROWS_HELD])
             found = nearest_in(products, queries, rows, search.k)
-            parts.append(Found(found.queries, found.positions + first, found.scores))
-        found = Found.joined(parts).possible(search.k, products.band(search.rows.width))
+            return Found(found.queries, found.positions + first, found.scores)
+
+        blocks = range(0, len(vectors), _ROWS_HELD)
+        found = Found.joined(list(in_threads(of_block, blocks, self.of.threads)))
+        found = found.possible(search.k, 0.0)  # near enough to say in which lists they lie
         found = Found(positions[found.queries], found.positions + start, found.scores)
-        found = exactly_nearest(search, found)
         lists = np.asarray(search.rows.rows(item)["list"])[found.positions - start]
         write_array(self.path(item), found.queries, found.positions, lists, found.scores)
         return Done([self.path(item)])
 
     def needed(self) -> np.ndarray:
-        """(V + 1,) int64: neighbours that lie in the query's first, second, … list, or in none."""
+        """(Q, V + 1): neighbours in each sampled query's first, second, … list, or in none."""
         found, lists = [], []
         for item in range(self.of.search.rows.num_partitions):
             data = storage.read_bytes(self.path(item))
@@ -185,75 +190,127 @@ class _Sample(Work):
             routes[where] = self.of.routes(partition)[queries[where] - start]
         same = routes == lists[:, None]
         ranks = np.where(same.any(axis=1), same.argmax(axis=1), count)
-        return np.bincount(ranks, minlength=count + 1)
+        _, numbers = np.unique(queries, return_inverse=True)
+        cells = np.bincount(numbers * (count + 1) + ranks, minlength=_SAMPLED * (count + 1))
+        return cells.reshape(-1, count + 1)
 
 
 @dataclass(frozen=True)
-class _LookInLists(Work):
-    """Candidates in the lists of one partition, for the queries that visit them."""
+class _Lists:
+    """The lists of one partition, and the queries that come to each."""
 
-    of: ListSearch
-    visits: Visits
+    starts: np.ndarray
+    """(L + 1,) first resident of each list, as a row of the partition."""
+    bounds: np.ndarray
+    """(L + 1,) first visit of each list."""
+    visitors: np.ndarray
+    """(V,) int64 positions of the queries, by list."""
 
-    def open(self) -> Any:
-        if self.of.search.products.precision != "float32":
-            limit_threads(self.of.threads)
-
-    def __call__(self, item: int, opened: Any) -> Done:
-        search = self.of.search
-        band = search.products.band(search.rows.width)
-        parts = []
-        known = np.unique(self.visits.of(item)[1])
-        floors = np.full(len(known), -np.inf, np.float32)
-        for chunk in self._chunks(item):
-            found = Found.joined(list(self._look(item, *chunk, known, floors)))
-            parts.append(found.possible_of_any(search.k, band))
-        found = Found.joined(parts).possible_of_any(search.k, band)
-        path = search.looked_path(item)
-        found.write(path, search.queries)
-        return Done([path], {"candidates": len(found.queries)})
-
-    def _look(
-        self,
-        item: int,
-        rows: slice,
-        queries: list[np.ndarray],
-        bounds: np.ndarray,
-        known: np.ndarray,
-        floors: np.ndarray,
-    ) -> Iterator[Found]:
-        """Candidates of the lists whose residents are `rows`, list i from bounds[i] on.
-
-        floors: what the k-th nearest of each known query surely reaches; raised in place.
-        """
-        search, products = self.of.search, self.of.search.products
-        visitors = np.unique(np.concatenate(queries))
-        prepared = products.prepare(search.queries.gather("vectors", visitors))
-        residents = products.prepare(search.rows.vectors(item)[rows])
-        for number, own in enumerate(queries):
-            first, stop = bounds[number] - rows.start, bounds[number + 1] - rows.start
-            if not len(own) or first == stop:
-                continue
-            some = products.rows(prepared, np.searchsorted(visitors, own))
-            places = np.searchsorted(known, own)
-            floor = floors[places]
-            found = nearest_in(products, some, residents[first:stop], search.k, floor)
-            floors[places] = floor
-            start = search.rows.starts[item] + rows.start + first
-            yield Found(own[found.queries], found.positions + start, found.scores)
-
-    def _chunks(self, item: int) -> Iterator[tuple[slice, list[np.ndarray], np.ndarray]]:
-        """Runs of lists: their residents, the queries that visit each, and where each begins."""
-        files = self.of.search.rows
-        numbers = np.arange(files.list_starts[item], files.list_starts[item + 1] + 1)
-        starts = np.searchsorted(np.asarray(files.rows(item)["list"]), numbers)
-        visited, visitors = self.visits.of(item)
-        bounds = np.searchsorted(visited, numbers)
-        sizes = np.diff(starts) + np.diff(bounds)
+    def chunks(self) -> Iterator[range]:
+        """Runs of lists whose residents and visitors are held at once."""
+        sizes = np.diff(self.starts) + np.diff(self.bounds)
         first = 0
         while first < len(sizes):
             held = np.cumsum(sizes[first:])
             stop = first + max(1, int(np.searchsorted(held, _ROWS_HELD, "right")))
-            queries = [visitors[bounds[i] : bounds[i + 1]] for i in range(first, stop)]
-            yield slice(int(starts[first]), int(starts[stop])), queries, starts[first : stop + 1]
+            yield range(first, stop)
             first = stop
+
+
+@dataclass(frozen=True)
+class _Look(Work):
+    """What tasks share that go through the lists of one partition of the rows."""
+
+    of: ListSearch
+    visits: Visits
+
+    def lists(self, item: int) -> _Lists:
+        files = self.of.search.rows
+        numbers = np.arange(files.list_starts[item], files.list_starts[item + 1] + 1)
+        starts = np.searchsorted(np.asarray(files.rows(item)["list"]), numbers)
+        visited, visitors = self.visits.of(item)
+        return _Lists(starts, np.searchsorted(visited, numbers), visitors)
+
+    def blocks(
+        self, item: int, lists: _Lists, chunk: range
+    ) -> Iterator[tuple[np.ndarray, Any, Any, int]]:
+        """Of each list: its queries' positions, both sides prepared, its first row's position."""
+        search, products = self.of.search, self.of.search.products
+        first, stop = lists.bounds[chunk.start], lists.bounds[chunk.stop]
+        visitors, places = np.unique(lists.visitors[first:stop], return_inverse=True)
+        prepared = products.prepare(search.queries.gather("vectors", visitors))
+        start = int(lists.starts[chunk.start])
+        rows = search.rows.vectors(item)[start : int(lists.starts[chunk.stop])]
+        residents = products.prepare(rows)
+        for number in chunk:
+            own = slice(int(lists.bounds[number]), int(lists.bounds[number + 1]))
+            here = slice(int(lists.starts[number]) - start, int(lists.starts[number + 1]) - start)
+            if own.start == own.stop or here.start == here.stop:
+                continue
+            mine = places[own.start - first : own.stop - first]
+            queries = products.rows(prepared, mine)
+            position = search.rows.starts[item] + start + here.start
+            yield visitors[mine], queries, residents[here], position
+
+
+@dataclass(frozen=True)
+class _SetFloors(_Look):
+    """What each query surely reaches, from its nearest list: (V,) int64 and (V,) float32."""
+
+    def path(self, item: int) -> str:
+        return storage.join(self.of.search.folder, "floors", f"floors-{item:06d}.bin")
+
+    def all(self) -> np.ndarray:
+        """(Q,) float32 of all queries, -inf where the nearest list has fewer rows than k."""
+        search = self.of.search
+        floors = np.full(search.queries.num_rows, -np.inf, np.float32)
+        for item in range(search.rows.num_partitions):
+            data = storage.read_bytes(self.path(item))
+            count = len(data) // 12
+            known = np.frombuffer(data, np.int64, count)
+            floors[known] = np.frombuffer(data, np.float32, count, 8 * count)
+        return floors
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        lists, search = self.lists(item), self.of.search
+
+        def of_chunk(chunk: range) -> list[tuple[np.ndarray, np.ndarray]]:
+            return [
+                (own, search.products.kth_highest(queries, rows, search.k))
+                for own, queries, rows, _ in self.blocks(item, lists, chunk)
+                if len(rows) >= search.k
+            ]
+
+        parts = [(np.empty(0, np.int64), np.empty(0, np.float32))]
+        for found in in_threads(of_chunk, lists.chunks(), self.of.threads):
+            parts += found
+        queries, floors = (np.concatenate(side) for side in zip(*parts, strict=True))
+        write_array(self.path(item), queries, floors)
+        return Done([self.path(item)])
+
+
+@dataclass(frozen=True)
+class _LookInLists(_Look):
+    """Candidates in the lists of one partition, for the queries that visit them."""
+
+    floors: _SetFloors
+
+    def open(self) -> np.ndarray:
+        return self.floors.all()
+
+    def __call__(self, item: int, opened: np.ndarray) -> Done:
+        lists, search = self.lists(item), self.of.search
+
+        def of_chunk(chunk: range) -> Found:
+            parts = []
+            for own, queries, rows, start in self.blocks(item, lists, chunk):
+                found = nearest_in(search.products, queries, rows, search.k, opened[own])
+                parts.append(Found(own[found.queries], found.positions + start, found.scores))
+            return Found.joined(parts)
+
+        parts = list(in_threads(of_chunk, lists.chunks(), self.of.threads))
+        band = search.products.band(search.rows.width)
+        found = Found.joined(parts).possible_of_any(search.k, band)
+        path = search.looked_path(item)
+        found.write(path, search.queries)
+        return Done([path], {"candidates": len(found.queries)})

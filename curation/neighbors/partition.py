@@ -7,7 +7,7 @@ N rows, D width, P partitions, V visits of a row.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from curation.errors import DatasetError
 from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
 from curation.neighbors.identical import fingerprints, first_identical
 from curation.neighbors.row_files import RowFiles, write_array
-from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.steps import Done, Work, finished_steps, run_steps
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine
 
@@ -102,6 +102,11 @@ class Plan:
         """File of the bad rows of one shard: (rows,) int64 row numbers."""
         return storage.join(self.folder, "bad", f"{set_number:03d}-{shard:06d}.bin")
 
+    def bad_paths(self) -> Iterator[str]:
+        """Files of the bad rows of all shards."""
+        for number, first, end in self.groups:
+            yield from (self.bad_path(number, shard) for shard in range(first, end))
+
 
 def arrange(
     sources: Sequence[VectorSource],
@@ -125,15 +130,24 @@ def arrange(
         dtype=storage_dtype(sources),
         groups=groups,
     )
+    arranged = _Arrange(plan, 0).folder
+    facts = finished_steps(arranged, plan.num_partitions)
+    if facts is None or not all(storage.exists(path) for path in plan.bad_paths()):
+        facts = _rewrite(plan, engine)
+    starts = np.cumsum([0, *(fact["rows"] for fact in facts)])
+    return _Arrange(plan, facts[0]["width"]).row_files(starts)
+
+
+def _rewrite(plan: Plan, engine: Engine) -> list[dict[str, Any]]:
+    """Both passes; the copies of the first go when the second has finished."""
     _check_ids(plan, engine)
-    facts = run_steps(
-        engine, _Split(plan), len(groups), storage.join(folder, "split"), "find the lists"
-    )
-    width = check_widths([(fact["where"], fact["width"]) for fact in facts])
+    split = storage.join(plan.folder, "split")
+    found = run_steps(engine, _Split(plan), len(plan.groups), split, "find the lists")
+    width = check_widths([(fact["where"], fact["width"]) for fact in found])
     work = _Arrange(plan, width)
-    sizes = run_steps(engine, work, plan.num_partitions, work.folder, "sort the lists")
-    starts = np.cumsum([0, *(fact["rows"] for fact in sizes)])
-    return work.row_files(starts)
+    facts = run_steps(engine, work, plan.num_partitions, work.folder, "sort the lists")
+    storage.remove(split)
+    return facts
 
 
 def read_bad_rows(folder: str, set_number: int, shard: int) -> np.ndarray:
@@ -255,7 +269,7 @@ class _Arrange(Work):
         write_array(files.path("visits", item), _from_binary(rows["visits"], "int32"))
         _write_arrow(files.path("rows", item), kept)
         paths = [files.path(kind, item) for kind in ("vectors", "ids", "visits", "rows")]
-        return Done(paths, {"rows": rows.num_rows})
+        return Done(paths, {"rows": rows.num_rows, "width": self.width})
 
     def _gathered(self, item: int) -> pa.Table:
         """Rows of one partition from all files of the first pass, sorted."""

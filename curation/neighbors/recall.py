@@ -13,14 +13,14 @@ import numpy as np
 
 from curation import storage
 from curation.clustering import hash_ids
-from curation.neighbors.coarse import limit_threads
 from curation.neighbors.products import Products
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import exact_similarities
 from curation.stage import Engine
 
-_QUERIES = 1 << 10
+_QUERIES = 1 << 11
 _TILE = 1 << 13
 _FEWEST_PAIRS = 50
 
@@ -33,6 +33,8 @@ class Recall:
     """Visits a row, beside its own list."""
     expected: float | None
     """Share of the sampled pairs that are met; None where the sample holds too few pairs."""
+    error: float
+    """Standard error of that share: pairs of one row are met or missed together."""
     sampled_pairs: int
     estimated_pairs: float
     """Pairs above the threshold in all rows."""
@@ -43,6 +45,7 @@ class Recall:
         return {
             "lists_met": 1 + self.num_visits,
             "measured_recall": self.expected,
+            "recall_error": self.error,
             "sampled_pairs": self.sampled_pairs,
             "estimated_pairs": round(self.estimated_pairs),
             "estimated_missed_pairs": None if missed is None else round(missed),
@@ -59,23 +62,44 @@ def measure_recall(
     *,
     seed: int,
     threads: int,
+    apart: str | None = None,
 ) -> Recall:
-    """Choose the number of visits that reaches a recall on a sample of rows."""
-    pick = _Pick(files, folder, seed)
+    """Choose the fewest visits whose recall on a sample is surely (one error) what was asked.
+
+    apart: file of the rows not compared with each other; none of them is sampled.
+    """
+    num_rows = files.num_rows
+    if apart is not None:
+        num_rows -= int(map_array(apart, "bool", 0, (files.num_rows,)).sum())
+    pick = _Pick(files, folder, seed, num_rows, apart)
     run_steps(engine, pick, files.num_partitions, f"{folder}/picked", "pick a sample")
     compare = _Compare(pick, threshold, products, threads)
-    facts = run_steps(
-        engine, compare, files.num_partitions, f"{folder}/compared", "compare the sample"
-    )
-    needed = np.sum([fact["needed"] for fact in facts], axis=0)  # (V + 2,)
-    pairs, sampled = int(needed.sum()), facts[0]["queries"]
-    estimated = pairs * files.num_rows / (2 * max(1, sampled))
+    compared = f"{folder}/compared"
+    facts = run_steps(engine, compare, files.num_partitions, compared, "compare the sample")
+    needed = compare.total()  # (Q, V + 2)
+    pairs, sampled = int(needed.sum()), len(needed)
+    both_sampled = pairs - sum(fact["with_rows_apart"] for fact in facts)
+    estimated = (pairs - both_sampled / 2) * num_rows / max(1, sampled)
     if pairs < _FEWEST_PAIRS:
-        return Recall(min(files.num_visits, 15), None, pairs, estimated)
-    met = np.cumsum(needed[:-1]) / pairs  # (V + 1,)
-    enough = np.flatnonzero(met >= target)
+        return Recall(min(files.num_visits, 15), None, 0.0, pairs, estimated)
+    met, errors = shares_met(needed)
+    enough = np.flatnonzero(met - errors >= target)
     visits = int(enough[0]) if len(enough) else files.num_visits
-    return Recall(visits, float(met[visits]), pairs, estimated)
+    return Recall(visits, float(met[visits]), float(errors[visits]), pairs, estimated)
+
+
+def shares_met(needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the pairs met with 0, 1, … visits, and its standard error: (V + 1,) both.
+
+    needed: (Q, V + 2) pairs of each sampled row by the visits that they need; the last column
+    counts those that no visit meets. Rows are drawn, not pairs: the error is that of a ratio of
+    sums over rows.
+    """
+    of_row = needed.sum(axis=1)[:, None]  # (Q, 1)
+    met = np.cumsum(needed[:, :-1], axis=1)  # (Q, V + 1)
+    shares = met.sum(axis=0) / of_row.sum()
+    errors = np.sqrt(((met - shares * of_row) ** 2).sum(axis=0)) / of_row.sum()
+    return shares, errors
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,9 @@ class _Pick(Work):
     files: RowFiles
     folder: str
     seed: int
+    num_rows: int
+    """Rows that are sampled from."""
+    apart: str | None = None
 
     def path(self, partition: int) -> str:
         return storage.join(self.folder, f"picked-{partition:06d}.bin")
@@ -95,50 +122,92 @@ class _Pick(Work):
         parts = [np.frombuffer(storage.read_bytes(self.path(p)), np.int64) for p in partitions]
         return np.concatenate(parts)
 
+    def rows_apart(self, partition: int) -> np.ndarray:
+        """(N,) bool: rows of one partition that are not compared with each other."""
+        start, size = self.files.starts[partition], self.files.size(partition)
+        if self.apart is None:
+            return np.zeros(size, bool)
+        return map_array(self.apart, "bool", start, (size,))
+
     def __call__(self, item: int, opened: Any) -> Done:
-        share = min(1.0, _QUERIES / max(1, self.files.num_rows))
+        share = min(1.0, _QUERIES / max(1, self.num_rows))
         keys = hash_ids(self.files.ids(item), "recall", self.seed)
         rows = np.flatnonzero(keys <= np.uint64(share * float(2**64 - 2**11)))
+        rows = rows[~self.rows_apart(item)[rows]]
         write_array(self.path(item), rows + self.files.starts[item])
         return Done([self.path(item)])
 
 
 @dataclass(frozen=True)
 class _Compare(Work):
-    """Sampled rows against all rows of one partition: lists that each pair needs."""
+    """Sampled rows against all rows of one partition: lists that each pair needs.
+
+    Of identical rows, which share their lists, one is compared and all are counted.
+    """
 
     pick: _Pick
     threshold: float
     products: Products
     threads: int
 
-    def open(self) -> Any:
-        if self.products.precision != "float32":
-            limit_threads(self.threads)
-
     def __call__(self, item: int, opened: Any) -> Done:
         files, queries = self.pick.files, self.pick.positions()
         raw = files.gather("vectors", queries)
         prepared = self.products.prepare(raw)
-        band = self.products.band(files.width)
-        needed = np.zeros(files.num_visits + 2, np.int64)
-        vectors, lists = files.vectors(item), lists_of(files, item)
-        of_queries = self._lists_of(queries)
-        for start in range(0, len(vectors), _TILE):
-            block = vectors[start : start + _TILE]
-            others = self.products.prepare(block)
-            a, b, scores = self.products.above(prepared, others, self.threshold - band)
-            new = queries[a] != files.starts[item] + start + b
-            a, b, true = a[new], b[new], scores[new] > self.threshold + band
-            near = np.flatnonzero(~true)
-            exact = exact_similarities(raw[a[near]], block[b[near]])
-            true[near] = exact > np.float32(self.threshold)
-            a, b = a[true], b[true] + start
-            needed += np.bincount(
-                np.minimum(_rank(of_queries[a], lists[b, 0]), _rank(lists[b], of_queries[a, 0])),
-                minlength=len(needed),
-            )
-        return Done((), {"needed": needed.tolist(), "queries": len(queries)})
+        lists, of_queries = lists_of(files, item), self._lists_of(queries)
+        first = np.asarray(files.rows(item)["first"])
+        uniques = np.flatnonzero(first == np.arange(len(first)))
+        copies = np.bincount(first, minlength=len(first))
+        copies_apart = np.bincount(first[self.pick.rows_apart(item)], minlength=len(first))
+        vectors, themselves = files.vectors(item), self._first_in(item, queries, first)
+        needed = np.zeros((len(queries), files.num_visits + 2), np.int32)
+        with_apart = 0
+
+        def of_block(start: int) -> tuple[np.ndarray, np.ndarray]:
+            rows = uniques[start : start + _TILE]
+            a, b = self._pairs(raw, prepared, vectors[rows])
+            return a, rows[b]
+
+        blocks = range(0, len(uniques), _TILE)
+        for a, b in in_threads(of_block, blocks, self.threads):
+            with_apart += int(copies_apart[b].sum())
+            there, back = _rank(of_queries[a], lists[b, 0]), _rank(lists[b], of_queries[a, 0])
+            pairs = copies[b] - (themselves[a] == b)  # no row is a pair with itself
+            np.add.at(needed, (a, np.minimum(there, back)), pairs.astype(np.int32))
+        write_array(self.path(item), needed)
+        return Done([self.path(item)], {"with_rows_apart": with_apart})
+
+    def path(self, item: int) -> str:
+        return storage.join(self.pick.folder, "compared", f"needed-{item:06d}.bin")
+
+    def total(self) -> np.ndarray:
+        """(Q, V + 2): pairs of each sampled row by the visits that they need."""
+        files = self.pick.files
+        total = np.zeros((len(self.pick.positions()), files.num_visits + 2), np.int64)
+        for partition in range(files.num_partitions):
+            total += map_array(self.path(partition), "int32", 0, total.shape)
+        return total
+
+    def _pairs(
+        self, raw: np.ndarray, prepared: Any, block: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of queries and rows of a block above the threshold."""
+        band = self.products.band(block.shape[1])
+        others = self.products.prepare(block)
+        a, b, scores = self.products.above(prepared, others, self.threshold - band)
+        true = scores > self.threshold + band
+        near = np.flatnonzero(~true)
+        exact = exact_similarities(raw[a[near]], block[b[near]])
+        true[near] = exact > np.float32(self.threshold)
+        return a[true], b[true]
+
+    def _first_in(self, partition: int, positions: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """(Q,) int64: the first row identical to each sampled one; -1 in other partitions."""
+        rows = positions - self.pick.files.starts[partition]
+        here = (rows >= 0) & (rows < len(first))
+        found = np.full(len(rows), -1, np.int64)
+        found[here] = first[rows[here]]
+        return found
 
     def _lists_of(self, positions: np.ndarray) -> np.ndarray:
         """(Q, 1 + V) int32: own list and visits of any rows."""

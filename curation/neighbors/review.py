@@ -5,6 +5,7 @@ verdicts travel on by the pool's shards. Only labels, one number a row, pass thr
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +84,16 @@ def check_largest(sizes: Sizes, num_rows: int, max_share: float) -> None:
 class Judge(ABC):
     """Decides on the members of whole components."""
 
+    def is_published(self, members: pa.Table) -> np.ndarray:
+        """(M,) bool: members that come first in their component, whatever their size."""
+        return np.zeros(members.num_rows, bool)
+
     @abstractmethod
     def judge(self, members: pa.Table, files: RowFiles) -> tuple[pa.Table, dict[str, Any]]:
         """Give verdicts (with set, shard, row, position, keep and more), and figures.
 
-        members: rows sorted by label, then pixels and bytes downwards, then id.
+        members: rows sorted by label, published ones first, then by pixels and bytes downwards,
+        then by id.
         """
 
 
@@ -104,10 +110,11 @@ class Reviewed:
         """Verdicts on rows of one shard."""
         return self.verdicts.read(shard, self.num_buckets)
 
-    def dropped(self) -> list[np.ndarray]:
-        """Positions of dropped rows, a bucket each: (B,) int64."""
-        paths = [dropped_path(self.folder, bucket) for bucket in range(self.num_buckets)]
-        return [np.frombuffer(storage.read_bytes(path), np.int64) for path in paths]
+    def dropped(self) -> Iterator[np.ndarray]:
+        """Positions of dropped rows, a bucket at a time: (B,) int64."""
+        for bucket in range(self.num_buckets):
+            path = dropped_path(self.folder, bucket)
+            yield np.frombuffer(storage.read_bytes(path), np.int64)
 
 
 def review(graph: Graph, judge: Judge, folder: str, num_shards: int, engine: Engine) -> Reviewed:
@@ -146,12 +153,19 @@ class _Gather(Work):
             "position": pa.array(rows + files.starts[item]),
             "id": ids_array(files.ids(item)[rows]),
             "twin": ids_array(files.gather("ids", np.asarray(twins[rows]))),
+            "twin_set": pa.array(self._sets_of(np.asarray(twins[rows]))),
             "similarity": pa.array(np.asarray(similarities[rows])),
         }
         for name, values in columns.items():
             table = table.append_column(name, values)
         self.members.write(item, table, labels % self.members.num_buckets)
         return Done([self.members.mapped_path(item)])
+
+    def _sets_of(self, twins: np.ndarray) -> np.ndarray:
+        """(M,) int16: the twins' sets, where rows of several are joined for duplicates; else 0."""
+        if self.graph.joined.join.apart is None:
+            return np.zeros(len(twins), np.int16)
+        return self.graph.files.sets(twins)
 
 
 @dataclass(frozen=True)
@@ -166,7 +180,8 @@ class _Review(Work):
 
     def __call__(self, item: int, opened: Any) -> Done:
         members = self.members.read(item, self.num_items)
-        members = members.take(pa.array(rule_order(members))).combine_chunks()
+        order = rule_order(members, self.judge.is_published(members))
+        members = members.take(pa.array(order)).combine_chunks()
         verdicts, facts = self.judge.judge(members, self.files)
         of_pool = verdicts.filter(pa.array(np.asarray(verdicts["set"]) == 0))
         keep = of_pool["keep"].to_numpy(zero_copy_only=False)
@@ -177,14 +192,15 @@ class _Review(Work):
         return Done([path, self.verdicts.mapped_path(item)], facts)
 
 
-def rule_order(members: pa.Table) -> np.ndarray:
-    """(M,) order of members: by label, most original pixels, most bytes, smallest id.
+def rule_order(members: pa.Table, published: np.ndarray) -> np.ndarray:
+    """(M,) order of members: by label, published, most original pixels, most bytes, smallest id.
 
-    Size is unknown (0) where a source does not record it; then the smallest id alone decides.
+    published: (M,) bool. Size is unknown (0) where a source does not record it; then the smallest
+    id alone decides.
     """
     ids = id_bytes(members["id"]).view(">u8").reshape(-1, 2)
     keys = [np.asarray(members[name]) for name in ("num_bytes", "pixels", "label")]
-    return np.lexsort((ids[:, 1], ids[:, 0], -keys[0], -keys[1], keys[2]))
+    return np.lexsort((ids[:, 1], ids[:, 0], -keys[0], -keys[1], ~published, keys[2]))
 
 
 def ids_array(ids: np.ndarray) -> pa.Array:

@@ -63,12 +63,7 @@ class RowFiles:
 
     def gather(self, kind: str, positions: np.ndarray) -> np.ndarray:
         """(N, D) vectors or (N, 16) ids of any rows, each partition read in file order."""
-        width, dtype = (self.width, self.dtype) if kind == "vectors" else (16, "uint8")
-        found = np.empty((len(positions), width), dtype)
-        for partition, where in self.by_partition(positions):
-            source = self._array(kind, partition, dtype, width)
-            found[where] = source[positions[where] - self.starts[partition]]
-        return found
+        return RowReader(self, kind).gather(positions)
 
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row of each position: (N,) int32 both."""
@@ -79,9 +74,18 @@ class RowFiles:
             shards[where], rows[where] = np.asarray(table["shard"]), np.asarray(table["row"])
         return shards, rows
 
+    def sets(self, positions: np.ndarray) -> np.ndarray:
+        """(N,) int16: number of the set that each position belongs to."""
+        found = np.empty(len(positions), np.int16)
+        for partition, where in self.by_partition(positions):
+            numbers = np.asarray(self.rows(partition)["set"])
+            found[where] = numbers[positions[where] - self.starts[partition]]
+        return found
+
     def by_partition(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Partitions that hold some of the positions, and which of them, in file order."""
-        order = np.argsort(positions, kind="stable")
+        ascending = bool((positions[1:] >= positions[:-1]).all())
+        order = np.arange(len(positions)) if ascending else np.argsort(positions, kind="stable")
         bounds = np.searchsorted(positions[order], self.starts)
         for partition in np.flatnonzero(np.diff(bounds)):
             yield int(partition), order[bounds[partition] : bounds[partition + 1]]
@@ -89,6 +93,41 @@ class RowFiles:
     def _array(self, kind: str, partition: int, dtype: str, width: int) -> np.ndarray:
         shape = (self.size(partition), width)
         return map_array(self.path(kind, partition), dtype, 0, shape)
+
+
+class RowReader:
+    """Gathers rows from all partitions; local files are mapped once and stay so."""
+
+    def __init__(self, files: RowFiles, kind: str = "vectors") -> None:
+        self._files = files
+        self._of = files.vectors if kind == "vectors" else files.ids
+        self._empty = np.empty((0, files.width), files.dtype)
+        if kind == "ids":
+            self._empty = np.empty((0, 16), np.uint8)
+        self._mapped: dict[int, np.ndarray] = {}
+
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        """(N, D) vectors or (N, 16) ids of any rows; fastest where positions ascend."""
+        found = np.empty((len(positions), self._empty.shape[1]), self._empty.dtype)
+        for partition, where in self._files.by_partition(positions):
+            source = self._partition(partition)
+            rows = positions[where] - self._files.starts[partition]
+            first, last = int(where[0]), int(where[-1])
+            if last - first == len(where) - 1:
+                run = found[first : last + 1]
+                np.take(source, rows, axis=0, out=run, mode="clip")  # clip: without a buffer
+            else:
+                found[where] = source[rows]
+        return found
+
+    def _partition(self, partition: int) -> np.ndarray:
+        if partition in self._mapped:
+            return self._mapped[partition]
+        source = self._of(partition)
+        if isinstance(source, np.memmap):
+            source = source.view(np.ndarray)  # its own indexing is slow
+            self._mapped[partition] = source
+        return source
 
 
 def write_array(path: str, *arrays: np.ndarray) -> None:

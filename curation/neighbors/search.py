@@ -77,12 +77,23 @@ class Found:
         return ranks_within(self.queries)
 
     def possible(self, k: int, band: float) -> "Found":
-        """Those that may be among the k nearest of their query, given the largest error."""
+        """Those that may be among the k nearest of their query, given the largest error.
+
+        They come sorted by query, nearest first.
+        """
         found = self.take(np.lexsort((-self.scores, self.queries)))
-        floor = np.full(int(found.queries.max(initial=-1)) + 1, -np.inf, np.float32)
-        kth = found.ranks() == k - 1
-        floor[found.queries[kth]] = found.scores[kth]
+        floor = found.floors(k, int(found.queries.max(initial=-1)) + 1)
         return found.take(found.scores >= floor[found.queries] - np.float32(2 * band))
+
+    def floors(self, k: int, num_queries: int) -> np.ndarray:
+        """(Q,) float32: score of each query's k-th candidate, -inf where there are fewer.
+
+        Of candidates that are sorted by query, nearest first.
+        """
+        floors = np.full(num_queries, -np.inf, np.float32)
+        kth = self.ranks() == k - 1
+        floors[self.queries[kth]] = self.scores[kth]
+        return floors
 
     def possible_of_any(self, k: int, band: float) -> "Found":
         """The same, for queries of any number."""
@@ -159,20 +170,23 @@ def nearest_in(
     """What may be among the k nearest rows of each query; numbers instead of positions.
 
     queries: (Q, D), rows: (N, D), both prepared. floor: (Q,) float32, what the k-th nearest
-    surely reaches, known from other rows; raised in place.
+    surely reaches, known from other rows, -inf where nothing is known.
     """
-    band = products.band(rows.shape[1])
+    slack = np.float32(2 * products.band(rows.shape[1]))
     found = Found.joined([])
-    floor = np.full(len(queries), -np.inf, np.float32) if floor is None else floor
+    floor = np.full(len(queries), -np.inf, np.float32) if floor is None else floor.copy()
     for first in range(0, len(rows), _TILE):
-        scores = products.scores(queries, rows[first : first + _TILE])  # (Q, N)
-        if scores.shape[1] >= k:
-            np.maximum(floor, np.partition(scores, -k, axis=1)[:, -k], out=floor)
-        near = np.nonzero(scores >= (floor - np.float32(2 * band))[:, None])
-        part = Found(near[0], near[1] + first, scores[near])
-        found = Found.joined([found, part]) if first else part
-        if len(rows) > _TILE:
-            found = found.possible(k, band)
+        block = rows[first : first + _TILE]
+        unknown = np.flatnonzero(np.isneginf(floor))
+        if len(unknown) and len(block) >= k:
+            floor[unknown] = products.kth_highest(products.rows(queries, unknown), block, k)
+        bound = np.nextafter(floor - slack, np.float32(-np.inf))
+        a, b, scores = products.above(queries, block, bound)
+        part = Found(a, b + first, scores)
+        if len(rows) <= _TILE:
+            return part
+        found = Found.joined([found, part]).possible(k, float(slack) / 2)
+        floor = np.maximum(floor, found.floors(k, len(floor)))
     return found
 
 

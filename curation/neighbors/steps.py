@@ -41,6 +41,13 @@ def run_steps(
     return [storage.read_json(_receipt(folder, item))["facts"] for item in range(num_items)]
 
 
+def finished_steps(folder: str, num_items: int) -> list[dict[str, Any]] | None:
+    """Facts of all items where every one is finished and its files are whole; else None."""
+    if not all(_is_finished(folder, item) for item in range(num_items)):
+        return None
+    return [storage.read_json(_receipt(folder, item))["facts"] for item in range(num_items)]
+
+
 @dataclass(frozen=True)
 class _Recorded(Task[int, None]):
     work: Work

@@ -4,6 +4,7 @@ The sample is the rows with the smallest hash of (seed, id), in its order, so th
 the rows and the seed alone. N rows, S sampled rows, D width, L lists, P partitions.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,17 @@ import numpy as np
 
 from curation import storage
 from curation.clustering import hash_ids
-from curation.neighbors.coarse import Coarse, CoarseRouter, limit_threads
+from curation.neighbors.coarse import Coarse, CoarseRouter
 from curation.neighbors.partition import groups_of_shards
 from curation.neighbors.row_files import map_array, write_array
-from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.steps import Done, Work, finished_steps, run_steps
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine
 
 _ROWS_PER_LIST = 256
 _MOST_LISTS = 1 << 18
 _SAMPLE_PER_LIST = 256
+_COUNTED_PER_LIST = 64
 _ROWS_PER_PARTITION = 1 << 16
 
 
@@ -55,7 +57,12 @@ class Training:
 
     def sample_path(self, item: int) -> str:
         """File of the sample of one run of shards."""
-        return storage.join(self.folder, f"sample-{item:06d}.bin")
+        return storage.join(self.folder, "sampled", f"sample-{item:06d}.bin")
+
+    def most_rows(self, width: int) -> int:
+        """Sampled rows that fit into a third of the memory, as they are and in 8 bits."""
+        per_row = max(1, width) * (np.dtype(self.dtype).itemsize + 1)
+        return max(self.num_lists, self.budget.memory // (3 * per_row))
 
     @property
     def coarse_path(self) -> str:
@@ -91,16 +98,13 @@ def train_router(
         threads=threads,
         workers=engine.workers,
     )
-    sampled = storage.join(folder, "sampled")
-    facts = run_steps(engine, _Sample(training), len(training.groups), sampled, "sample rows")
-    width = check_widths([(fact["where"], fact["width"]) for fact in facts])
-    if not width:
+    facts = finished_steps(storage.join(folder, "trained"), 1) or _train(training, engine)
+    if facts is None:
         return None
-    trained = storage.join(folder, "trained")
-    found = run_steps(engine, _TrainCoarse(training, width), 1, trained, "train centroids")[0]
+    found = facts[0]
     router = CoarseRouter(
         training.coarse_path,
-        width,
+        found["width"],
         found["groups"],
         found["lists"],
         min(budget.most_visits, found["lists"] - 1),
@@ -108,6 +112,19 @@ def train_router(
         threads,
     )
     return router, found["list_starts"]
+
+
+def _train(training: Training, engine: Engine) -> list[dict[str, Any]] | None:
+    """Sample rows and train on them; the sample goes when that has finished."""
+    sampled = storage.join(training.folder, "sampled")
+    facts = run_steps(engine, _Sample(training), len(training.groups), sampled, "sample rows")
+    width = check_widths([(fact["where"], fact["width"]) for fact in facts])
+    if not width:
+        return None
+    train, folder = _TrainCoarse(training, width), storage.join(training.folder, "trained")
+    found = run_steps(engine, train, 1, folder, "train centroids")
+    storage.remove(sampled)
+    return found
 
 
 @dataclass(frozen=True)
@@ -119,12 +136,11 @@ class _Sample(Work):
     def __call__(self, item: int, opened: Any) -> Done:
         number, first, end = self.training.groups[item]
         source = self.training.sources[number]
-        bound = np.uint64(self.training.share * float(2**64 - 2**11))
         hashes, rows, widths = [], [], []
         for shard in range(first, end):
             ids, vectors = source.read(shard)
             keys = hash_ids(ids, "coarse", self.training.seed)
-            chosen = np.flatnonzero(keys <= bound)
+            chosen = np.flatnonzero(keys <= self._bound(vectors.shape[1]))
             chosen = chosen[~bad_rows(vectors[chosen])] if len(chosen) else chosen
             if len(chosen):
                 hashes.append(keys[chosen])
@@ -135,6 +151,11 @@ class _Sample(Work):
         where = source.dataset.path
         return Done([self.training.sample_path(item)], {"where": where, "width": width})
 
+    def _bound(self, width: int) -> np.uint64:
+        """Hashes up to this are sampled: a little more than will be used, as rows are by chance."""
+        share = 1.05 * self.training.most_rows(width) / self.training.num_rows
+        return np.uint64(min(1.0, self.training.share, share) * float(2**64 - 2**11))
+
 
 @dataclass(frozen=True)
 class _TrainCoarse(Work):
@@ -143,18 +164,18 @@ class _TrainCoarse(Work):
     training: Training
     width: int
 
-    def open(self) -> Any:
-        limit_threads(self.training.threads)
-
     def __call__(self, item: int, opened: Any) -> Done:
         rows = self._sample()
         rng = np.random.default_rng(self.training.seed)
-        coarse = Coarse.trained(rows, self.training.num_lists, rng)
+        threads = os.cpu_count() or 1  # the other workers wait for the lists
+        coarse = Coarse.trained(rows, self.training.num_lists, rng, threads)
         path = self.training.coarse_path
-        CoarseRouter.written(path, coarse, 0, 1, 0)
-        counts = np.bincount(coarse.route(rows, 1, 2)[:, 0], minlength=coarse.num_lists)
-        expected = counts * (self.training.num_rows / max(1, len(rows)))
+        CoarseRouter.written(path, coarse, 0, 1)
+        few = rows[: _COUNTED_PER_LIST * coarse.num_lists]
+        counts = np.bincount(coarse.route(few, 1, 2, threads)[:, 0], minlength=coarse.num_lists)
+        expected = counts * (self.training.num_rows / max(1, len(few)))
         facts = {
+            "width": self.width,
             "groups": len(coarse.groups),
             "lists": coarse.num_lists,
             "list_starts": split_evenly(expected, self._rows_per_partition()),
@@ -183,11 +204,10 @@ class _TrainCoarse(Work):
         return rows
 
     def _bound(self) -> np.uint64:
-        """The largest hash of a sampled row, so that the sample fits into half of the memory."""
+        """The largest hash of a sampled row, so that the sample fits into a third of the memory."""
         items = range(len(self.training.groups))
         hashes = np.sort(np.concatenate([self._read(item)[0] for item in items]))
-        per_row = self.width * (np.dtype(self.training.dtype).itemsize + 1)
-        most = max(self.training.num_lists, self.training.budget.memory // (2 * per_row))
+        most = self.training.most_rows(self.width)
         return np.uint64(hashes[min(most, len(hashes)) - 1])
 
     def _read(self, item: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,9 @@ from curation.pool import Pool
 from curation.schema import ids_from_bytes
 from curation.stage import DatasetStage, Engine, Shard, StageFolder, Task, reject
 
+BASE = "base"
+"""The `twin_set` of a twin that an earlier delivery kept."""
+
 
 @dataclass(frozen=True)
 class Verdicts:
@@ -27,6 +30,11 @@ class Verdicts:
     leaks: Reviewed | None = None
     set_names: tuple[str, ...] = ()
     """Names of the sets, in the order of their numbers from 1."""
+
+    @property
+    def first_base(self) -> int:
+        """Number of the first set of rows that an earlier delivery kept, if there is one."""
+        return 1 + len(self.set_names)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class _DecideShard(Task[int, Receipt]):
         notes = _Notes(shard, bad)
         reject(shard, bad, "bad_vector")
         if self.verdicts.duplicates is not None:
-            notes.add_duplicates(self.verdicts.duplicates.read(item), self.verdicts.threshold)
+            notes.add_duplicates(self.verdicts.duplicates.read(item), self.verdicts)
         if self.verdicts.leaks is not None:
             notes.add_leaks(
                 self.verdicts.leaks.read(item),
@@ -83,16 +91,18 @@ class _Notes:
             "path": none.copy(),
         }
 
-    def add_duplicates(self, verdicts: pa.Table, threshold: float) -> None:
+    def add_duplicates(self, verdicts: pa.Table, of: Verdicts) -> None:
         """Take component, twin and cosine of the members of components; drop who must go."""
         rows = np.asarray(verdicts["row"])
+        from_base = np.asarray(verdicts["twin_set"]) >= of.first_base
         dropped = np.zeros(self._shard.num_rows, bool)
         dropped[rows] = ~verdicts["keep"].to_numpy(zero_copy_only=False)
         self._set(rows, "component", _hex(verdicts["component"]))
         self._set(rows, "component_size", verdicts["component_size"].to_pylist())
         self._set(rows, "twin", _hex(verdicts["twin"]))
+        self._set(rows[from_base], "twin_set", [BASE] * int(from_base.sum()))
         self.columns["similarity"][rows] = np.asarray(verdicts["similarity"])
-        self._shard.judge(self.columns["similarity"], threshold)
+        self._shard.judge(self.columns["similarity"], of.threshold)
         reject(self._shard, dropped, "near_duplicate")
 
     def add_leaks(self, verdicts: pa.Table, set_names: tuple[str, ...], threshold: float) -> None:

@@ -28,10 +28,12 @@ _ORDER = (
 class ExactDedup(DatasetStage):
     """Keeps of equal images the one with most original pixels, then most bytes, then smallest id.
 
+    What an earlier delivery kept comes before all.
     Equal pixels have equal sides after canonicalisation, so ordering by sides orders by area.
     """
 
     reasons = ("duplicate_bytes", "duplicate_pixels")
+    meets_base = True
 
     def needs(self) -> tuple[str, ...]:
         """Hashes that canonicalize made, and what the choice of the kept one rests on."""
@@ -43,7 +45,7 @@ class ExactDedup(DatasetStage):
 
     def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
         """Find equal images and write the verdicts."""
-        finder = RepeatFinder(inputs.pool, "pixel_hash", _COLUMNS, _ORDER)
+        finder = RepeatFinder(inputs.pool, "pixel_hash", _COLUMNS, _ORDER, inputs.base)
         finder.run(engine, folder.scratch, _WriteVerdicts(self, inputs.pool, folder))
         return {}
 

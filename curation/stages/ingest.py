@@ -18,6 +18,7 @@ from curation.digest import digest_of
 from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
 from curation.identity import NORMALISATION_VERSION, file_source, normalise_url
 from curation.ledger import commit_shard
+from curation.pool import Pool
 from curation.schema import (
     ID,
     SOURCE_COLUMNS,
@@ -55,7 +56,8 @@ class Ingest(DatasetStage):
     max_rows: int | None = Field(default=None, ge=1)
     """Read only a uniform sample of about so many rows, the same every time; null: all."""
 
-    reasons = ("bad_source", "duplicate_source")
+    reasons = ("bad_source", "duplicate_source", "in_base")
+    meets_base = True
 
     @model_validator(mode="after")
     def _one_source(self) -> "Ingest":
@@ -95,7 +97,7 @@ class Ingest(DatasetStage):
         num_shards = max(1, -(-int(known * share) // self.rows_per_shard))
         exchange = Exchange(storage.join(folder.scratch, "ingest"), num_shards, Resources())
         mapper = _ByIdRange(self, num_shards, share)
-        exchange.run(engine, mapper, pieces, _WriteShard(self, folder))
+        exchange.run(engine, mapper, pieces, _WriteShard(self, folder, num_shards, inputs.base))
         files = len({piece.file for piece in pieces})
         return {"input_files": files, "listed_rows": known, "share_read": share}
 
@@ -142,10 +144,13 @@ class _ByIdRange(Mapper[Piece]):
 
 @dataclass(frozen=True)
 class _WriteShard(Reducer):
-    """Sorts a range of ids, drops repeated sources, and commits the shard."""
+    """Sorts a range of ids, drops repeated and known sources, and commits the shard."""
 
     stage: Ingest
     folder: StageFolder
+    num_shards: int
+    base: tuple[Pool, ...]
+    """What earlier deliveries ingested."""
 
     def __call__(self, bucket: int, rows: pa.Table) -> int:
         order = [name for name in (ID, *_URL_COLUMNS) if name in rows.column_names]
@@ -154,10 +159,22 @@ class _WriteShard(Reducer):
         shard = Shard(rows.append_column("source_set", sets), bucket)
         reject(shard, rows["bad"].to_numpy(), "bad_source")
         reject(shard, _repeats(rows[ID]), "duplicate_source")
+        for pool in self.base:
+            reject(shard, self._known_to(pool, rows[ID], bucket), "in_base")
         if self.stage.images is not None:
             shard.emit("raw", {"raw": self._read_bytes(rows)})
         commit_shard(self.stage, self.folder, shard)
         return int(rows.num_rows)
+
+    def _known_to(self, pool: Pool, ids: pa.ChunkedArray, bucket: int) -> np.ndarray:
+        """(N,) bool: rows that a pool has, found in its ranges of ids that overlap this one."""
+        first = bucket * pool.num_shards // self.num_shards
+        end = -(-(bucket + 1) * pool.num_shards // self.num_shards)
+        known = np.zeros(len(ids), bool)
+        for index in range(first, end):
+            live = pool.live_ids(index).combine_chunks()
+            known |= np.asarray(pc.is_in(ids, value_set=live).combine_chunks())
+        return known
 
     def _read_bytes(self, rows: pa.Table) -> pa.Array | pa.ChunkedArray:
         if "raw" in rows.column_names:

@@ -73,9 +73,10 @@ def find_leaks(
     inputs: StageInputs,
     engine: Engine,
     active: str | None = None,
+    apart: str | None = None,
 ) -> tuple[Reviewed, dict[str, Any]]:
-    """Verdicts on the rows that leak, and figures. active: file of the rows that take part."""
-    joined, figures = self_join(layout, threshold, folder, engine, active)
+    """Verdicts on the rows that leak, and figures. active, apart: see `self_join`."""
+    joined, figures = self_join(layout, threshold, folder, engine, active, apart)
     graph, _ = connect(joined, storage.join(folder, "labels.bin"))
     leaks = review(graph, DropLeaks(threshold), folder, inputs.pool.num_shards, engine)
     leaking = sum(fact["leaking_components"] for fact in leaks.facts)

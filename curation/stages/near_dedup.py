@@ -1,8 +1,11 @@
 """Drops near-duplicates: one row of each component of the similarity graph stays (paper, A.3).
 
 With `against`, also drops what leaks from the named sets, as the single verb `curate dedup` does.
+With a base, rows that earlier deliveries kept take part: they all stay, are not compared with each
+other, and what is like them goes.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -27,6 +30,7 @@ class NearDedup(DatasetStage):
     """Keeps the best original of each component of near-duplicates."""
 
     reasons = ("near_duplicate", "leak:NAME", "bad_vector")
+    meets_base = True
 
     embeddings: str
     """Name of the side-car with the vectors."""
@@ -78,26 +82,25 @@ class NearDedup(DatasetStage):
         )
         files = layout.files
         root = storage.join(folder.scratch, "duplicates")
-        active = None
+        active, apart, first_base = None, None, 1 + len(self.against)
         if self.against:
-            active = write_active(files, storage.join(root, "active.bin"), [])
-        joined, figures = self_join(layout, threshold, root, engine, active)
+            others = range(first_base, len(sources))
+            active = write_active(files, storage.join(root, "active.bin"), [0, *others])
+        if inputs.base:
+            apart = write_apart(files, storage.join(root, "apart.bin"), first_base)
+        joined, figures = self_join(layout, threshold, root, engine, active, apart)
         reviewed, found = self._review(joined, inputs, root, engine)
         figures |= found
         verdicts = Verdicts(storage.join(folder.scratch, "rows"), threshold, reviewed)
+        verdicts = replace(verdicts, set_names=self.against)
         figures |= {"threshold": threshold, **size_figures(inputs)}
         if self.against:
             limit = default_threshold(sources[0], self.against_threshold, "leak")
-            survivors = write_active(
-                files,
-                storage.join(folder.scratch, "leaks", "active.bin"),
-                reviewed.dropped(),
-                with_sets=True,
-            )
-            leaks, found = find_leaks(
-                layout, limit, storage.join(folder.scratch, "leaks"), inputs, engine, survivors
-            )
-            verdicts = replace(verdicts, leaks=leaks, leak_threshold=limit, set_names=self.against)
+            root = storage.join(folder.scratch, "leaks")
+            path = storage.join(root, "active.bin")
+            survivors = write_active(files, path, range(first_base), reviewed.dropped())
+            leaks, found = find_leaks(layout, limit, root, inputs, engine, survivors, apart)
+            verdicts = replace(verdicts, leaks=leaks, leak_threshold=limit)
             figures |= {"against_threshold": limit, "leaks": found}
         decide_shards(self, inputs.pool, folder, verdicts, engine)
         return figures
@@ -106,9 +109,11 @@ class NearDedup(DatasetStage):
         self, joined: Joined, inputs: StageInputs, root: str, engine: Engine
     ) -> tuple[Reviewed, dict[str, Any]]:
         graph, sizes = connect(joined, storage.join(root, "labels.bin"))
+        old_rows = sum(pool.num_rows for pool in inputs.base)
         if self.linkage == "components":
-            check_largest(sizes, inputs.pool.num_rows, self.max_component_share)
-        judge = KeepOne(joined.join.threshold, self.linkage)
+            check_largest(sizes, inputs.pool.num_rows + old_rows, self.max_component_share)
+        first_base = 1 + len(self.against) if inputs.base else None
+        judge = KeepOne(joined.join.threshold, self.linkage, first_base)
         reviewed = review(graph, judge, root, inputs.pool.num_shards, engine)
         worst = [one for fact in reviewed.facts for one in fact["least_alike"]]
         worst.sort(key=lambda one: (one["lowest_similarity"], one["component"]))
@@ -117,25 +122,41 @@ class NearDedup(DatasetStage):
             "rows_in_components": sizes.num_members,
             "largest_component": sizes.largest,
             "least_alike": worst[:5],
+            **({"base_rows": old_rows} if inputs.base else {}),
         }
 
 
 def write_active(
-    files: RowFiles, path: str, dropped: list[np.ndarray], *, with_sets: bool = False
+    files: RowFiles, path: str, sets: Sequence[int], dropped: Iterable[np.ndarray] = ()
 ) -> str:
-    """Write which positions take part in a join: the pool's less the dropped, or the sets' too.
+    """Write which positions take part in a join: those of some sets, less the dropped.
 
     One byte a row in the driver. dropped: (B,) int64 positions each.
     """
-    active = np.ones(files.num_rows, bool)
-    if not with_sets:
-        for partition in range(files.num_partitions):
-            start = files.starts[partition]
-            of_pool = np.asarray(files.rows(partition)["set"]) == 0
-            active[start : start + len(of_pool)] = of_pool
+    active = np.empty(files.num_rows, bool)
+    for partition in range(files.num_partitions):
+        own = slice(*files.starts[partition : partition + 2])
+        active[own] = np.isin(np.asarray(files.rows(partition)["set"]), list(sets))
     for positions in dropped:
         active[positions] = False
     write_array(path, active)
+    return path
+
+
+def write_apart(files: RowFiles, path: str, first_base: int) -> str:
+    """Write which positions are not compared with each other: those of the base.
+
+    But a row of the base stands for identical ones of the pool, and is then compared as they are.
+    """
+    apart = np.empty(files.num_rows, bool)
+    for partition in range(files.num_partitions):
+        rows = files.rows(partition)
+        first, sets = np.asarray(rows["first"]), np.asarray(rows["set"])
+        stands_in = np.zeros(len(sets), bool)
+        stands_in[first[sets == 0]] = True
+        own = slice(*files.starts[partition : partition + 2])
+        apart[own] = (sets >= first_base) & ~stands_in[first]
+    write_array(path, apart)
     return path
 
 

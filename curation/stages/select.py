@@ -46,7 +46,8 @@ MANIFEST_COLUMNS = (
 class Select(DatasetStage):
     """Joins the sets taken as they are with the pool's survivors, in this order of precedence.
 
-    Duplicates across them fall; a set taken as it is keeps what it holds twice itself.
+    Duplicates across them fall; a set taken as it is keeps what it holds twice itself. What the
+    manifest of an earlier delivery holds is not taken again, whichever flow it comes from.
     """
 
     as_is: tuple[str, ...] = ()
@@ -56,8 +57,9 @@ class Select(DatasetStage):
     threshold: float | None = Field(default=None, ge=-1, le=1)
     """Cosine above which two images are duplicates; the encoder's own where left out."""
 
-    reasons = ("duplicate_in_union",)
+    reasons = ("duplicate_in_union", "in_base")
     on_union = True
+    meets_base = True
 
     def needs(self) -> tuple[str, ...]:
         """What images must have."""
@@ -85,11 +87,13 @@ class Select(DatasetStage):
         The union's shards lie flow by flow, each sorted by ranges of id, so that the first by
         (shard, id) is the first by (flow, id), however many shards a flow has.
         """
-        compared, key = inputs.pool, "pixel_hash"
+        compared, key, base_key = inputs.pool, "pixel_hash", "pixel_hash"
         if self.embeddings is not None:
             components = self._near_duplicates(self.embeddings, inputs, folder, engine)
-            compared, key = compared.with_layer("near_dedup", components), "component"
-        finder = RepeatFinder(compared, key, (), (("shard", "ascending"),))
+            compared = compared.with_layer("near_dedup", components)
+            key, base_key = "component", ID  # a component with rows of a base has the id of one
+        order = (("shard", "ascending"),)
+        finder = RepeatFinder(compared, key, (), order, inputs.base, base_key)
         finder.run(engine, folder.scratch, _WriteManifest(self, inputs.pool, folder))
         return {"compared_by": key}
 
@@ -119,13 +123,16 @@ class _WriteManifest(Reducer):
             shard.emit("manifest", {name: pa.nulls(shard.num_rows, column_type(name))})
         rows = rows.filter(pa.array(self._from_another_flow(bucket, rows)))
         place = pc.index_in(shard.ids, value_set=rows[ID].combine_chunks())
+        in_base = pc.less(rows["twin_shard"], 0).take(place)
+        reject(shard, np.asarray(pc.fill_null(in_base, False)), "in_base")
         reject(shard, np.asarray(pc.is_valid(place)), "duplicate_in_union")
         shard.note("twin", rows["twin"].take(place))
         commit_shard(self.stage, self.folder, shard)
         return shard.num_rows
 
     def _from_another_flow(self, bucket: int, rows: pa.Table) -> np.ndarray:
-        """(N,) bool: rows whose twin lies in an earlier flow."""
+        """(N,) bool: rows whose twin lies in an earlier flow, or in an earlier delivery."""
         own, _ = self.pool.locate(bucket)
         twins = rows["twin_shard"].to_pylist()
-        return np.array([self.pool.locate(shard)[0] is not own for shard in twins], bool)
+        others = [shard < 0 or self.pool.locate(shard)[0] is not own for shard in twins]
+        return np.array(others, bool)

@@ -215,13 +215,13 @@ class GalleryMaker:
     def _leaks_of(self, stage: FinishedStage, tables: Tables) -> list[Gallery]:
         counts = tables.rows(
             "select twin_set, count(*) as n from verdicts where not keep and twin_set is not null "
-            "group by twin_set order by n desc"
+            "and starts_with(reason, 'leak:') group by twin_set order by n desc"
         )
         made = []
         for row in counts:
             query = (
-                "select * from verdicts where not keep and twin_set = ? order by similarity, id "
-                "limit ?"
+                "select * from verdicts where not keep and twin_set = ? "
+                "and starts_with(reason, 'leak:') order by similarity, id limit ?"
             )
             pairs = tables.rows(query, [row["twin_set"], _PAIRS])
             groups = [self._pair(stage.flow, one) for one in pairs]

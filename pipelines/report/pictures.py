@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation.exchange import bucket_of_ids
+from curation.neighbors.verdicts import BASE
 from curation.stage import DECISIONS
 from embedder.errors import ImageError
 from embedder.images import blur_boxes, decode, encode_jpeg, resize
@@ -66,6 +67,7 @@ class Pictures:
             if ids:
                 self._load_flow(flow, ids)
         self._load_from_union()
+        self._load_from_base()
 
     def _load_from_union(self) -> None:
         """A row of the union that the pool does not hold is of a set taken as it is."""
@@ -83,6 +85,24 @@ class Pictures:
                 found = other.get((flow, picture.id))
                 if found.source:
                     self.chosen[(POOL, picture.id)] = found
+
+    def _load_from_base(self) -> None:
+        """What this run does not hold may be of the earlier one that it was compared with."""
+        base = self.work.record.base
+        lost = [
+            picture
+            for picture in self.chosen.values()
+            if picture.flow in (POOL, BASE)
+            and not (picture.source or picture.data or picture.hidden)
+        ]
+        if not lost or base is None or not WorkFolder.is_one(base):
+            return
+        other = Pictures(WorkFolder(base))
+        for picture in lost:
+            other.want(POOL, picture.id)
+        other.load()
+        for picture in lost:
+            self.chosen[(picture.flow, picture.id)] = other.get((POOL, picture.id))
 
     def _load_flow(self, flow: str, ids: list[str]) -> None:
         rows, images = self.work.making(flow, "rows"), self.work.making(flow, "images")

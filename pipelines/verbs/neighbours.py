@@ -13,6 +13,7 @@ from curation.pool import Pool
 from curation.registry import load_stage
 from curation.schema import ID, make_id
 from curation.stage import DECISIONS, Engine, StageInputs
+from pipelines.base import kept_by_dedup, record_inputs
 from pipelines.verbs.stages import parse_changes, run_single
 
 _LAYER = "embeddings"
@@ -29,8 +30,12 @@ def run_dedup(
     changes: list[str],
     columns: Columns,
     engine: Engine,
+    base: tuple[str | None, str | None] = (None, None),
 ) -> None:
-    """`curate dedup`."""
+    """`curate dedup`.
+
+    base: the output of an earlier one, and its embeddings where they have moved.
+    """
     sets = dict(_named_set(text, columns, out) for text in against)
     values = {
         **settings,
@@ -40,8 +45,26 @@ def run_dedup(
         "against": list(sets),
     }
     stage = parse_settings(load_stage("near_dedup", "curate dedup"), values, "curate dedup")
-    inputs = StageInputs(embedding_pool(embeddings, columns, out), sets)
+    pool = embedding_pool(embeddings, columns, out)
+    inputs = StageInputs(pool, sets, base=_kept_before(*base, columns, out))
     run_single(stage, inputs, out, DECISIONS, engine)
+    record_inputs(out.rstrip("/"), embeddings, pool.layer(_LAYER), columns[1], base[0])
+
+
+def _kept_before(
+    base: str | None, embeddings: str | None, columns: Columns, out: str
+) -> tuple[Pool, ...]:
+    """What an earlier dedup kept.
+
+    Raises:
+        ConfigError: embeddings without the decisions on them.
+    """
+    if base is None and embeddings is not None:
+        raise ConfigError("--base-embeddings: goes with --base, the decisions on these embeddings")
+    if base is None:
+        return ()
+    moved = embedding_pool(embeddings, columns, out, "base").layer(_LAYER) if embeddings else None
+    return kept_by_dedup(base, moved, _LAYER, columns[1])
 
 
 def run_retrieve(

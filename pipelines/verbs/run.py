@@ -10,10 +10,11 @@ from typing import Any
 from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
-from curation.errors import LedgerError, StageError
+from curation.errors import ConfigError, LedgerError, StageError
 from curation.ledger import reopen_failed
 from curation.stage import Engine, StageFolder
 from pipelines import console
+from pipelines.base import BaseRuns, absolute
 from pipelines.demo_site import build_site, serve_site
 from pipelines.disk_budget import DiskBudget, parse_bytes
 from pipelines.events import EventLog, RunObserver
@@ -37,13 +38,25 @@ class RunLimits:
 
 
 def run_recipe(
-    name: str, work: str, engine: Engine, changes: list[str], limits: RunLimits, as_json: bool
+    name: str,
+    work: str,
+    engine: Engine,
+    changes: list[str],
+    limits: RunLimits,
+    as_json: bool,
+    base: str | None = None,
 ) -> None:
-    """Run a recipe with everything that follows the manifest, and print what became of it."""
+    """Run a recipe with everything that follows the manifest, and print what became of it.
+
+    base: work folder of an earlier run, whose rows are not taken again.
+    """
     began = time.monotonic()
     console.set_up_logging(False)
     work = work.rstrip("/")
     checked = load_recipe(name, {"work": work}, changes)
+    earlier = None if base is None else BaseRuns.open(base)
+    if earlier is not None and absolute(work) in [one.path for one in earlier.works]:
+        raise ConfigError(f"--base {base}: is --work itself, or rests on it; choose a new folder")
     storage.make_folder(work)
     watcher = console.ConsoleWatcher(quiet=as_json)
     log = EventLog(work)
@@ -52,7 +65,7 @@ def run_recipe(
         observer = RunObserver(log, watcher, planned, check)
         _reopen_failed(work, engine.max_failed_shards)
         with demo_site(checked.recipe, work):
-            recipe_run = RecipeRun(checked, work, observer.observe(engine), observer)
+            recipe_run = RecipeRun(checked, work, observer.observe(engine), observer, earlier)
             record = recipe_run.run()
         if recipe_run.published:
             write_seal(work, record)

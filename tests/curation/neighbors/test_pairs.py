@@ -1,7 +1,6 @@
 import numpy as np
 
 from curation.neighbors.identical import first_among, first_identical
-from curation.neighbors.matching import assign_free
 from curation.neighbors.pairs import Candidates, PairCollector
 from curation.neighbors.products import Products
 from curation.neighbors.quantized import integer_products, nearest_centroids
@@ -38,13 +37,15 @@ def test_candidates__possible_keeps_what_may_be_the_best():
 
 def test_products__error_stays_within_the_band():
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(400, 512)).astype(np.float16)
-    rows[:200] = rows[200:] + rng.normal(size=(200, 512)).astype(np.float16) * np.float16(0.3)
-    unit = rows.astype(np.float64)
+    raw = rng.normal(size=(400, 512)).astype(np.float16)
+    raw[:200] = raw[200:] + rng.normal(size=(200, 512)).astype(np.float16) * np.float16(0.3)
+    unit = raw.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     for products in (Products(), Products("bfloat16")):
-        prepared = products.prepare(rows)
-        error = np.abs(products.scores(prepared, prepared) - unit @ unit.T).max()
+        prepared = products.prepare(raw)
+        rows, columns, scores = products.above(prepared, prepared, -2)
+        assert len(scores) == 400 * 400
+        error = np.abs(scores - (unit @ unit.T)[rows, columns]).max()
         assert error <= products.band(512)
         a, b, _ = products.above(prepared, prepared, 0.5 - products.band(512))
         assert set(zip(*np.nonzero(unit @ unit.T > 0.5), strict=True)) <= set(
@@ -68,17 +69,3 @@ def test_first_identical__groups_equal_rows():
     assert first.tolist() == [0, 1, 0, 0, 4]
     active = np.array([False, True, True, True, True])
     assert first_among(first, active).tolist() == [-1, 1, 2, 2, 4]
-
-
-def test_assign_free__equals_serving_pairs_one_by_one():
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        positions = np.stack([rng.permutation(25)[:10] for _ in range(6)])
-        scores = -np.sort(-rng.integers(0, 8, (6, 10)).astype(np.float32), axis=1)
-        taken, given = set(), np.zeros((6, 10), bool)
-        pairs = sorted((-scores[q, j], q, j) for q in range(6) for j in range(10))
-        for _, q, j in pairs:
-            if positions[q, j] not in taken and given[q].sum() < 3:
-                taken.add(positions[q, j])
-                given[q, j] = True
-        assert (assign_free(positions, scores, 3) == given).all()

@@ -1,8 +1,11 @@
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from curation.errors import ConfigError, DatasetError, SchemaError, SpaceError, StageError
+from curation.neighbors.layout import Comparison
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.near_dedup import NearDedup
@@ -183,9 +186,12 @@ def test_near_dedup__giant_component_fails_the_run_unless_allowed(embed, dedup):
     assert record.rows_out == 1
 
 
-def test_near_dedup__many_identical_rows_cost_linear(embed, dedup):
-    record, outputs = dedup(embed(np.ones((8_000, 8))), max_component_share=1.0)
-    assert record.dropped == {"near_duplicate": 7_999}
+@pytest.mark.parametrize("method", ["all", pytest.param("lists", marks=pytest.mark.slow)])
+def test_near_dedup__100_000_identical_rows_cost_linear(embed, dedup, method):
+    comparison = Comparison(method=method)
+    pool = embed(np.ones((100_000, 8)))
+    record, outputs = dedup(pool, max_component_share=1.0, comparison=comparison)
+    assert record.dropped == {"near_duplicate": 99_999}
     found = outputs["decisions"].read(["id", "twin", "keep"]).to_pylist()
     first, second = sorted(row["id"] for row in found)[:2]
     assert {row["twin"] for row in found if not row["keep"]} == {first}
@@ -220,6 +226,14 @@ def test_near_dedup__widths_differ(embed, dedup):
         dedup(pool, {"bench": embed(np.eye(3, 16), "bench")}, against=("bench",))
 
 
+def test_near_dedup__widths_differ_between_shards(embed, dedup):
+    pool = embed(np.eye(6, WIDTH), sizes=[3, 3], kind=pa.list_(pa.float32()))
+    narrow = embed(np.eye(3, 5), "narrow", kind=pa.list_(pa.float32()))
+    shutil.copy(narrow.layers["copy"].shard_path(0), pool.layers["copy"].shard_path(1))
+    with pytest.raises(SpaceError, match=r"width 5, but .* has width 32"):
+        dedup(pool)
+
+
 def test_near_dedup__widths_differ_within_a_shard(embed, dedup):
     rows = np.empty(2, object)
     rows[0], rows[1] = [1.0, 0.0], [1.0, 0.0, 0.0]
@@ -241,6 +255,8 @@ def test_near_dedup__foreign_lists_of_float32_and_empty_shards(embed, dedup):
 def test_near_dedup__empty_pool(embed, dedup):
     record, outputs = dedup(embed(np.empty((0, WIDTH))))
     assert (record.rows_in, outputs["decisions"].num_rows) == (0, 0)
+    bench = {"bench": embed(np.eye(2, WIDTH), "bench")}
+    assert dedup(embed(np.empty((0, WIDTH))), bench, against=("bench",), name="b")[0].rows_in == 0
 
 
 def test_near_dedup__unknown_side_car_or_set(embed, dedup):

@@ -1,13 +1,17 @@
+import shutil
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
 from curation.dataset import Dataset
-from curation.errors import SpaceError
+from curation.errors import DatasetError, SpaceError
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.retrieve import Retrieve, SeedRule
 from pipelines.local_engine import LocalEngine
+from pipelines.ray_engine import RayEngine
 from pipelines.stage_runner import Silent, run_stage
 
 WIDTH = 24
@@ -15,11 +19,12 @@ WIDTH = 24
 
 @pytest.fixture
 def retrieve(tmp_path):
-    def run(pool, sets, *rules, name="out", workers=1, seed=0, **settings):
+    def run(pool, sets, *rules, name="out", workers=1, seed=0, engine=None, **settings):
         folder = StageFolder(str(tmp_path / name), "retrieve")
         stage = Retrieve(embeddings="copy", seeds=rules, **settings)
         inputs = StageInputs(pool, sets, seed)
-        record, outputs = run_stage(stage, inputs, folder, LocalEngine(workers), Silent())
+        engine = engine or LocalEngine(workers)
+        record, outputs = run_stage(stage, inputs, folder, engine, Silent())
         return record, outputs["decisions"], Dataset.open(folder.output("hits"))
 
     return run
@@ -80,6 +85,7 @@ def test_retrieve__on_collision_next_gives_different_images(embed, retrieve):
     assert set(ids) == {make_id(f"pool {row}") for row in best}
     found = record.figures["sets"]["s"]
     assert (found["seeds"], found["hits"], found["shortfall"]) == (5, 15, 0)
+    assert found["collisions"] == 3 + 6 + 9 + 12  # each seed asks for what those before it have
 
 
 def test_retrieve__a_shortfall_is_reported(embed, retrieve):
@@ -157,13 +163,13 @@ def test_retrieve__identical_rows_are_taken_by_smallest_id(embed, retrieve):
 
 def test_retrieve__bad_vectors_are_never_hit_and_never_seeds(embed, retrieve):
     rows, seeds = normal(0, 6, WIDTH), normal(1, 3, WIDTH)
-    rows[2], seeds[1] = 0, 0
+    rows[2], rows[3, 4], rows[4, 0], seeds[1], seeds[2, 7] = 0, np.nan, -np.inf, 0, np.inf
     record, decisions, hits = retrieve(
         embed(rows), {"s": embed(seeds, "s")}, sample("s", 6), clusters=2
     )
-    assert hits.num_rows == 2 * 5
-    assert decisions.read()["keep"].to_pylist() == [True, True, False, True, True, True]
-    assert record.dropped == {"not_retrieved": 1}
+    assert hits.num_rows == 1 * 3
+    assert decisions.read()["keep"].to_pylist() == [True, True, False, False, False, True]
+    assert record.dropped == {"not_retrieved": 3}
 
 
 def test_retrieve__empty_pool_and_empty_seeds(embed, retrieve):
@@ -192,3 +198,82 @@ def test_retrieve__spaces_and_widths_must_agree(embed, retrieve):
 def test_retrieve__one_rule_a_set():
     with pytest.raises(ValidationError, match="set 'a' has two rules"):
         Retrieve(embeddings="copy", seeds=(sample("a"), sample("a")))
+
+
+@pytest.mark.slow
+def test_retrieve__100_000_identical_rows_cost_linear(embed, retrieve):
+    pool, seeds = embed(np.ones((100_000, 8))), embed(np.ones((3, 8)), "s")
+    record, _, hits = retrieve(pool, {"s": seeds}, sample("s", 5), on_collision="next")
+    assert hits.read()["id"].to_pylist() == sorted(pool.live_ids(0).to_pylist())[:15]
+    assert record.figures["sets"]["s"]["shortfall"] == 0
+
+
+def test_retrieve__more_seeds_than_images(embed, retrieve):
+    rows = normal(0, 7, WIDTH)
+    pool, seeds = embed(rows, sizes=[0, 7, 0]), {"s": embed(normal(1, 90, WIDTH), "s")}
+    record, _, hits = retrieve(pool, seeds, sample("s", 20))
+    assert hits.num_rows == 90 * 7
+    assert record.figures["sets"]["s"]["shortfall"] == 90 * 13
+    record, _, hits = retrieve(pool, seeds, sample("s", 1), name="next", on_collision="next")
+    assert (hits.num_rows, record.figures["sets"]["s"]["shortfall"]) == (7, 83)
+
+
+@pytest.mark.parametrize("twice_in", ["pool", "seeds"])
+def test_retrieve__duplicate_id_is_named(embed, retrieve, twice_in):
+    ids = [make_id("a"), make_id("b"), make_id("a")]
+    pools = {
+        name: embed(np.eye(3, WIDTH), name, ids=ids if name == twice_in else None, sizes=[2, 1])
+        for name in ("pool", "seeds")
+    }
+    with pytest.raises(DatasetError, match=f"id {make_id('a')} occurs twice"):
+        retrieve(pools["pool"], {"seeds": pools["seeds"]}, sample("seeds"))
+
+
+def test_retrieve__widths_differ_between_shards(embed, retrieve):
+    pool = embed(np.eye(6, WIDTH), sizes=[3, 3], kind=pa.list_(pa.float32()))
+    narrow = embed(np.eye(3, 5), "narrow", kind=pa.list_(pa.float32()))
+    shutil.copy(narrow.layers["copy"].shard_path(0), pool.layers["copy"].shard_path(1))
+    with pytest.raises(SpaceError, match=r"width 5, but .* has width 24"):
+        retrieve(pool, {"s": embed(np.eye(2, WIDTH), "s")}, sample("s"))
+
+
+def test_retrieve__damaged_scratch_is_noticed_and_made_again(
+    embed, retrieve, tmp_path, monkeypatch
+):
+    pool, seeds = embed(normal(0, 80, WIDTH)), {"s": embed(normal(1, 9, WIDTH), "s")}
+    rules = (sample("s", 4),)
+    whole = retrieve(pool, seeds, *rules, name="whole", on_collision="next")
+    monkeypatch.setattr("curation.stages.retrieve.write_hits", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        retrieve(pool, seeds, *rules, on_collision="next")
+    monkeypatch.undo()
+    scratch = tmp_path / "out" / "_scratch"
+    files = sorted(path for path in scratch.rglob("*") if path.suffix in (".bin", ".arrow"))
+    assert len(files) > 5
+    for number, path in enumerate(files):
+        if number % 2:
+            path.unlink()
+        elif path.stat().st_size:
+            path.write_bytes(path.read_bytes()[:-1])
+    found = retrieve(pool, seeds, *rules, on_collision="next")
+    for one, other in zip(found[1:], whole[1:], strict=True):
+        assert one.manifest.content_digest == other.manifest.content_digest
+
+
+def _interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_retrieve__ray_gives_the_same_content(embed, retrieve):
+    pool, seeds = embed(normal(0, 300, WIDTH), sizes=[100, 200]), embed(normal(1, 50, WIDTH), "s")
+    digests = {
+        tuple(
+            one.manifest.content_digest
+            for one in retrieve(
+                pool, {"s": seeds}, sample("s"), name=name, engine=engine, on_collision="next"
+            )[1:]
+        )
+        for name, engine in (("here", LocalEngine()), ("ray", RayEngine(2)))
+    }
+    assert len(digests) == 1
