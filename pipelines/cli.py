@@ -89,7 +89,7 @@ def run(
 
     runner = _engine(engine, workers, address, max_failed_shards)
     limits = verb.RunLimits(max_disk, plan_file)
-    verb.run_recipe(recipe, work, runner, changes or [], limits, json, base)
+    verb.run_recipe(recipe, work, runner, changes or [], json, base, limits)
 
 
 @app.command()

@@ -42,9 +42,9 @@ def run_recipe(
     work: str,
     engine: Engine,
     changes: list[str],
-    limits: RunLimits,
     as_json: bool,
     base: str | None = None,
+    limits: RunLimits = RunLimits(),
 ) -> None:
     """Run a recipe with everything that follows the manifest, and print what became of it.
 
