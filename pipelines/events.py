@@ -22,24 +22,33 @@ _SECONDS_BETWEEN_STEPS = 1.0
 _SECONDS_BETWEEN_UPLOADS = 15.0
 
 
+_IDLE = ("run_started", "stage_reused", "run_finished")
+"""Events of a run that finds everything done: it leaves no file."""
+
+
 class EventLog:
-    """Writes events, each a line of JSON with its time."""
+    """Writes events, each a line of JSON with its time, once there is any work."""
 
     def __init__(self, work: str) -> None:
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}.jsonl"
         self._path = storage.join(work, EVENTS, name)
         self._lines: list[str] = []
         self._uploaded = float("-inf")
-        storage.make_folder(storage.join(work, EVENTS))
+        self._idle = True
 
     def write(self, event: str, **values: Any) -> None:
         """Write one event."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **values}) + "\n"
-        if storage.is_local(self._path):
-            with Path(self._path.removeprefix("file://")).open("a") as file:
-                file.write(line)
-            return
         self._lines.append(line)
+        self._idle = self._idle and event in _IDLE
+        if self._idle:
+            return
+        if storage.is_local(self._path):
+            storage.make_folder(self._path.rpartition("/")[0])
+            with Path(self._path.removeprefix("file://")).open("a") as file:
+                file.write("".join(self._lines))
+            self._lines.clear()
+            return
         last = event.startswith("run_")
         if last or time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS:
             storage.write_bytes(self._path, "".join(self._lines).encode())
