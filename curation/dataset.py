@@ -208,30 +208,36 @@ def open_foreign(path: str, *, id_column: str = ID) -> Dataset:
     if Dataset.is_finished(path):
         return Dataset.open(path)
     folder, names = _foreign_files(path)
-    shards = []
-    columns: dict[str, str] = {}
-    for name in names:
-        file_path = storage.join(folder, name)
-        with storage.open_parquet(file_path) as file:
-            schema, num_rows = file.schema_arrow, file.metadata.num_rows
-        require_columns(schema, [id_column], file_path)
-        columns = columns or {field.name: str(field.type) for field in schema}
-        size = storage.size_of(file_path)
-        stamp = hashlib.blake2b(f"{name} {size} {num_rows}".encode(), digest_size=32).hexdigest()
-        shards.append(
-            ShardInfo(name=name, num_rows=num_rows, num_bytes=size, sha256=stamp, content=stamp)
-        )
+
+    def look(name: str) -> tuple[ShardInfo, dict[str, str]]:
+        return _foreign_shard(folder, name, id_column)
+
+    looks = storage.gather(look, names, folder)
+    shards = tuple(info for info, _ in looks)
+    columns = looks[0][1]
     return Dataset(
         folder,
         Manifest(
             columns=columns,
             num_rows=sum(shard.num_rows for shard in shards),
-            content_digest=_content_digest(columns, tuple(shards)),
-            files_digest=_files_digest(tuple(shards)),
+            content_digest=_content_digest(columns, shards),
+            files_digest=_files_digest(shards),
             attributes={"foreign": True},
-            shards=tuple(shards),
+            shards=shards,
         ),
     )
+
+
+def _foreign_shard(folder: str, name: str, id_column: str) -> tuple[ShardInfo, dict[str, str]]:
+    """What the footer says of a foreign file, and its columns."""
+    path = storage.join(folder, name)
+    with storage.open_parquet(path) as file:
+        schema, num_rows = file.schema_arrow, file.metadata.num_rows
+    require_columns(schema, [id_column], path)
+    size = storage.size_of(path)
+    stamp = hashlib.blake2b(f"{name} {size} {num_rows}".encode(), digest_size=32).hexdigest()
+    info = ShardInfo(name=name, num_rows=num_rows, num_bytes=size, sha256=stamp, content=stamp)
+    return info, {field.name: str(field.type) for field in schema}
 
 
 def _foreign_files(path: str) -> tuple[str, list[str]]:

@@ -11,6 +11,9 @@ CurateError (embedder.errors)
 └── StorageError     a path that cannot be read or written
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from embedder.errors import CurateError
 
 __all__ = [
@@ -51,7 +54,11 @@ class StageError(CurateError):
 
 
 class EngineError(CurateError):
-    """Shards that still failed after their retries."""
+    """Shards that still failed after their retries: `failures` holds each with its cause."""
+
+    def __init__(self, text: str, failures: Sequence[tuple[Any, str]] = ()) -> None:
+        super().__init__(text)
+        self.failures = tuple(failures)
 
 
 class StorageError(CurateError):

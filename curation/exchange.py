@@ -61,7 +61,8 @@ class Exchange:
         buckets = [bucket for bucket in range(self.num_buckets) if bucket not in reduced]
         for _ in engine.map(_Reduce(self, reducer, len(items)), buckets, f"{self._label} (join)"):
             pass
-        return [storage.read_json(self.result_path(k)) for k in range(self.num_buckets)]
+        paths = map(self.result_path, range(self.num_buckets))
+        return storage.gather(storage.read_json, paths, self.folder)
 
     @property
     def _label(self) -> str:
@@ -87,12 +88,17 @@ class Exchange:
 
     def read(self, bucket: int, num_items: int) -> pa.Table:
         """Rows of one bucket from all mapped items, in item order."""
-        return pa.Table.from_batches(list(self.batches(bucket, num_items)))
+
+        def read_item(item: int) -> pa.RecordBatch:
+            with storage.open_read(self.mapped_path(item), by_range=True) as file:
+                return pa.ipc.open_file(file).get_batch(bucket)
+
+        return pa.Table.from_batches(storage.gather(read_item, range(num_items), self.folder))
 
     def batches(self, bucket: int, num_items: int) -> Iterator[pa.RecordBatch]:
         """Rows of one bucket, a batch an item, for buckets that are not held whole."""
         for item in range(num_items):
-            with storage.open_read(self.mapped_path(item)) as file:
+            with storage.open_read(self.mapped_path(item), by_range=True) as file:
                 yield pa.ipc.open_file(file).get_batch(bucket)
 
 

@@ -20,6 +20,8 @@ from curation.stage import DECISIONS, Shard, Stage, StageFolder
 
 RECEIPTS = "_receipts"
 STAGE_FILE = "_stage.json"
+SHARD_FAILED = "shard_failed"
+"""Reason of the rows of a shard that kept failing, where the run accepts some."""
 
 
 class Receipt(Settings):
@@ -37,6 +39,8 @@ class Receipt(Settings):
     """The shard's file in each output."""
     counters: dict[str, float] = {}
     """Figures that add up over shards."""
+    failure: str | None = None
+    """Why the shard failed, where that was accepted: all its rows are dropped."""
 
 
 class StageRecord(Settings):
@@ -64,6 +68,8 @@ class StageRecord(Settings):
     """Figures of the whole stage, such as measured recall."""
     seconds: float = 0.0
     """Wall time of the run that finished it."""
+    failed_shards: dict[int, str] = {}
+    """Shards that kept failing and were accepted, with the cause."""
 
 
 def commit_shard(stage: Stage, folder: StageFolder, shard: Shard) -> Receipt:
@@ -91,6 +97,38 @@ def commit_shard(stage: Stage, folder: StageFolder, shard: Shard) -> Receipt:
     return receipt
 
 
+def commit_failed_shard(
+    stage: Stage, folder: StageFolder, index: int, ids: pa.ChunkedArray, cause: str
+) -> Receipt:
+    """Account for a shard that kept failing: every row is dropped, with `shard_failed`."""
+    shard = Shard(pa.table({ID: ids}), index)
+    shard.reasons[:] = SHARD_FAILED
+    for field in stage.extras():
+        shard.note(field.name, [None] * shard.num_rows)
+    tables = {name: schema.empty_table() for name, schema in stage.outputs().items()}
+    tables[DECISIONS] = decision_table(stage, folder.stage, shard)
+    receipt = Receipt(
+        index=index,
+        rows_in=shard.num_rows,
+        rows_out=0,
+        dropped={SHARD_FAILED: shard.num_rows} if shard.num_rows else {},
+        outputs={name: write_shard(folder.output(name), index, t) for name, t in tables.items()},
+        failure=cause,
+    )
+    storage.write_json(_receipt_path(folder, index), receipt.model_dump(mode="json"))
+    return receipt
+
+
+def reopen_failed(folder: StageFolder, record: StageRecord, allowed: int) -> bool:
+    """Take back the commit of a stage that accepted more failed shards than are allowed now."""
+    if len(record.failed_shards) <= allowed:
+        return False
+    storage.remove(storage.join(folder.path, STAGE_FILE))
+    for index in record.failed_shards:
+        storage.remove(_receipt_path(folder, index))
+    return True
+
+
 def decision_table(stage: Stage, stage_name: str, shard: Shard) -> pa.Table:
     """The decisions on a shard: a row for every row that came in."""
     rows = shard.num_rows
@@ -112,9 +150,8 @@ def decision_table(stage: Stage, stage_name: str, shard: Shard) -> pa.Table:
 def finished_shards(folder: StageFolder) -> dict[int, Receipt]:
     """Receipts of the shards that were committed, by index."""
     root = storage.join(folder.path, RECEIPTS)
-    receipts = (
-        read_receipt(storage.join(root, name)) for name in storage.list_files(root, ".json")
-    )
+    paths = [storage.join(root, name) for name in storage.list_files(root, ".json")]
+    receipts = storage.gather(read_receipt, paths, root)
     return {receipt.index: receipt for receipt in receipts}
 
 
@@ -140,6 +177,7 @@ def finish_stage(
     """
     receipts = sorted(receipts, key=lambda receipt: receipt.index)
     totals = _add_up(folder.stage, receipts, expected_rows)
+    failed = {receipt.index: receipt.failure for receipt in receipts if receipt.failure}
     written = {
         name: _commit_output(stage, folder, name, schema, receipts)
         for name, schema in _all_outputs(stage).items()
@@ -152,6 +190,7 @@ def finish_stage(
         outputs={name: dataset.manifest.content_digest for name, dataset in written.items()},
         figures=figures or {},
         seconds=round(seconds, 3),
+        failed_shards=failed,
         **totals,
     )
     storage.remove_partials(folder.path)
@@ -182,6 +221,9 @@ def _commit_output(
 ) -> Dataset:
     shards = [receipt.outputs[name] for receipt in receipts]
     attributes = {"stage": folder.stage, **stage.attributes().get(name, {})}
+    failed = {str(one.index): one.failure for one in receipts if one.failure}
+    if failed:
+        attributes["failed_shards"] = failed
     return commit(folder.output(name), schema, shards, attributes)
 
 
@@ -241,7 +283,7 @@ def _to_arrow(values: Any, kind: pa.DataType) -> pa.Array:
 
 
 def _check_reasons(stage: Stage, dropped: dict[str, int]) -> None:
-    known = {reason.partition(":")[0] for reason in stage.reasons}
+    known = {SHARD_FAILED, *(reason.partition(":")[0] for reason in stage.reasons)}
     for reason in dropped:
         if reason not in stage.reasons and reason.partition(":")[0] not in known:
             raise LedgerError(f"stage '{stage.name()}' dropped rows for '{reason}', unlisted")

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
 from curation.errors import LedgerError, SchemaError
@@ -231,7 +232,11 @@ class UnionPool(Pool):
 def _read_layer(
     layer: Dataset, index: int, names: list[str], live: pa.ChunkedArray
 ) -> dict[str, pa.ChunkedArray]:
-    """Columns of one side-car's shard for the live ids."""
+    """Columns of one side-car's shard for the live ids; of no live rows, only their types."""
+    if len(live) == 0:
+        with storage.open_parquet(layer.shard_path(index)) as file:
+            empty = file.schema_arrow.empty_table()
+        return {name: empty[name] for name in names}
     table = layer.read_shard(index, [ID, *names])
     if not table[ID].equals(live):
         rows = pc.index_in(live, value_set=table[ID].combine_chunks())

@@ -57,6 +57,11 @@ class Task(ABC, Generic[Item, Result]):
 class Engine(ABC):
     """Runs tasks: in this process, or on a cluster."""
 
+    max_failed_shards: int = 0
+    """Shards of a stage that may keep failing: their rows are dropped, and the run goes on."""
+    retries: int = 0
+    """Failures so far that were tried again."""
+
     @property
     @abstractmethod
     def workers(self) -> int:

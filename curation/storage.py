@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -19,6 +20,12 @@ from curation.errors import StorageError
 
 _ROWS_PER_GROUP = 1 << 13
 _PARTIAL = ".partial"
+_REQUESTS_AT_ONCE = 32
+_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "azure")
+"""Libraries that speak to object stores: they have error trees of their own."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def join(path: str, *names: str) -> str:
@@ -39,7 +46,9 @@ def exists(path: str) -> bool:
 
 
 def make_folder(path: str) -> None:
-    """Create a folder and its parents; a no-op on object stores."""
+    """Create a folder and its parents; a no-op on object stores, where it would make a bucket."""
+    if not is_local(path):
+        return
     fs, inner = _resolve(path)
     with storage_errors(path):
         fs.makedirs(inner, exist_ok=True)
@@ -47,6 +56,15 @@ def make_folder(path: str) -> None:
 
 def list_files(path: str, suffix: str = "") -> list[str]:
     """Names (not paths) of the files directly inside a folder, sorted; none where it is absent."""
+    return [name for name in _list(path, "file") if name.endswith(suffix)]
+
+
+def list_folders(path: str) -> list[str]:
+    """Names of the folders directly inside a folder, sorted; none where it is absent."""
+    return _list(path, "directory")
+
+
+def _list(path: str, wanted: str) -> list[str]:
     fs, inner = _resolve(path)
     with storage_errors(path):
         fs.invalidate_cache(inner)
@@ -55,8 +73,15 @@ def list_files(path: str, suffix: str = "") -> list[str]:
         except FileNotFoundError:
             return []
     names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries)
-    files = zip(names, (entry["type"] for entry in entries), strict=True)
-    return sorted(name for name, kind in files if kind == "file" and name.endswith(suffix))
+    kinds = zip(names, (entry["type"] for entry in entries), strict=True)
+    return sorted(name for name, kind in kinds if kind == wanted)
+
+
+def total_bytes(path: str) -> int:
+    """Bytes of all files below a folder of an object store."""
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        return int(fs.du(inner)) if fs.exists(inner) else 0
 
 
 def walk_files(path: str) -> list[str]:
@@ -92,11 +117,20 @@ def stamp_of(path: str) -> str:
 
 
 @contextlib.contextmanager
-def open_read(path: str) -> Iterator[IO[bytes]]:
-    """Open for reading; range reads cost only their range on object stores."""
+def open_read(path: str, *, by_range: bool = False) -> Iterator[IO[bytes]]:
+    """Open for reading. by_range: fetch just the bytes asked for, without reading ahead."""
     fs, inner = _resolve(path)
-    with storage_errors(path), fs.open(inner, "rb") as file:
+    remote = {"cache_type": "none"} if by_range and not is_local(path) else {}
+    with storage_errors(path), fs.open(inner, "rb", **remote) as file:
         yield file
+
+
+def gather(function: Callable[[T], R], items: Iterable[T], path: str) -> list[R]:
+    """Apply a function that reads files below a path: many at once where each is a request."""
+    if is_local(path):
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        return list(pool.map(function, items))
 
 
 @contextlib.contextmanager
@@ -150,6 +184,7 @@ def _abandon(file: Any, target: str, local: bool) -> None:
             file.close()
         else:
             file.discard()
+            file.closed = True  # else it would try to write once more when it is collected
     if local:
         Path(target).unlink(missing_ok=True)
 
@@ -269,9 +304,9 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
         with opened as file:
             yield file
         return
-    with open_read(path) as handle:
+    with open_read(path, by_range=True) as handle:
         with parquet_errors(path):
-            opened = pq.ParquetFile(handle)
+            opened = pq.ParquetFile(handle, pre_buffer=True)
         with opened as file:
             yield file
 
@@ -308,6 +343,11 @@ def storage_errors(path: str) -> Iterator[None]:
         if "rotocol" not in str(error) and "Install" not in str(error):
             raise
         raise StorageError(f"{path}: {error}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _CLIENTS:
+            raise
+        detail = " ".join(str(error).split())[:300]
+        raise StorageError(f"{path}: {type(error).__name__}: {detail}") from error
 
 
 def _resolve(path: str) -> tuple[Any, str]:
@@ -316,7 +356,8 @@ def _resolve(path: str) -> tuple[Any, str]:
     if is_local(path):
         return LocalFileSystem(), os.path.abspath(path.removeprefix("file://"))  # noqa: PTH100
     with storage_errors(path):
-        fs, inner = fsspec.core.url_to_fs(path)
+        # Other processes write, too: what a listing said a moment ago is no answer.
+        fs, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
     return fs, inner
 
 

@@ -262,10 +262,11 @@ def embed_images(
 
 
 def available_cpus() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use; OMP_NUM_THREADS names its share where others run beside."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    share = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cpus, int(share)) if share.isdigit() and int(share) > 0 else cpus
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The command line. Every verb imports what it needs when it runs, so that --help is quick."""
 
 import os
+import shlex
 import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +32,14 @@ class EngineName(StrEnum):
 Out = Annotated[str, typer.Option("--out", help="Folder or URL of the output.")]
 Work = Annotated[str, typer.Option("--work", help="Work folder of a run.")]
 Kind = Annotated[EngineName, typer.Option("--engine", help="This machine, or a Ray cluster.")]
-Workers = Annotated[int, typer.Option("--workers", min=1, help="Tasks that run at once.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Tasks that run at once: 1 here, all of a cluster."),
+]
+MaxFailed = Annotated[
+    int,
+    typer.Option("--max-failed-shards", min=0, help="Shards of a stage that may keep failing."),
+]
 Address = Annotated[str | None, typer.Option("--address", help="Address of a Ray cluster.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seeds every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -49,8 +57,15 @@ def run(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
     work: Work,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
+    max_failed_shards: MaxFailed = 0,
+    max_disk: Annotated[
+        str | None, typer.Option("--max-disk", help="Most that DIR may hold, such as 200GB.")
+    ] = None,
+    plan_file: Annotated[
+        str | None, typer.Option("--plan", help="A plan to compare with: curate plan --out.")
+    ] = None,
     changes: Changes = None,
     base: Annotated[
         str | None,
@@ -72,7 +87,9 @@ def run(
     """
     from pipelines.verbs import run as verb
 
-    verb.run_recipe(recipe, work, _engine(engine, workers, address), changes or [], json, base)
+    runner = _engine(engine, workers, address, max_failed_shards)
+    limits = verb.RunLimits(max_disk, plan_file)
+    verb.run_recipe(recipe, work, runner, changes or [], json, base, limits)
 
 
 @app.command()
@@ -82,14 +99,19 @@ def plan(
     sample: Annotated[
         int, typer.Option("--sample", min=8, help="Rows of your own data to measure on.")
     ] = 1000,
-    cores: Annotated[int, typer.Option("--cores", min=1, help="Cores of the cluster.")] = 1,
+    cores: Annotated[
+        int | None, typer.Option("--cores", min=1, help="Cores of a node; none: one worker here.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="A YAML file of rates, or such as 20x8xV100.")
+    ] = None,
     out: Annotated[
-        str | None, typer.Option("--out", help="Write it: WORK/plan.json shows in the report.")
+        str | None, typer.Option("--out", help="Write it, for `curate run --plan` and the report.")
     ] = None,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
-    """Predict hours and disk of a recipe, stage by stage, from a sample of your own data.
+    """Predict hours, memory and disk of a recipe, stage by stage, from a sample of your data.
 
     Runs the recipe up to the packed shards on a quarter of the sample and on all of it, so that
     what a stage costs once is told from what it costs a row.
@@ -98,11 +120,16 @@ def plan(
 
         curate plan demo --images 1e6
 
-        curate plan my.yaml --images 1.2e9 --sample 2000 --cores 640
+        curate plan my.yaml --images 1.2e9 --sample 2000 --cores 40 --cluster 20x8xV100
     """
+    from pipelines.cluster import Cluster, read_cluster
     from pipelines.verbs import plan as verb
 
-    verb.print_plan(recipe, images, sample, cores, changes or [], json, out)
+    machines = Cluster(cpus=cores) if cores else None
+    if cluster:
+        machines = read_cluster(cluster, cores or 1)
+    stages = verb.make_plan(recipe, images, sample, machines, changes or [])
+    verb.print_plan(stages, images, machines, out, json)
 
 
 @app.command()
@@ -114,7 +141,7 @@ def ingest(
     set_name: Annotated[str, typer.Option("--set-name", help="Name of the set.")] = "web",
     rows_per_shard: Annotated[int, typer.Option("--rows-per-shard", min=1)] = 10_000,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Give every URL or image its id, and drop repeated ones.
@@ -145,8 +172,9 @@ def download(
     ] = None,
     changes: Changes = None,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
+    max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Fetch images politely and safely; every URL ends as a row with one reason.
 
@@ -160,7 +188,7 @@ def download(
     """
     from pipelines.verbs import stages as verb
 
-    runner = _engine(engine, workers, address)
+    runner = _engine(engine, workers, address, max_failed_shards)
     verb.run_download(rows, out, retry_failed, changes or [], runner)
 
 
@@ -170,8 +198,9 @@ def canonicalize(
     out: Out,
     changes: Changes = None,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
+    max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Decode once, turn upright, convert to sRGB, shrink, and hash.
 
@@ -181,7 +210,9 @@ def canonicalize(
     """
     from pipelines.verbs import stages as verb
 
-    verb.run_canonicalize(raw, out, changes or [], _engine(engine, workers, address))
+    verb.run_canonicalize(
+        raw, out, changes or [], _engine(engine, workers, address, max_failed_shards)
+    )
 
 
 @app.command("filter")
@@ -193,8 +224,9 @@ def filter_images(
     ] = "quality,nsfw",
     changes: Changes = None,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
+    max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Drop useless and unsafe images: id, keep, reason, score, threshold, a column a score.
 
@@ -206,7 +238,9 @@ def filter_images(
     """
     from pipelines.verbs import stages as verb
 
-    verb.run_filter(images, out, filters, changes or [], _engine(engine, workers, address))
+    verb.run_filter(
+        images, out, filters, changes or [], _engine(engine, workers, address, max_failed_shards)
+    )
 
 
 @app.command()
@@ -224,8 +258,9 @@ def embed(
         bool, typer.Option("--allow-hub", help="Fetch weights that are not here from a hub.")
     ] = False,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
+    max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Embed images: id, source, embedding (unit rows of float16).
 
@@ -238,7 +273,9 @@ def embed(
     from pipelines.verbs import stages as verb
 
     settings = {"device": device, "allow_hub": allow_hub}
-    verb.run_embed(images, out, encoder, like, settings, _engine(engine, workers, address))
+    verb.run_embed(
+        images, out, encoder, like, settings, _engine(engine, workers, address, max_failed_shards)
+    )
 
 
 @app.command()
@@ -278,7 +315,7 @@ def dedup(
         typer.Option("--base-embeddings", help="Its embeddings, where they have moved."),
     ] = None,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Find near duplicates, and leaks of evaluation sets: one verdict an image.
@@ -337,7 +374,7 @@ def retrieve(
     ] = False,
     seed: Seed = 0,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Retrieve images of the pool that resemble curated seed images: one row a hit.
@@ -374,7 +411,7 @@ def cluster(
     embedding_column: VectorColumn = "embedding",
     seed: Seed = 0,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Cluster embeddings by k-means out of core, with levels of clusters above.
@@ -400,7 +437,7 @@ def balance(
     ] = 1,
     seed: Seed = 0,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Draw a sample to which every cluster of each level gives as equally as it can.
@@ -427,7 +464,7 @@ def select(
         typer.Option("--keep", help="NAME=DECISIONS: take only images with keep = true."),
     ] = None,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Join sets of images into one manifest, each image once.
@@ -450,7 +487,7 @@ def pack(
     ] = None,
     rows_per_tar: Annotated[int, typer.Option("--rows-per-tar", min=1)] = 10_000,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Write images into tars with an index, for training by byte range.
@@ -664,7 +701,7 @@ def certificate(
         typer.Option("--threshold", min=-1, max=1, help="Cosine of a leak; the run's by default."),
     ] = None,
     engine: Kind = EngineName.local,
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
     json: Json = False,
 ) -> None:
@@ -719,6 +756,41 @@ def forget(
     from pipelines.verbs import audit as verb
 
     verb.forget_images(work, {"ids": ids, "urls": urls, "hashes": hashes}, near, json)
+
+
+@app.command()
+def status(
+    work: Annotated[str, typer.Argument(help="Work folder of a run, finished or not.")],
+    json: Json = False,
+) -> None:
+    """Tell what a run is doing, from another terminal or machine: stage, speed, time left.
+
+    Example:
+
+        curate status build/demo
+    """
+    from pipelines.verbs import operation as verb
+
+    verb.print_status(work, json)
+
+
+@app.command()
+def clean(
+    work: Annotated[str, typer.Argument(help="Work folder of a finished run.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be removed.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Remove what a finished run no longer needs: stages of other settings, scratch.
+
+    Example:
+
+        curate clean build/demo --dry-run
+    """
+    from pipelines.verbs import operation as verb
+
+    verb.clean_work(work, dry_run, json)
 
 
 @app.command()
@@ -900,14 +972,20 @@ def encoders(json: Json = False) -> None:
     verb.print_encoders(json)
 
 
-def _engine(kind: EngineName, workers: int, address: str | None) -> "Engine":
+def _engine(
+    kind: EngineName, workers: int | None, address: str | None, max_failed_shards: int = 0
+) -> "Engine":
+    engine: Engine
     if kind is EngineName.ray or address:
         from pipelines.ray_engine import RayEngine
 
-        return RayEngine(None if address else workers, address=address)
-    from pipelines.local_engine import LocalEngine
+        engine = RayEngine(workers, address=address)
+    else:
+        from pipelines.local_engine import LocalEngine
 
-    return LocalEngine(workers)
+        engine = LocalEngine(workers or 1)
+    engine.max_failed_shards = max_failed_shards
+    return engine
 
 
 def main() -> None:
@@ -920,10 +998,14 @@ def main() -> None:
     try:
         app()
     except CurateError as error:
-        from curation.errors import ConfigError
+        from curation.errors import ConfigError, EngineError
         from pipelines.console import print_error
 
-        print_error(str(error))
+        retry = ""
+        if isinstance(error, EngineError) and error.failures:
+            command = shlex.join(["curate", *sys.argv[1:]])
+            retry = f"; retry them with: {command}  (--max-failed-shards N accepts some)"
+        print_error(f"{error}{retry}")
         sys.exit(2 if isinstance(error, ConfigError | EncoderError) else 1)
     except KeyboardInterrupt:
         sys.stderr.write("curate: stopped; run the same command again to go on\n")

@@ -2,18 +2,20 @@
 
 import logging
 import multiprocessing
+import os
 import pickle
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from curation.stage import Engine, Item, Result, Task
-from pipelines.attempts import Attempts
+from embedder.encoder import available_cpus
+from pipelines.attempts import Attempts, Backlog
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +30,10 @@ class LocalEngine(Engine):
     only its unfinished items with it: they are tried again.
     """
 
-    def __init__(self, workers: int = 1, *, attempts: int = 3) -> None:
+    def __init__(self, workers: int = 1, *, attempts: int = 3, first_pause_s: float = 0.5) -> None:
         self._workers = workers
         self._attempts = attempts
+        self._first_pause_s = first_pause_s
         self._pool: ProcessPoolExecutor | None = None
 
     @property
@@ -52,76 +55,89 @@ class LocalEngine(Engine):
     ) -> Iterator[tuple[Item, Result]]:
         if not items:
             return
-        attempts = Attempts(label, self._attempts)
+        attempts = self._new_attempts(label)
+        backlog = Backlog(items)
         opened = task.open()
-        for item in items:
-            while True:
-                try:
-                    result = task(item, opened)
-                except Exception as error:  # noqa: BLE001  (counted, retried, raised at the end)
-                    if attempts.failed(item, error):
-                        continue
-                    break
+        while len(backlog):
+            item = backlog.pop()
+            if item is None:
+                time.sleep(backlog.pause_s() or 0.0)
+                continue
+            try:
+                result = task(item, opened)
+            except Exception as error:  # noqa: BLE001  (counted, retried, raised at the end)
+                attempts.failed(item, error, backlog)
+            else:
                 yield item, result
-                break
+        self.retries += attempts.retries
         attempts.raise_failures(len(items))
 
     def _map_in_processes(
         self, task: Task[Item, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:
-        attempts = Attempts(label, self._attempts)
-        waiting = list(reversed(items))
+        attempts = self._new_attempts(label)
+        backlog, suspects = Backlog(items), Backlog[Item]()
         with tempfile.TemporaryDirectory(prefix="curate-task-") as folder:
             file = Path(folder) / uuid.uuid4().hex
             file.write_bytes(pickle.dumps(task))
-            suspects: list[Item] = []
-            while waiting or suspects:
+            while len(backlog) or len(suspects):
                 try:
                     # One at a time, so that only the item which kills its worker is blamed.
                     yield from self._drain(str(file), suspects, suspects, attempts, 1)
                     in_flight = 2 * self._workers
-                    yield from self._drain(str(file), waiting, suspects, attempts, in_flight)
+                    yield from self._drain(str(file), backlog, suspects, attempts, in_flight)
                 except BrokenProcessPool:
                     logger.warning("%s: a worker process died; its items are tried again", label)
                     self._pool = None
+        self.retries += attempts.retries
         attempts.raise_failures(len(items))
+
+    def _new_attempts(self, label: str) -> Attempts:
+        return Attempts(label, self._attempts, self._first_pause_s)
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
             context = multiprocessing.get_context("forkserver")
-            self._pool = ProcessPoolExecutor(self._workers, context)
+            self._pool = ProcessPoolExecutor(
+                self._workers, context, _limit_threads, (self._workers,)
+            )
         return self._pool
 
     def _drain(
         self,
         task_file: str,
-        waiting: list[Item],
-        suspects: list[Item],
+        backlog: Backlog[Item],
+        suspects: Backlog[Item],
         attempts: Attempts,
         in_flight: int,
     ) -> Iterator[tuple[Item, Any]]:
-        """Run until `waiting` is empty; what is in flight when a worker dies becomes suspect."""
+        """Run until `backlog` is empty; what is in flight when a worker dies becomes suspect."""
         running: dict[Future[Any], Item] = {}
         pool = self._processes()
-        while waiting or running:
-            for item in islice(_popped(waiting), in_flight - len(running)):
+        while len(backlog) or running:
+            while len(running) < in_flight and (item := backlog.pop()) is not None:
                 running[pool.submit(_run_item, task_file, item)] = item
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            if not running:
+                time.sleep(backlog.pause_s() or 0.0)
+            pause_s = backlog.pause_s() if len(running) < in_flight else None
+            for future in wait(running, pause_s, FIRST_COMPLETED).done:
                 item = running.pop(future)
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    if in_flight > 1 or attempts.failed(item, error):
-                        suspects.extend([item, *running.values()])
+                    if in_flight == 1:
+                        attempts.failed(item, error, suspects)
+                    for suspect in [item, *running.values()] if in_flight > 1 else []:
+                        suspects.put(suspect)
                     raise error
                 if error is None:
                     yield item, future.result()
-                elif attempts.failed(item, error):
-                    waiting.append(item)
+                else:
+                    attempts.failed(item, error, backlog)
 
 
-def _popped(waiting: list[Item]) -> Iterator[Item]:
-    while waiting:
-        yield waiting.pop()
+def _limit_threads(workers: int) -> None:
+    """In a new worker: share the cores out, before a library that computes is loaded."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, available_cpus() // workers))
 
 
 def _run_item(task_file: str, item: Any) -> Any:

@@ -1,19 +1,30 @@
 """The engine of a Ray cluster, or of several Ray workers on this machine."""
 
+import contextlib
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from curation.errors import ConfigError, EngineError
 from curation.stage import Engine, Item, Resources, Result, Task
-from pipelines.attempts import Attempts, describe
+from pipelines.attempts import Attempts, Backlog, describe
+from pipelines.memory_guard import MemoryGuard, MemoryLimitError
 
 logger = logging.getLogger(__name__)
 
 _IN_FLIGHT_PER_WORKER = 2
+_SECONDS_BETWEEN_LOOKS = 5.0
+"""How often the cluster is asked whether it has grown."""
+_SECONDS_BETWEEN_WARNINGS = 60.0
+_SECONDS_TO_ANSWER = 5.0
+_LIBRARIES_BYTES = 1 << 30
+"""What a worker may hold besides its items."""
 
 
 class RayEngine(Engine):
@@ -22,13 +33,20 @@ class RayEngine(Engine):
     The actors live as long as the engine and open each task once, so that a stage costs no start
     of processes. Work in flight is bounded by their number. A node that dies costs only the items
     that it had not finished: its actors are started again elsewhere and the items are retried.
-    Ray starts with the first item, not with the engine: finished runs do not pay for it.
+    Nodes that join later are used. Ray starts with the first item, not with the engine: finished
+    runs do not pay for it.
     """
 
     def __init__(
-        self, workers: int | None = None, *, address: str | None = None, attempts: int = 3
+        self,
+        workers: int | None = None,
+        *,
+        address: str | None = None,
+        attempts: int = 3,
+        first_pause_s: float = 0.5,
     ) -> None:
         self._attempts = attempts
+        self._first_pause_s = first_pause_s
         self._limit = workers
         self._address = address
         self._pool: _ActorPool | None = None
@@ -49,39 +67,25 @@ class RayEngine(Engine):
         if not items:
             return
         _connect(self._limit, self._address)
-        attempts = Attempts(label, self._attempts)
-        pool = self._pool_for(task.resources, len(items), label)
-        yield from pool.run(task, list(items), attempts)
+        attempts = Attempts(label, self._attempts, self._first_pause_s)
+        pool = self._pool_for(task.resources, label)
+        yield from pool.run(task, Backlog(items), attempts)
+        self.retries += attempts.retries
         attempts.raise_failures(len(items))
 
-    def _pool_for(self, needed: Resources, num_items: int, label: str) -> "_ActorPool":
-        """The pool of the last task where it fits, else a new one in its place."""
-        size = self._pool_size(needed, num_items, label)
-        if self._pool is None or not self._pool.serves(needed, size):
-            if self._pool is not None:
-                self._pool.close()
-            self._pool = _ActorPool(needed, size)
-        return self._pool
-
-    def _pool_size(self, needed: Resources, num_items: int, label: str) -> int:
-        """Actors that fit the cluster.
+    def _pool_for(self, needed: Resources, label: str) -> "_ActorPool":
+        """The pool of the last task where it fits, else a new one in its place.
 
         Raises:
-            ConfigError: not even one fits.
+            ConfigError: no node of the cluster can hold such a task.
         """
-        import ray
-
-        have = ray.cluster_resources()
-        cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
-        fits = int(cpus // needed.cpus) if needed.cpus else num_items
-        if needed.gpus:
-            fits = min(fits, int(gpus // needed.gpus))
-        if fits == 0:
-            raise ConfigError(
-                f"{label}: a task needs {needed.cpus:g} CPUs and {needed.gpus:g} GPUs, the Ray "
-                f"cluster has {cpus:g} and {gpus:g}; add nodes or lower the stage's needs"
-            )
-        return max(1, min(fits, num_items, self._limit or fits))
+        if not _places(needed):
+            raise ConfigError(_too_small(needed, label))
+        if self._pool is None or self._pool.needed != needed:
+            if self._pool is not None:
+                self._pool.close()
+            self._pool = _ActorPool(needed, self._limit)
+        return self._pool
 
 
 def _connect(workers: int | None, address: str | None) -> None:
@@ -95,105 +99,269 @@ def _connect(workers: int | None, address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         if address:
+            _knock(address)
             ray.init(address=address, **options)
         else:
             ray.init(num_cpus=workers, include_dashboard=False, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray answers at {address or 'this machine'}: {error}; check --address and "
             "RAY_ADDRESS, or leave both out to start Ray here"
         ) from error
 
 
+def _knock(address: str) -> None:
+    """Look whether anything listens: Ray itself would try for five minutes, then end the process.
+
+    Raises:
+        OSError, ValueError: nothing does.
+    """
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if host:  # not so for "auto" and "local"
+        with socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER):
+            pass
+
+
+def _places(needed: Resources) -> int:
+    """Actors with these needs that fit the nodes of the cluster as it is, each in one node."""
+    import ray
+
+    return sum(_fits(node["Resources"], needed) for node in ray.nodes() if node["Alive"])
+
+
+def _fits(node: dict[str, float], needed: Resources) -> int:
+    """Actors that fit a node. One that has less memory than a task's peak still takes one."""
+    wanted = {"CPU": needed.cpus, "GPU": needed.gpus}
+    most = [int(node.get(kind, 0) // amount) for kind, amount in wanted.items() if amount]
+    memory = max(1, int(node.get("memory", 0) // needed.memory)) if needed.memory else None
+    return min([*most, *([] if memory is None else [memory])])
+
+
+def _too_small(needed: Resources, label: str) -> str:
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = max((node.get("CPU", 0) for node in nodes), default=0)
+    gpus = max((node.get("GPU", 0) for node in nodes), default=0)
+    return (
+        f"{label}: a task needs {needed.cpus:g} CPUs and {needed.gpus:g} GPUs, the largest of "
+        f"{len(nodes)} nodes of the Ray cluster has {cpus:g} and {gpus:g}; add nodes or lower the "
+        "stage's needs"
+    )
+
+
 class _Worker:
     """Runs inside an actor: opens each task with its first item, then works on items."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str, limit_bytes: int) -> None:
+        # Relative paths mean the same as in the driver.
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
+        self._guard = MemoryGuard(limit_bytes)
         self._key = ""
         self._opened: Any = None
 
+    def node(self) -> str:
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
     def run(self, key: str, task: Task[Any, Any], item: Any) -> Any:
-        if self._key != key:
-            self._key, self._opened = "", None  # the last task's model goes first
-            self._opened = task.open()
-            self._key = key
-        return task(item, self._opened)
+        with self._guard.watching():
+            if self._key != key:
+                self._key, self._opened = "", None  # the last task's model goes first
+                self._opened = task.open()
+                self._key = key
+            return task(item, self._opened)
+
+
+@dataclass(eq=False)
+class _Actor:
+    """One actor as the driver sees it."""
+
+    handle: Any
+    node: str | None = None
+    """Where it runs; None while it waits for its place."""
+    num_items: int = 0
+    """Items that were sent to it and have not come back."""
 
 
 class _ActorPool:
-    """Actors with the same resources, each with a few items queued; a dead one is replaced."""
+    """Actors with the same needs, each with a few items queued; a dead one is replaced.
 
-    def __init__(self, needed: Resources, size: int) -> None:
+    Up to twice as many are asked for as the cluster holds now (and no more than `limit`): those
+    that wait are the demand by which an autoscaler grows it.
+    """
+
+    def __init__(self, needed: Resources, limit: int | None) -> None:
         import ray
 
-        self._needed = needed
+        self.needed = needed
+        self._limit = limit
         self._actor_class = ray.remote(_Worker).options(
-            num_cpus=needed.cpus, num_gpus=needed.gpus, max_restarts=0
+            num_cpus=needed.cpus,
+            num_gpus=needed.gpus,
+            memory=_memory_asked(needed),
+            max_restarts=0,
         )
-        self._actors = [self._actor_class.remote() for _ in range(size)]
-        self._running: dict[Any, tuple[int, Any]] = {}
-
-    def serves(self, needed: Resources, size: int) -> bool:
-        """Whether a task with these needs can use the pool."""
-        same = (needed.cpus, needed.gpus) == (self._needed.cpus, self._needed.gpus)
-        return same and len(self._actors) >= size
+        self._actors: list[_Actor] = []
+        self._starting: dict[Any, _Actor] = {}
+        self._running: dict[Any, tuple[_Actor, Any]] = {}
+        """In the order in which they were sent."""
+        self._looked = float("-inf")
+        self._warned = time.monotonic()
 
     def run(
-        self, task: Task[Any, Any], items: list[Any], attempts: Attempts
-    ) -> Iterator[tuple[Any, Any]]:
+        self, task: Task[Item, Any], backlog: Backlog[Item], attempts: Attempts
+    ) -> Iterator[tuple[Item, Any]]:
         """Give (item, result) as they finish."""
         import ray
 
         call = (uuid.uuid4().hex, ray.put(task))
-        waiting = list(reversed(items))
+        self._looked = float("-inf")
         try:
-            while waiting or self._running:
-                self._submit(call, waiting)
-                done, _ = ray.wait(list(self._running), num_returns=1)
-                slot, item = self._running.pop(done[0])
-                try:
-                    result = ray.get(done[0])
-                except ray.exceptions.RayActorError as error:
-                    self._replace(slot, waiting, attempts, item, error)
-                except ray.exceptions.RayTaskError as error:
-                    if attempts.failed(item, error.cause or error):
-                        waiting.append(item)
-                else:
-                    yield item, result
+            while len(backlog) or self._running:
+                self._grow(len(backlog))
+                self._submit(call, backlog)
+                for reference in self._next_done(backlog):
+                    if reference in self._starting:
+                        self._welcome(reference)
+                    elif reference in self._running:  # not so if its actor was just replaced
+                        yield from self._collect(reference, backlog, attempts)
         finally:
             self._running.clear()  # what an abandoned map had in flight is nobody's any more
+            for actor in self._actors:
+                actor.num_items = 0
 
     def close(self) -> None:
         """Stop the actors and free their resources."""
         import ray
 
         for actor in self._actors:
-            ray.kill(actor)
+            ray.kill(actor.handle)
 
-    def _submit(self, call: tuple[str, Any], waiting: list[Any]) -> None:
-        loads = [0] * len(self._actors)
-        for slot, _ in self._running.values():
-            loads[slot] += 1
-        while waiting and min(loads) < _IN_FLIGHT_PER_WORKER:
-            slot = loads.index(min(loads))
-            item = waiting.pop()
-            self._running[self._actors[slot].run.remote(*call, item)] = (slot, item)
-            loads[slot] += 1
+    def _grow(self, num_waiting: int) -> None:
+        """Ask for more actors where the cluster has grown and items wait."""
+        if time.monotonic() - self._looked < _SECONDS_BETWEEN_LOOKS:
+            return
+        self._looked = time.monotonic()
+        places = _places(self.needed)
+        wanted = min(self._limit or 2 * places, num_waiting + len(self._running))
+        while len(self._actors) < wanted:
+            self._start()
+        if any(actor.node for actor in self._actors):
+            self._warned = self._looked
+        elif self._looked - self._warned > _SECONDS_BETWEEN_WARNINGS:
+            self._warned = self._looked
+            logger.warning("no worker finds its place: others hold the Ray cluster's cores")
 
-    def _replace(
-        self, slot: int, waiting: list[Any], attempts: Attempts, item: Any, error: Exception
-    ) -> None:
-        """Start an actor anew; what it had not finished goes back.
+    def _start(self) -> None:
+        limit_bytes = 2 * self.needed.memory + _LIBRARIES_BYTES
+        handle = self._actor_class.remote(str(Path.cwd()), limit_bytes)
+        actor = _Actor(handle)
+        self._actors.append(actor)
+        self._starting[handle.node.remote()] = actor
+
+    def _welcome(self, reference: Any) -> None:
+        """An actor has found its place.
 
         Raises:
             EngineError: it could not even start: the others would not either.
         """
-        if getattr(error, "actor_init_failed", False):
-            raise EngineError(f"Ray workers cannot start: {' '.join(str(error).split())[:500]}")
-        logger.warning("a worker died on shard %s: %s", describe(item), str(error).split("\n")[0])
-        for reference in [ref for ref, (where, _) in self._running.items() if where == slot]:
-            waiting.append(self._running.pop(reference)[1])
-        if attempts.failed(item, error):
-            waiting.append(item)
-        time.sleep(0.2)
-        self._actors[slot] = self._actor_class.remote()
+        import ray
+
+        actor = self._starting.pop(reference)
+        try:
+            actor.node = ray.get(reference)
+        except ray.exceptions.RayActorError as error:
+            if getattr(error, "actor_init_failed", False):
+                text = " ".join(str(error).split())[:500]
+                raise EngineError(f"Ray workers cannot start: {text}") from error
+            self._replace(actor)
+
+    def _submit(self, call: tuple[str, Any], backlog: Backlog[Any]) -> None:
+        ready = [actor for actor in self._actors if actor.node is not None]
+        while ready:
+            actor = min(ready, key=lambda one: one.num_items)
+            if actor.num_items >= _IN_FLIGHT_PER_WORKER or (item := backlog.pop()) is None:
+                return
+            self._running[actor.handle.run.remote(*call, item)] = (actor, item)
+            actor.num_items += 1
+
+    def _next_done(self, backlog: Backlog[Any]) -> list[Any]:
+        """What finished, after at most a few seconds, or when the next item is due."""
+        import ray
+
+        pause_s = min(_SECONDS_BETWEEN_LOOKS, backlog.pause_s() or _SECONDS_BETWEEN_LOOKS)
+        references = [*self._starting, *self._running]
+        if not references:
+            time.sleep(pause_s)
+            return []
+        done, _ = ray.wait(references, num_returns=1, timeout=pause_s)
+        return list(done)
+
+    def _collect(
+        self, reference: Any, backlog: Backlog[Any], attempts: Attempts
+    ) -> Iterator[tuple[Any, Any]]:
+        """Take an answer: give the result, or see to what went wrong."""
+        import ray
+
+        actor, item = self._running[reference]
+        try:
+            result = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            del self._running[reference]
+            actor.num_items -= 1
+            cause = error.cause or error
+            attempts.failed(item, cause, backlog)
+            if isinstance(cause, MemoryLimitError):  # what leaked would fail the next item, too
+                self._bury(actor, None, backlog, attempts)
+        except ray.exceptions.RayError as error:
+            self._bury(actor, error, backlog, attempts)
+        else:
+            del self._running[reference]
+            actor.num_items -= 1
+            yield item, result
+
+    def _bury(
+        self, actor: _Actor, error: Exception | None, backlog: Backlog[Any], attempts: Attempts
+    ) -> None:
+        """Replace an actor; the item at hand is blamed for an error, those behind it go back."""
+        items = [(ref, item) for ref, (where, item) in self._running.items() if where is actor]
+        for number, (reference, item) in enumerate(items):
+            del self._running[reference]
+            if number or error is None:
+                backlog.put(item)
+            elif _node_was_lost(actor, error):
+                logger.warning("node %s is lost; its shards are tried elsewhere", actor.node)
+                attempts.lost(item, error, backlog)
+            else:
+                logger.warning("a worker died on shard %s", describe(item))
+                attempts.failed(item, error, backlog)
+        self._replace(actor)
+
+    def _replace(self, actor: _Actor) -> None:
+        import ray
+
+        ray.kill(actor.handle)  # where it only cannot be reached
+        self._actors.remove(actor)
+        self._start()
+
+
+def _node_was_lost(actor: _Actor, error: Exception) -> bool:
+    """Whether a worker vanished with its node or its network, and not on its own."""
+    import ray
+
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return True
+    return actor.node not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _memory_asked(needed: Resources) -> int:
+    """Bytes asked of Ray: a task that no node could hold takes one for itself."""
+    import ray
+
+    largest = max(
+        (node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0
+    )
+    return int(min(needed.memory, largest))

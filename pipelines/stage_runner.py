@@ -9,15 +9,17 @@ from typing import Any, Protocol
 from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
-from curation.errors import StageError
+from curation.errors import EngineError, StageError
 from curation.ledger import (
     Receipt,
     StageRecord,
+    commit_failed_shard,
     commit_shard,
     finish_stage,
     finished_shards,
     open_outputs,
     read_stage,
+    reopen_failed,
 )
 from curation.pool import Pool
 from curation.stage import (
@@ -114,7 +116,8 @@ def run_stage(
     key = key or stage_key(stage, inputs)
     record = read_stage(folder)
     _check_same(folder, key)
-    if record is not None:
+    reopened = record is not None and reopen_failed(folder, record, engine.max_failed_shards)
+    if record is not None and not reopened:
         storage.remove(folder.scratch)  # where the run that finished it was killed at that
         watcher.finished(folder.stage, record, True)
         return record, open_outputs(stage, folder)
@@ -155,14 +158,21 @@ def _run_anew(
 def _process_shards(
     stage: ShardStage, pool: Pool, folder: StageFolder, engine: Engine, watcher: Watcher
 ) -> Iterator[Receipt]:
-    done = finished_shards(folder)
+    done = {index: one for index, one in finished_shards(folder).items() if not one.failure}
     waiting = [index for index in range(pool.num_shards) if index not in done]
     watcher.started(folder.stage, pool.num_shards, len(done))
     if done:
         logger.info("%s: %d of %d shards were finished", folder.stage, len(done), pool.num_shards)
     task = _ProcessShard(stage, pool, folder)
-    for _, receipt in engine.map(task, waiting, folder.stage):
-        yield receipt
+    try:
+        for _, receipt in engine.map(task, waiting, folder.stage):
+            yield receipt
+    except EngineError as error:
+        if not 0 < len(error.failures) <= engine.max_failed_shards:
+            raise
+        logger.warning("%s: %s; accepted", folder.stage, error)
+        for index, cause in error.failures:
+            yield commit_failed_shard(stage, folder, index, pool.live_ids(index), cause)
 
 
 def _check_same(folder: StageFolder, key: str) -> None:

@@ -220,12 +220,13 @@ def planned_seconds(work: WorkFolder) -> dict[str, float]:
     path = storage.join(work.path, PLAN_FILE)
     if not storage.exists(path):
         return {}
-    hours = {one["stage"]: (one["core_hours"], one["rows"]) for one in storage.read_json(path)}
+    stages = storage.read_json(path)["stages"]
+    wall = {one["stage"]: (one["wall_s"], one["rows"]) for one in stages}
     planned = {}
     for entry in work.record.pool:
-        core_hours, rows = hours.get(entry.stage, (0.0, 0.0))
+        seconds, rows = wall.get(entry.stage, (0.0, 0.0))
         if rows:
-            planned[entry.stage] = core_hours * 3600 * entry.record.rows_in / rows
+            planned[entry.stage] = seconds * entry.record.rows_in / rows
     return planned
 
 

@@ -1,73 +1,118 @@
 """`curate plan`: what a recipe will take, measured on a sample."""
 
 import tempfile
+from dataclasses import asdict
+from typing import Any
 
 from curation import storage
 from pipelines import console
+from pipelines.cluster import Cluster
+from pipelines.events import EventLog, RunObserver, read_events
 from pipelines.local_engine import LocalEngine
-from pipelines.planner import StageEstimate, estimate
+from pipelines.planner import Sample, StagePlan, plan_stages
 from pipelines.recipe import load_recipe
-from pipelines.runner import RecipeRun, RunRecord
+from pipelines.runner import RecipeRun
 from pipelines.stage_runner import Silent
 from pipelines.verbs.run import demo_site
 
 
-def print_plan(
-    recipe: str,
-    images: float,
-    sample: int,
-    cores: int,
-    changes: list[str],
-    as_json: bool,
-    out: str | None = None,
-) -> None:
-    """Measure two samples; print the estimates, and write them where `out` says."""
-    console.set_up_logging(False)
+def make_plan(
+    recipe: str, images: float, sample: int, cluster: Cluster | None, changes: list[str]
+) -> list[StagePlan]:
+    """Run the recipe on a quarter of the sample and on all of it, and extrapolate."""
     with tempfile.TemporaryDirectory(prefix="curate-plan-") as folder:
-        runs = [
+        small, large = (
             _measure(recipe, storage.join(folder, name), rows, changes)
             for name, rows in (("small", sample // 4), ("large", sample))
-        ]
-        estimates = estimate(runs[0], runs[1], images)
+        )
+        return plan_stages(small, large, images, cluster)
+
+
+def print_plan(
+    stages: list[StagePlan], images: float, cluster: Cluster | None, out: str | None, as_json: bool
+) -> None:
+    """Print a plan, and write it where it is asked for."""
+    plan = {
+        "images": images,
+        "cluster": cluster and cluster.model_dump(mode="json"),
+        **_totals(stages),
+    }
+    plan["stages"] = [asdict(one) for one in stages]
     if out is not None:
-        storage.write_json(out, [vars(one) for one in estimates])
+        storage.write_json(out, plan)
     if as_json:
-        console.print_json([vars(one) for one in estimates])
-    else:
-        _print(estimates, images, cores)
+        console.print_json(plan)
+        return
+    _print(stages, images, cluster)
 
 
-def _measure(recipe: str, work: str, rows: int, changes: list[str]) -> tuple[RunRecord, str]:
+def _measure(recipe: str, work: str, rows: int, changes: list[str]) -> Sample:
     """Run the recipe on a sample with one worker."""
     checked = load_recipe(recipe, {"work": work}, [*changes, f"max_rows={rows}"])
     storage.make_folder(work)
+    observer = RunObserver(EventLog(work), Silent(), {}, lambda: None)
     with demo_site(checked.recipe, work):
-        return RecipeRun(checked, work, LocalEngine(), Silent()).run(), work
+        engine = observer.observe(LocalEngine())
+        record = RecipeRun(checked, work, engine, observer).run()
+    finished = [one for one in read_events(work) if one["event"] == "stage_finished"]
+    return Sample(record, work, tuple(finished[-len(record.pool) :]))  # those of sets come first
 
 
-def _print(estimates: list[StageEstimate], images: float, cores: int) -> None:
-    total = sum(one.core_hours for one in estimates)
+def _totals(stages: list[StagePlan]) -> dict[str, Any]:
+    wall_s = sum(one.wall_s for one in stages)
+    spread = sum(one.wall_s * one.uncertainty for one in stages)
+    slowest = max(stages, key=lambda one: one.wall_s)
+    return {
+        "wall_s": wall_s,
+        "wall_low_s": sum(one.wall_s / (1 + one.uncertainty) for one in stages),
+        "wall_high_s": wall_s + spread,
+        "core_hours": sum(one.core_hours for one in stages),
+        "gpu_hours": sum(one.gpu_hours for one in stages),
+        "disk_bytes": sum(one.disk_bytes for one in stages),
+        "network_bytes": sum(one.network_bytes for one in stages),
+        "peak_bytes": max(one.peak_bytes for one in stages),
+        "bottleneck": slowest.stage,
+        "limited_by": slowest.limited_by,
+    }
+
+
+def _print(stages: list[StagePlan], images: float, cluster: Cluster | None) -> None:
+    totals = _totals(stages)
+    titles = ("stage", "rows", "hours", "±", "core-hours", "GPU-hours", "peak GB", "disk GB", "by")
     console.print_rows(
-        ("stage", "rows", "core-hours", "share", "disk"),
+        titles,
         [
             (
                 one.stage,
                 f"{one.rows:,.0f}",
+                f"{one.wall_s / 3600:,.2f}",
+                f"{one.uncertainty:.0%}",
                 f"{one.core_hours:,.2f}",
-                f"{one.core_hours / total:.0%}",
-                f"{one.disk_bytes / 1e9:,.2f} GB",
+                f"{one.gpu_hours:,.2f}",
+                f"{one.peak_bytes / 1e9:.2f}",
+                f"{one.disk_bytes / 1e9:,.2f}",
+                one.limited_by,
             )
-            for one in estimates
+            for one in stages
         ],
         f"{images:,.0f} rows, measured on this machine",
     )
-    slowest = max(estimates, key=lambda one: one.core_hours)
+    low, high = totals["wall_low_s"] / 3600, totals["wall_high_s"] / 3600
     console.print_pairs(
         {
-            "core-hours": f"{total:,.1f}",
-            f"hours on {cores:,} such cores": f"{total / cores:,.2f}",
-            "disk left": f"{sum(one.disk_bytes for one in estimates) / 1e9:,.1f} GB",
-            "bottleneck": slowest.stage,
+            "hours": f"{totals['wall_s'] / 3600:,.2f} ({low:,.2f} to {high:,.2f})",
+            "on": _described(cluster),
+            "core-hours": f"{totals['core_hours']:,.1f}",
+            "GPU-hours": f"{totals['gpu_hours']:,.1f}",
+            "disk left": f"{totals['disk_bytes'] / 1e9:,.1f} GB",
+            "network": f"{totals['network_bytes'] / 1e9:,.1f} GB",
+            "bottleneck": f"{totals['bottleneck']}, limited by {totals['limited_by']}",
         },
         title="",
     )
+
+
+def _described(cluster: Cluster | None) -> str:
+    if cluster is None:
+        return "this machine, with one worker"
+    return f"{cluster.nodes:,} nodes, {cluster.cores:,} cores, {cluster.devices:,} GPUs"

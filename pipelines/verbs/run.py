@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,30 @@ from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
 from curation.errors import ConfigError, LedgerError, StageError
-from curation.stage import Engine
+from curation.ledger import reopen_failed
+from curation.stage import Engine, StageFolder
 from pipelines import console
 from pipelines.base import BaseRuns, absolute
 from pipelines.demo_site import build_site, serve_site
+from pipelines.disk_budget import DiskBudget, parse_bytes
+from pipelines.events import EventLog, RunObserver
 from pipelines.funnel import adds_up, funnel
+from pipelines.planner import read_plan
 from pipelines.recipe import CheckedRecipe, Recipe, load_recipe
-from pipelines.runner import RecipeRun, RunRecord
+from pipelines.runner import RUN_FILE, RecipeRun, RunRecord, read_run
 from pipelines.seal import write_seal
 
 _STEP_FILE = "_step.json"
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """What a run may take, and what it was planned to take."""
+
+    max_disk: str | None = None
+    """Size of the work folder, such as 200GB."""
+    plan: str | None = None
+    """What `curate plan --out` wrote."""
 
 
 def run_recipe(
@@ -29,6 +44,7 @@ def run_recipe(
     changes: list[str],
     as_json: bool,
     base: str | None = None,
+    limits: RunLimits = RunLimits(),
 ) -> None:
     """Run a recipe with everything that follows the manifest, and print what became of it.
 
@@ -43,20 +59,58 @@ def run_recipe(
         raise ConfigError(f"--base {base}: is --work itself, or rests on it; choose a new folder")
     storage.make_folder(work)
     watcher = console.ConsoleWatcher(quiet=as_json)
-    with demo_site(checked.recipe, work):
-        recipe_run = RecipeRun(checked, work, engine, watcher, earlier)
-        record = recipe_run.run()
-    if recipe_run.published:
-        write_seal(work, record)
-    if not adds_up(funnel(record)):
-        raise LedgerError(f"{work}: the funnel does not add up; please report this with run.json")
-    results = _run_steps(checked, record, work, quiet=as_json)
+    log = EventLog(work)
+    with _logged(log, checked, limits) as planned:
+        check = _disk_check(work, limits.max_disk)
+        observer = RunObserver(log, watcher, planned, check)
+        _reopen_failed(work, engine.max_failed_shards)
+        with demo_site(checked.recipe, work):
+            recipe_run = RecipeRun(checked, work, observer.observe(engine), observer, earlier)
+            record = recipe_run.run()
+        if recipe_run.published:
+            write_seal(work, record)
+        if not adds_up(funnel(record)):
+            raise LedgerError(
+                f"{work}: the funnel does not add up; please report this with run.json"
+            )
+        results = _run_steps(checked, record, work, quiet=as_json)
     worked = watcher.num_run > 0 or any(step["ran"] for step in results.values())
     summary = _summary(record, work, results, worked, time.monotonic() - began)
     if as_json:
         console.print_json(summary)
     else:
         _print_summary(summary, record)
+
+
+@contextlib.contextmanager
+def _logged(log: EventLog, checked: CheckedRecipe, limits: RunLimits) -> Iterator[dict[str, float]]:
+    """Log how a run began and ended; give the planned seconds of its stages."""
+    planned = read_plan(limits.plan) if limits.plan else {}
+    began = time.monotonic()
+    log.write("run_started", recipe=checked.recipe.name, file=checked.where, planned=planned)
+    try:
+        yield planned
+    except BaseException as error:
+        log.write("run_failed", error=" ".join(str(error).split()) or type(error).__name__)
+        raise
+    log.write("run_finished", seconds=round(time.monotonic() - began, 3))
+
+
+def _disk_check(work: str, max_disk: str | None) -> Callable[[], object]:
+    """What looks at the disk now and then."""
+    if max_disk is None:
+        return lambda: None
+    return DiskBudget(work, parse_bytes(max_disk)).check
+
+
+def _reopen_failed(work: str, allowed: int) -> None:
+    """Let a run that accepted failed shards try them again, where fewer are accepted now."""
+    if not storage.exists(storage.join(work, RUN_FILE)):
+        return
+    record = read_run(work)
+    for entry in (*record.pool, *(entry for flow in record.sets.values() for entry in flow)):
+        folder = StageFolder(storage.join(work, entry.folder), entry.stage)
+        reopen_failed(folder, entry.record, allowed)
 
 
 @contextlib.contextmanager

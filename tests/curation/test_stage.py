@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from curation.dataset import Dataset, write_dataset
-from curation.errors import LedgerError, SchemaError
-from curation.ledger import commit_shard, finished_shards
+from curation.errors import EngineError, LedgerError, SchemaError
+from curation.ledger import SHARD_FAILED, commit_shard, finished_shards
 from curation.pool import Pool
 from curation.schema import make_id, schema_of
 from curation.stage import Shard, ShardStage, StageFolder, StageInputs, reject
@@ -141,3 +143,40 @@ def test_run_stage__sweeps_what_killed_writers_left(tmp_path):
     left.write_bytes(b"half a shard")
     run_stage(Even(), StageInputs(pool), folder, LocalEngine(), Silent())
     assert not left.exists()
+
+
+class Fragile(Even):
+    """Fails on shards that begin with a width, while a file is there."""
+
+    flag: str
+    """Path of the file."""
+
+    def process(self, shard, opened):
+        if Path(self.flag).exists() and shard.array("width")[0] == 5:
+            raise OSError("no luck")
+        super().process(shard, opened)
+
+
+def test_run_stage__failed_shards_are_accepted_and_tried_again_later(tmp_path):
+    flag = tmp_path / "flag"
+    flag.touch()
+    stage, inputs = Fragile(flag=str(flag)), StageInputs(pool_of(tmp_path, 5, 3, 4))
+    folder = StageFolder(str(tmp_path / "s"), "fragile")
+    engine = LocalEngine(first_pause_s=0.01)
+    with pytest.raises(EngineError, match=r"1 of 3 shards failed 3 times \(1\): OSError: no luck"):
+        run_stage(stage, inputs, folder, engine, Silent())
+
+    engine.max_failed_shards = 1
+    record, outputs = run_stage(stage, inputs, folder, engine, Silent())
+    assert record.failed_shards == {1: "OSError: no luck"}
+    assert record.dropped == {"odd": 4, SHARD_FAILED: 3}
+    assert (record.rows_in, record.rows_out) == (12, 5)
+    assert outputs["squares"].attributes["failed_shards"] == {"1": "OSError: no luck"}
+
+    flag.unlink()
+    assert run_stage(stage, inputs, folder, engine, Silent())[0] == record  # still accepted
+    engine.max_failed_shards = 0
+    record, outputs = run_stage(stage, inputs, folder, engine, Silent())
+    assert (record.failed_shards, record.rows_out) == ({}, 6)
+    whole, _ = run_stage(stage, inputs, StageFolder(str(tmp_path / "t"), "t"), engine, Silent())
+    assert outputs["squares"].manifest.content_digest == whole.outputs["squares"]

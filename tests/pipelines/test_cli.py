@@ -313,3 +313,34 @@ def test_download__then_retries_only_what_failed(tmp_path):
         succeeds("download", tmp_path / "urls.parquet", "--out", tmp_path / "more", *again)
     fetched = Dataset.open(str(tmp_path / "more")).read(["id"])["id"].to_pylist()
     assert fetched == [make_id(urls[2])]
+
+
+_FRAGILE = """
+name: fragile
+rows_per_shard: 4
+pool:
+  - ingest: {images: "PHOTOS"}
+  - canonicalize
+  - quality
+  - select
+"""
+
+
+def test_run__a_shard_that_keeps_failing_is_named_with_the_command_that_retries_it(
+    photos, tmp_path
+):
+    recipe, work = tmp_path / "r.yaml", tmp_path / "work"
+    text = _FRAGILE.replace("PHOTOS", str(photos))
+    recipe.write_text(text.replace("  - quality\n", ""))
+    words = ("run", recipe, "--work", work)
+    succeeds(*words)
+    shard = next(work.glob("work/pool/02-*/images/shard-00001.parquet"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100] + bytes(len(whole) // 2) + whole[100 + len(whole) // 2 :])
+    recipe.write_text(text)
+    line = fails(1, *words)
+    assert "quality: 1 of 4 shards failed 3 times (1): StorageError" in line
+    assert f"retry them with: curate run {recipe} --work {work}" in line
+
+    shard.write_bytes(whole)
+    assert json.loads(succeeds(*words, "--json"))["funnel"][-1]["rows_out"] == 13

@@ -1,3 +1,4 @@
+import ctypes
 import os
 import signal
 import sys
@@ -9,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.errors import ConfigError, EngineError, SchemaError
+from curation.errors import EngineError, SchemaError
 from curation.exchange import Exchange, Mapper, Reducer
-from curation.stage import Resources, Task
+from curation.stage import Task
 from pipelines.local_engine import LocalEngine
 
 
@@ -22,10 +23,10 @@ def engine(request):
         from pipelines.ray_engine import RayEngine
 
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack tests/
-        yield RayEngine(2)
+        yield RayEngine(2, first_pause_s=0.05)
         ray.shutdown()
     else:
-        yield LocalEngine(1 if request.param == "local" else 2)
+        yield LocalEngine(1 if request.param == "local" else 2, first_pause_s=0.05)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class FailsOnce(Task[int, int]):
             mark.touch()
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "segfault":
+                ctypes.string_at(0)
             raise OSError("no luck")
         return item
 
@@ -72,10 +75,11 @@ def test_map__failing_items_are_tried_again(engine, tmp_path):
     assert results == {i: i for i in range(9)}
 
 
-def test_map__a_killed_worker_costs_only_its_items(engine, tmp_path):
+@pytest.mark.parametrize("how", ["kill", "segfault"])
+def test_map__a_worker_that_dies_costs_only_its_items(engine, how, tmp_path):
     if isinstance(engine, LocalEngine) and engine.workers == 1:
         pytest.skip("the worker is this process")
-    results = dict(engine.map(FailsOnce(str(tmp_path), "kill"), range(7), "deadly"))
+    results = dict(engine.map(FailsOnce(str(tmp_path), how), range(7), "deadly"))
     assert results == {i: i for i in range(7)}
 
 
@@ -111,19 +115,10 @@ def test_map__an_error_that_cannot_be_mended_is_raised_as_it_is(engine):
         list(engine.map(Fails(SchemaError), range(6), "fails"))
 
 
-@dataclass(frozen=True)
-class Greedy(Task[int, int]):
-    resources = Resources(cpus=1000)
-
-    def __call__(self, item, opened):
-        return item
-
-
-def test_ray__needs_that_no_node_meets_are_refused():
-    from pipelines.ray_engine import RayEngine
-
-    with pytest.raises(ConfigError, match="needs 1000 CPUs"):
-        list(RayEngine(2).map(Greedy(), [1], "greedy"))
+def test_map__failures_are_listed_with_their_causes(engine):
+    with pytest.raises(EngineError) as caught:
+        list(engine.map(Fails(OSError), range(6), "fails"))
+    assert caught.value.failures == ((3, "OSError: broken for good"),)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
 import json
 
+import numpy as np
 import pytest
 from small_pictures import picture
 from test_cli import fails, succeeds
 
+from curation.errors import ConfigError
 from curation.ledger import StageRecord
-from embedder.images import encode_jpeg
-from pipelines.planner import estimate
+from embedder.images import decode, encode_jpeg, resize
+from pipelines.cluster import Cluster, read_cluster
+from pipelines.events import read_events
+from pipelines.planner import Sample, plan_stages
 from pipelines.runner import RunRecord, StageEntry
 
 RECIPE = """
@@ -21,13 +25,18 @@ pool:
 """
 
 
-def run_of(*stages: tuple[int, float]) -> RunRecord:
+def usage_of(stage: str, rows: int, item_s: float, **other: float) -> dict[str, float | str]:
+    usage = {"stage": stage, "rows_in": rows, "seconds": item_s + 1, "item_s": item_s}
+    return {**usage, "cpu_s": item_s, "peak_bytes": 1 << 30, **other}
+
+
+def sample_of(work, *stages: tuple[str, int, float]) -> Sample:
     entries = [
         StageEntry(
-            stage=f"s{n}",
-            folder=f"s{n}",
+            stage=name,
+            folder=name,
             record=StageRecord(
-                stage=f"s{n}",
+                stage=name,
                 version=1,
                 key="",
                 settings={},
@@ -35,21 +44,45 @@ def run_of(*stages: tuple[int, float]) -> RunRecord:
                 rows_out=rows,
                 dropped={},
                 outputs={},
-                seconds=seconds,
+                seconds=item_s + 1,
             ),
         )
-        for n, (rows, seconds) in enumerate(stages)
+        for name, rows, item_s in stages
     ]
-    return RunRecord(recipe="x", recipe_file="x", seed=0, pool=tuple(entries))
+    record = RunRecord(recipe="x", recipe_file="x", seed=0, pool=tuple(entries))
+    return Sample(record, str(work), tuple(usage_of(*stage) for stage in stages))
 
 
-def test_estimate__tells_what_a_stage_costs_once_from_what_a_row_costs(tmp_path):
-    small, large = run_of((100, 5.0), (50, 3.0)), run_of((400, 5.3), (200, 3.0))
-    first, second = estimate((small, str(tmp_path)), (large, str(tmp_path)), 1_000_000)
-    assert first.rows == 1_000_000
-    assert first.core_hours * 3600 == pytest.approx(4.9 + 0.001 * 1_000_000)
-    assert second.rows == 500_000  # half of the rows reach it, as in the sample
-    assert second.core_hours * 3600 == pytest.approx(3.0, abs=0.1)
+def test_plan_stages__tells_what_a_stage_costs_once_from_what_a_row_costs(tmp_path):
+    small = sample_of(tmp_path, ("a", 100, 1.2), ("embed", 50, 0.5))
+    large = sample_of(tmp_path, ("a", 400, 1.8), ("embed", 200, 2.0))
+    a, embed = plan_stages(small, large, 1_000_000, Cluster())
+    assert (a.rows, embed.rows) == (1e6, 5e5)  # half of the rows reach it, as in the sample
+    assert a.wall_s == pytest.approx(1 + 1.0 + 0.002 * 1e6)
+    assert embed.wall_s == pytest.approx(1 + 0.01 * 5e5)
+    assert (embed.limited_by, embed.gpu_hours) == ("cores", 0)
+
+    a, embed = plan_stages(small, large, 1_000_000, read_cluster("2x8xV100", 40))
+    assert a.wall_s == pytest.approx(2 + 0.002 * 1e6 / 80)
+    assert embed.wall_s == pytest.approx(1 + 0.01 * 5e5 / (16 * 120))
+    assert (embed.limited_by, embed.core_hours) == ("devices", 0)
+    assert embed.uncertainty == 1.0  # a stated rate
+
+
+def test_plan_stages__what_compares_pairs_grows_faster_than_its_rows(tmp_path):
+    small = sample_of(tmp_path, ("near_dedup", 250, 0.1))
+    large = sample_of(tmp_path, ("near_dedup", 1000, 1.6))
+    (plan,) = plan_stages(small, large, 10_000, None)
+    assert plan.wall_s > 100 * 1.6
+
+
+def test_read_cluster__reads_yaml_and_refuses_what_it_does_not_know(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("{nodes: 3, cpus: 4, gpus: 2, gpu_speed: 50}")
+    cluster = read_cluster(str(file), 1)
+    assert (cluster.cores, cluster.devices) == (12, 6)
+    with pytest.raises(ConfigError, match="20x8xV100"):
+        read_cluster("20 machines", 1)
 
 
 def test_plan__measures_a_sample_of_the_users_own_data(tmp_path):
@@ -59,11 +92,45 @@ def test_plan__measures_a_sample_of_the_users_own_data(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE.replace("IMAGES", str(tmp_path / "images")))
     words = ("plan", recipe, "--images", "1e9", "--sample", 24)
-    rows = json.loads(succeeds(*words, "--json"))
+    plan = json.loads(succeeds(*words, "--json", "--out", tmp_path / "plan.json"))
+    rows = plan["stages"]
     assert [row["stage"] for row in rows][:2] == ["ingest", "canonicalize"]
     assert rows[0]["rows"] == 1e9
     assert all(row["core_hours"] > 0 for row in rows)
     packed, images = rows[-1]["disk_bytes"], rows[1]["disk_bytes"]
     assert 0.5 < packed / images < 1.5  # the same images, written once more
-    assert "bottleneck" in succeeds(*words, "--cores", 640)
+    assert all(row["wall_s"] > 0 and row["peak_bytes"] > 1 << 20 for row in rows)
+    assert plan["wall_low_s"] < plan["wall_s"] < plan["wall_high_s"]
+    assert plan["bottleneck"] in {row["stage"] for row in rows}
+    succeeds("run", recipe, "--work", tmp_path / "work", "--plan", tmp_path / "plan.json")
+    events = read_events(str(tmp_path / "work"))
+    started = [event for event in events if event["event"] == "stage_started"]
+    assert all(event["planned_s"] > 0 for event in started)
     assert "unknown key 'polo'" in fails(2, *words, "--set", "polo=1")
+
+
+@pytest.mark.slow
+def test_plan__of_1000_images_predicts_10000_on_the_same_machine(shared_data, tmp_path):
+    photos = [decode(path.read_bytes()) for path in sorted((shared_data / "photos").glob("*.jpg"))]
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(10_000):
+        pixels = photos[number % len(photos)]
+        height, width = pixels.shape[:2]
+        top, left = rng.integers(0, height // 3), rng.integers(0, width // 3)
+        crop = pixels[top : top + 2 * height // 3, left : left + 2 * width // 3]
+        data = encode_jpeg(resize(np.ascontiguousarray(crop), 320, 240), 85)
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(data)
+    recipe = tmp_path / "r.yaml"
+    stages = "  - embed: {encoders: {copy: lite-copy}}\n  - near_dedup: {embeddings: copy, "
+    text = RECIPE.replace("IMAGES", str(tmp_path / "images"))
+    stages = f"{stages}max_component_share: 1.0}}\n  - select: {{embeddings: copy}}"
+    recipe.write_text(text.replace("  - select", stages))
+    plan = json.loads(succeeds("plan", recipe, "--images", "1e4", "--json"))
+    succeeds("run", recipe, "--work", tmp_path / "work")
+    events = read_events(str(tmp_path / "work"))
+    took = {e["stage"]: e["seconds"] for e in events if e["event"] == "stage_finished"}
+    assert plan["wall_s"] == pytest.approx(sum(took.values()), rel=0.25)
+    for stage in plan["stages"]:
+        if took[stage["stage"]] > 30:
+            assert stage["wall_s"] == pytest.approx(took[stage["stage"]], rel=0.35)

@@ -191,7 +191,7 @@ def test_groups_of__numbers_the_fullest_first_and_counts_what_is_kept():
 
 def test_planned_seconds__scale_with_the_rows_that_came(tmp_path):
     work = copied_run(tmp_path)
-    plan = [{"stage": "embed", "rows": 280, "core_hours": 1 / 360, "disk_bytes": 0}]
+    plan = {"stages": [{"stage": "embed", "rows": 280, "wall_s": 10.0}]}
     (work / "plan.json").write_text(json.dumps(plan))
     folder = WorkFolder(str(work))
     rows = next(e.record.rows_in for e in folder.record.pool if e.stage == "embed")

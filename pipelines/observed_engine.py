@@ -1,0 +1,125 @@
+"""An engine that measures the work it hands on: seconds, core-seconds and memory of each item."""
+
+import contextlib
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from curation.stage import Engine, Item, Resources, Result, Task
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass
+class Usage:
+    """What items took, added up."""
+
+    items: int = 0
+    """Items done."""
+    open_s: float = 0.0
+    """Seconds of opening models and the like."""
+    item_s: float = 0.0
+    """Seconds in which workers were at work on items."""
+    cpu_s: float = 0.0
+    """Seconds of cores inside these; with several threads more than `item_s`."""
+    wait_s: float = 0.0
+    """Seconds of items in which no core worked for them: they waited for disk or network."""
+    peak_bytes: int = 0
+    """Memory of the largest worker at its peak."""
+    retries: int = 0
+    """Failures that were tried again."""
+
+    def add(self, other: "Usage") -> None:
+        """Add what another item or step took."""
+        self.items += other.items
+        self.open_s += other.open_s
+        self.item_s += other.item_s
+        self.cpu_s += other.cpu_s
+        self.wait_s += other.wait_s
+        self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        self.retries += other.retries
+
+
+@dataclass
+class ObservedEngine(Engine):
+    """Hands tasks on to another engine, and tells a listener of each item that is done."""
+
+    engine: Engine
+    listener: Callable[[str, int, Usage], None]
+    """Hears the label of the step, how many items it has, and what one took."""
+    usage: Usage = field(default_factory=Usage)
+    """Of all items since the last `take_usage`."""
+
+    def __post_init__(self) -> None:
+        self.max_failed_shards = self.engine.max_failed_shards
+
+    @property
+    def workers(self) -> int:
+        """Tasks that run at once."""
+        return self.engine.workers
+
+    def map(
+        self, task: Task[Item, Result], items: Sequence[Item], label: str
+    ) -> Iterator[tuple[Item, Result]]:
+        """Run a task on every item (see `Engine.map`)."""
+        before = self.engine.retries
+        try:
+            for item, (result, usage) in self.engine.map(_Timed(task), items, label):
+                self.usage.add(usage)
+                self.listener(label, len(items), usage)
+                yield item, result
+        finally:
+            self.usage.retries += self.engine.retries - before
+
+    def take_usage(self) -> Usage:
+        """What was used since this was last asked."""
+        taken, self.usage = self.usage, Usage()
+        return taken
+
+
+@dataclass(frozen=True)
+class _Timed(Task[Any, tuple[Any, Usage]]):
+    """A task that also says what it took."""
+
+    task: Task[Any, Any]
+
+    @property
+    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+        return self.task.resources
+
+    def open(self) -> list[Any]:
+        began = time.perf_counter()
+        opened = self.task.open()
+        return [opened, time.perf_counter() - began]
+
+    def __call__(self, item: Any, opened: list[Any]) -> tuple[Any, Usage]:
+        open_s, opened[1] = opened[1], 0.0  # once
+        _forget_peak()
+        began, cpu_began = time.perf_counter(), time.process_time()
+        result = self.task(item, opened[0])
+        item_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
+        waited = max(0.0, item_s - cpu_s)
+        return result, Usage(1, open_s, item_s, cpu_s, waited, peak_bytes())
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held (on Linux since `_forget_peak`)."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _forget_peak() -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(_CLEAR_REFS, os.O_WRONLY)
+        try:
+            os.write(descriptor, b"5")
+        finally:
+            os.close(descriptor)

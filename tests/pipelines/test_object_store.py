@@ -1,0 +1,138 @@
+"""Storage on a real S3 server: whole or nothing, ranges, and errors of one line."""
+
+import gc
+import os
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from object_store import become_reader, served_bucket
+from small_pictures import picture
+
+from curation import storage
+from curation.dataset import Dataset, open_foreign, write_dataset
+from curation.errors import StorageError
+from embedder.images import encode_jpeg
+from pipelines.local_engine import LocalEngine
+from pipelines.recipe import load_recipe
+from pipelines.runner import RecipeRun
+from pipelines.stage_runner import Silent
+
+pytest.importorskip("moto")
+pytest.importorskip("s3fs")
+
+RECIPE = """
+name: small
+rows_per_shard: 4
+pool:
+  - ingest: {images: "ROOT/images"}
+  - canonicalize
+  - quality
+  - exact_dedup
+  - embed: {encoders: {copy: lite-copy}}
+  - near_dedup: {embeddings: copy, max_component_share: 1.0}
+  - select: {embeddings: copy}
+  - pack
+"""
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with pytest.MonkeyPatch.context() as patch, served_bucket(patch) as url:
+        yield url
+
+
+def test_open_whole__what_failed_halfway_never_appears(bucket):
+    with pytest.raises(KeyError), storage.open_whole(f"{bucket}/half/a") as file:
+        file.write(b"x" * (6 << 20))
+        raise KeyError
+    gc.collect()
+    assert storage.list_files(f"{bucket}/half") == []
+    assert not storage.exists(f"{bucket}/half/a")
+
+
+def test_exists__sees_what_another_process_wrote_a_moment_ago(bucket):
+    import boto3
+
+    assert not storage.exists(f"{bucket}/late/a")
+    assert storage.list_files(f"{bucket}/late") == []
+    boto3.client("s3").put_object(Bucket="bucket", Key="late/a", Body=b"1")
+    assert storage.exists(f"{bucket}/late/a")
+    assert storage.list_files(f"{bucket}/late") == ["a"]
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """Bytes fetched from the server, one entry a request."""
+    import s3fs
+
+    sizes = []
+    fetch = s3fs.core.S3File._fetch_range
+
+    def counting(self, start, end):
+        sizes.append(end - start)
+        return fetch(self, start, end)
+
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", counting)
+    return sizes
+
+
+def test_read_parquet__fetches_the_footer_and_the_columns_asked_for(bucket, fetched):
+    rng = np.random.default_rng(0)
+    table = pa.table({"id": rng.integers(0, 1 << 60, 100), "heavy": list(rng.bytes(400_000))[:100]})
+    heavy = pa.array([rng.bytes(40_000) for _ in range(100)], pa.large_binary())
+    path = f"{bucket}/t/shard.parquet"
+    num_bytes, _ = storage.write_parquet(path, table.set_column(1, "heavy", heavy))
+    with storage.open_parquet(path) as file:
+        assert file.metadata.num_rows == 100
+    assert sum(fetched) < num_bytes / 20
+    fetched.clear()
+    assert storage.read_parquet(path, ["id"])["id"].equals(table["id"])
+    assert sum(fetched) < num_bytes / 20
+
+
+def test_open_foreign__reads_footers_only(bucket, fetched):
+    tables = [
+        pa.table({"id": [str(n)], "heavy": pa.array([os.urandom(300_000)], pa.large_binary())})
+        for n in range(8)
+    ]
+    for number, table in enumerate(tables):
+        storage.write_parquet(f"{bucket}/foreign/{number}.parquet", table)
+    assert open_foreign(f"{bucket}/foreign").num_rows == 8
+    assert sum(fetched) < 8 * 300_000 / 3
+
+
+def test_errors__are_one_line_each(bucket):
+    with pytest.raises(StorageError, match="s3://no-such-bucket/a: no such file or folder"):
+        storage.write_bytes("s3://no-such-bucket/a", b"1")
+    with pytest.raises(StorageError, match="nonsense"):
+        storage.exists("nonsense://a/b")
+
+
+def test_run_stages__on_an_object_store_they_make_what_they_make_on_a_disk(bucket, tmp_path):
+    import boto3
+
+    photos = [encode_jpeg(picture(n, 96), 90) for n in range(11)] + [b"broken"]
+    (tmp_path / "images").mkdir()
+    for number, data in enumerate(photos):
+        boto3.client("s3").put_object(Bucket="bucket", Key=f"images/{number}.jpg", Body=data)
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(data)
+    recipe = tmp_path / "r.yaml"
+    digests = []
+    for root in (f"{bucket}/", f"{tmp_path}/"):
+        recipe.write_text(RECIPE.replace("ROOT/", root))
+        work = f"{root}work"
+        checked = load_recipe(str(recipe), {"work": work})
+        for _ in range(2):  # the second time everything is found finished
+            record = RecipeRun(checked, work, LocalEngine(), Silent()).run()
+        digests.append(Dataset.open(f"{work}/{record.manifest}").manifest.content_digest)
+    assert digests[0] == digests[1]
+
+
+def test_write__a_bucket_without_write_permission_is_one_line(bucket, monkeypatch):
+    table = pa.table({"id": ["a"]})
+    write_dataset(f"{bucket}/readable", [table], table.schema)
+    become_reader(monkeypatch, os.environ["AWS_ENDPOINT_URL"])
+    assert storage.exists(f"{bucket}/readable/_manifest.json")
+    with pytest.raises(StorageError, match=r"readable/new.parquet: .*Access ?Denied"):
+        storage.write_parquet(f"{bucket}/readable/new.parquet", table)

@@ -1,0 +1,183 @@
+"""What only Ray does: a cluster's nodes that die and join, needs and limits, wrong addresses."""
+
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_pictures import picture
+from test_cli import fails
+
+from curation.dataset import Dataset
+from curation.errors import ConfigError, EngineError
+from curation.stage import Resources, Task
+from embedder.images import encode_jpeg
+from pipelines.local_engine import LocalEngine
+from pipelines.ray_engine import RayEngine
+from pipelines.recipe import load_recipe
+from pipelines.runner import RecipeRun
+from pipelines.stage_runner import Silent
+
+ray = pytest.importorskip("ray")
+
+RECIPE = """
+name: small
+rows_per_shard: 4
+sets: {}
+pool:
+  - ingest: {images: "IMAGES"}
+  - canonicalize
+  - embed: {encoders: {copy: lite-copy}}
+  - near_dedup: {embeddings: copy, max_component_share: 1.0}
+  - select: {embeddings: copy}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tests_travel():
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack tests/
+
+
+@pytest.fixture(scope="module")
+def engine():
+    yield RayEngine(2, attempts=2, first_pause_s=0.05)
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Needs(Task[int, int]):
+    resources: Resources = Resources()
+
+    def __call__(self, item, opened):
+        return item
+
+
+@pytest.mark.parametrize(
+    ("needed", "words"),
+    [
+        (Resources(cpus=1000), "needs 1000 CPUs and 0 GPUs, the largest of 1 nodes"),
+        (Resources(gpus=9), "needs 1 CPUs and 9 GPUs"),
+    ],
+)
+def test_map__needs_that_no_node_meets_are_refused(engine, needed, words):
+    with pytest.raises(ConfigError, match=words):
+        list(engine.map(Needs(needed), [1], "greedy"))
+
+
+def test_map__a_stage_that_declares_more_memory_than_there_is_still_runs(engine):
+    assert dict(engine.map(Needs(Resources(memory=1 << 50)), [1, 2], "large")) == {1: 1, 2: 2}
+
+
+@dataclass(frozen=True)
+class Leaks(Task[int, int]):
+    """One item holds ever more memory, which its worker never gives back."""
+
+    resources = Resources(memory=1 << 20)
+    leaked = []
+
+    def __call__(self, item, opened):
+        while item == 3:
+            self.leaked.append(np.ones(1 << 21))  # 16 MiB
+        return item
+
+
+def test_map__an_item_that_takes_all_memory_is_stopped_and_named(engine):
+    results = []
+    with pytest.raises(EngineError, match=r"1 of 6 .*\(3\): MemoryLimitError: its worker held"):
+        results.extend(engine.map(Leaks(), range(6), "leak"))
+    assert sorted(item for item, _ in results) == [0, 1, 2, 4, 5]
+
+
+def test_verb__an_address_where_no_ray_answers_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "1.jpg").write_bytes(encode_jpeg(picture(1)))
+    words = ("ingest", "--images", tmp_path, "--out", tmp_path / "rows")
+    line = fails(2, *words, "--address", "127.0.0.1:9")
+    assert "no Ray answers at 127.0.0.1:9" in line
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere.invalid:6379")
+    assert "no Ray answers at nowhere.invalid:6379" in fails(2, *words, "--engine", "ray")
+
+
+# --- three nodes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster():
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args=_node(include_dashboard=False))
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def _node(**options):
+    return {"num_cpus": 1, "object_store_memory": 80 << 20, **options}
+
+
+@dataclass(frozen=True)
+class WhereAmI(Task[int, str]):
+    def __call__(self, item, opened):
+        time.sleep(0.2)
+        return ray.get_runtime_context().get_node_id()
+
+
+@pytest.mark.slow
+def test_map__nodes_that_join_are_used(cluster):
+    engine = RayEngine(address=cluster.address)
+    nodes = set()
+    for number, (_, node) in enumerate(engine.map(WhereAmI(), range(100), "grow")):
+        if number == 5:
+            cluster.add_node(**_node())
+        nodes.add(node)
+    assert len(nodes) == 2
+
+
+class Killer(Silent):
+    """Kills a node when embed has finished a shard, another when near_dedup is at work."""
+
+    def __init__(self, cluster, nodes, work):
+        self._cluster, self._nodes, self._work = cluster, nodes, work
+        self.killed = []
+
+    def advanced(self, stage, receipt):
+        if stage == "embed" and not self.killed:
+            self._kill(stage)
+
+    def started(self, stage, total, done):
+        if stage == "near_dedup":
+            threading.Thread(target=self._kill_at_work, daemon=True).start()
+
+    def _kill_at_work(self):
+        while not any(self._work.glob("work/pool/*near_dedup*/_scratch/**/*.json")):
+            time.sleep(0.01)
+        self._kill("near_dedup")
+
+    def _kill(self, stage):
+        self.killed.append(stage)
+        self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+
+
+def digest_of(recipe, work: Path, engine, watcher) -> str:
+    work.mkdir()
+    record = RecipeRun(load_recipe(str(recipe), {"work": str(work)}), str(work), engine, watcher)
+    return Dataset.open(f"{work}/{record.run().manifest}").manifest.content_digest
+
+
+@pytest.mark.slow
+def test_run__nodes_that_die_during_embed_and_near_dedup_change_nothing(cluster, tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(96):
+        data = encode_jpeg(picture(number % 80, 128), 90 - number // 2)
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(data)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.replace("IMAGES", str(tmp_path / "images")))
+    nodes = [cluster.add_node(**_node()) for _ in range(2)]
+    work = tmp_path / "ray"
+    killer = Killer(cluster, nodes, work)
+    found = digest_of(recipe, work, RayEngine(address=cluster.address), killer)
+    assert killer.killed == ["embed", "near_dedup"]
+    assert found == digest_of(recipe, tmp_path / "local", LocalEngine(), Silent())
