@@ -22,6 +22,7 @@ _TYPES: dict[str, pa.DataType] = {
     "alt": pa.string(),
     "page": pa.string(),
     "license": pa.string(),
+    "crawled_at": pa.timestamp("ms", tz="UTC"),
     # fetched bytes, deleted once canonicalize has committed
     "raw": pa.large_binary(),
     # canonical image

@@ -15,6 +15,7 @@ import pyarrow.json
 
 from curation import storage
 from curation.errors import ConfigError, SchemaError
+from curation.schema import schema_of
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
@@ -25,7 +26,7 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _BYTE_COLUMNS = ("image", "jpg", "png", "webp", "raw", "bytes", "image_bytes")
 _FILES_PER_PIECE = 10_000
 
-URLS = pa.schema([(name, pa.string()) for name in ("url", "alt", "page", "license")])
+URLS = pa.schema([("url", pa.string()), *schema_of(["alt", "page", "license", "crawled_at"])])
 REFERENCES = pa.schema(
     [("path", pa.string()), ("file", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
 )
@@ -52,7 +53,7 @@ class UrlList:
 
     path: str
     columns: dict[str, str]
-    """Our column -> the list's: url, and optionally alt, page, license."""
+    """Our column -> the list's: url, and optionally alt, page, license, crawled_at."""
 
     def pieces(self) -> list[Piece]:
         """Cut into row groups or files, with their row counts.
@@ -73,23 +74,23 @@ class UrlList:
             )
         return pa.table(
             [
-                table[wanted[name]].cast(pa.string())
-                if wanted.get(name) in table.column_names
-                else pa.nulls(table.num_rows, pa.string())
-                for name in URLS.names
+                table[wanted[field.name]].cast(field.type)
+                if wanted.get(field.name) in table.column_names
+                else pa.nulls(table.num_rows, field.type)
+                for field in URLS
             ],
             schema=URLS,
         )
 
     def _files(self) -> list[str]:
-        if _plain_name(self.path).endswith(_LIST_SUFFIXES):
+        if plain_name(self.path).endswith(_LIST_SUFFIXES):
             if not storage.exists(self.path):
                 raise ConfigError(f"{self.path}: no such list of URLs")
             return [self.path]
         names = [
             name
             for name in storage.walk_files(self.path)
-            if _plain_name(name).endswith(_LIST_SUFFIXES) and not name.startswith("_")
+            if plain_name(name).endswith(_LIST_SUFFIXES) and not name.startswith("_")
         ]
         if not names:
             raise ConfigError(
@@ -107,7 +108,7 @@ class UrlList:
                 yield Piece(file, group, num_rows=opened.metadata.row_group(group).num_rows)
 
     def _read_table(self, piece: Piece) -> pa.Table:
-        name = _plain_name(piece.file)
+        name = plain_name(piece.file)
         if name.endswith(".parquet"):
             with storage.open_parquet(piece.file) as opened, storage.parquet_errors(piece.file):
                 present = set(self.columns.values()) & set(opened.schema_arrow.names)
@@ -228,7 +229,7 @@ def _hidden(name: str) -> bool:
     return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
-def _plain_name(path: str) -> str:
+def plain_name(path: str) -> str:
     """The name without a compression suffix, in lower case."""
     lower = path.lower()
     for suffix in _COMPRESSED:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from curation import storage
-from curation.config import parse_settings, split_change
+from curation.config import apply_change, parse_settings, split_change
 from curation.dataset import Dataset, open_foreign
 from curation.errors import ConfigError, SchemaError
 from curation.pool import Pool, UnionPool
@@ -58,8 +58,10 @@ def parse_changes(changes: list[str]) -> Settings:
     return dict(split_change(change) for change in changes)
 
 
-def run_ingest(settings: Settings, out: str, engine: Engine) -> None:
+def run_ingest(settings: Settings, changes: list[str], out: str, engine: Engine) -> None:
     """`curate ingest`."""
+    for change in changes:
+        apply_change(settings, change)
     stage = parse_settings(Ingest, settings, "curate ingest")
     run_single(stage, StageInputs(Pool("pool", {})), out, "rows", engine)
 

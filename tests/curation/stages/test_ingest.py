@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from web_archives import packed, page, wat
 
 from curation.config import parse_settings
-from curation.errors import ConfigError, SchemaError
+from curation.errors import ConfigError, SchemaError, StageError
 from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
@@ -109,7 +110,7 @@ def test_ingest__images_from_folder_tar_and_parquet(tmp_path):
 
 
 def test_ingest__wrong_input_says_what_to_do(tmp_path):
-    with pytest.raises(ConfigError, match="either 'urls' or 'images'"):
+    with pytest.raises(ConfigError, match="either 'urls', 'archives' or 'images'"):
         parse_settings(Ingest, {}, "r.yaml")
     with pytest.raises(ConfigError, match=r"no such list|no lists"):
         ingest(tmp_path, urls=str(tmp_path / "no.parquet"))
@@ -130,3 +131,51 @@ def test_ingest__sample_is_uniform_and_the_same_every_time(tmp_path):
     assert record.figures["listed_rows"] == whole.rows_in == 4000
     first_bytes = np.array([int(one[:2], 16) for one in outputs["rows"].read()["id"].to_pylist()])
     assert 100 < np.median(first_bytes) < 156
+
+
+def test_ingest__web_archives(tmp_path):
+    (tmp_path / "crawl").mkdir()
+    pages = [
+        page(f"http://h{i}.example/", b'<img src=%d.jpg alt=A><img src="/logo.png">' % i)
+        for i in range(8)
+    ]
+    whole, cut = packed(*pages[:4]), packed(*pages[4:])
+    (tmp_path / "crawl" / "a.warc.gz").write_bytes(b"".join(whole))
+    (tmp_path / "crawl" / "b.warc.gz").write_bytes(b"".join([cut[0], cut[1][:40], *cut[2:]]))
+    links = [{"path": "IMG@/src", "url": "http://h0.example/0.jpg"}]
+    (tmp_path / "crawl" / "c.wat.gz").write_bytes(packed(wat("http://x.example/", links))[0])
+    record, outputs = ingest(tmp_path, archives=str(tmp_path / "crawl"), rows_per_shard=4)
+    assert (record.rows_in, record.rows_out) == (15, 14)
+    assert record.dropped == {"duplicate_source": 1}
+    figures = record.figures
+    assert (figures["pages"], figures["images"], figures["damaged"]) == (8, 15, 1)
+    rows = {row["source"]: row for row in outputs["rows"].read().to_pylist()}
+    found = rows["http://h1.example/1.jpg"]
+    assert (found["alt"], found["page"]) == ("A", "http://h1.example/")
+    assert found["crawled_at"].isoformat() == "2024-05-18T01:58:10+00:00"
+    again, _ = ingest(tmp_path, "again", 2, archives=str(tmp_path / "crawl"), rows_per_shard=100)
+    assert again.outputs == record.outputs
+
+
+def test_ingest__files_that_are_no_archives(tmp_path):
+    (tmp_path / "a.warc").write_bytes(b"<html>" * 100)
+    with pytest.raises(StageError, match="are these WARC files"):
+        ingest(tmp_path, archives=str(tmp_path / "a.warc"))
+
+
+def test_ingest__lists_drop_rows_with_a_reason(tmp_path):
+    (tmp_path / "adult").mkdir()
+    (tmp_path / "adult" / "domains").write_text("host3.example\n")
+    (tmp_path / "own.txt").write_text("host4.example/4.jpg\n*.pages.example\n")
+    pages = [None] * 49 + ["http://a.pages.example/"]
+    urls = write_urls(tmp_path / "u.parquet", [*URLS, *URLS[48:]], page=[*pages, None, None])
+    lists = {"blocked": {"ut1": str(tmp_path), "own": str(tmp_path / "own.txt")}}
+    record, outputs = ingest(tmp_path, urls=urls, lists=lists)
+    listed = {"url_list:own": 2, "url_list:ut1/adult": 7}
+    assert record.dropped == {"duplicate_source": 1, **listed}
+    left = outputs["rows"].read()["source"].to_pylist()
+    assert not [url for url in left if "host3" in url or url.endswith("/4.jpg")]
+    assert URLS[49] in left  # listed for one page, it is also shown by another
+    decisions = outputs["decisions"].read().to_pylist()
+    reasons = {row["id"]: row["reason"] for row in decisions if row["reason"]}
+    assert reasons[make_id(URLS[3])] == "url_list:ut1/adult"
