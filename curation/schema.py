@@ -57,6 +57,8 @@ _TYPES: dict[str, pa.DataType] = {
     "sharpness": pa.float32(),
     "nsfw_score": pa.float32(),
     "num_faces": pa.int32(),
+    "text_share": pa.float32(),
+    "seed_similarity": pa.float32(),
     "blocklist": pa.string(),
     "blocked_at": pa.timestamp("ms", tz="UTC"),
     # retrieval
