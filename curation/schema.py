@@ -112,6 +112,17 @@ def schema_of(names: Iterable[str]) -> pa.Schema:
     return pa.schema([(name, _TYPES[name]) for name in names])
 
 
+def binary_column(values: Sequence[bytes | None]) -> pa.Array:
+    """A column of bytes, copied once: Arrow's builder would grow, and copy images again."""
+    sizes = [0 if value is None else len(value) for value in values]
+    offsets = np.cumsum([0, *sizes], dtype=np.int64)
+    valid = pa.array([value is not None for value in values], pa.bool_()).buffers()[1]
+    data = pa.py_buffer(b"".join(value for value in values if value is not None))
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(values), [valid, pa.py_buffer(offsets), data]
+    )
+
+
 def embedding_schema(width: int) -> pa.Schema:
     """Schema of a set of embeddings: unit rows of float16."""
     return pa.schema(

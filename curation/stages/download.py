@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from curation.fetching.client import Client, FetchPolicy
 from curation.fetching.outcomes import REASONS, status_of
 from curation.fetching.shard_downloader import Outcome, ShardDownloader, load_downloader
-from curation.schema import FETCH_COLUMNS, SOURCE_COLUMNS, column_type, schema_of
+from curation.schema import FETCH_COLUMNS, SOURCE_COLUMNS, binary_column, schema_of
 from curation.stage import Resources, Shard, ShardStage, reject
 from embedder.images import Limits
 
@@ -135,10 +135,10 @@ class Download(ShardStage):
 
 def _take_bodies(outcomes: list[Outcome]) -> pa.Array:
     """The bodies as a column, taken out of the outcomes: a shard is in memory once, not twice."""
-    bodies = pa.array([outcome.body for outcome in outcomes], column_type("raw"))
+    column = binary_column([outcome.body for outcome in outcomes])
     for outcome in outcomes:
         outcome.body = None
-    return bodies
+    return column
 
 
 def _reject_failures(shard: Shard, outcomes: list[Outcome]) -> None:
