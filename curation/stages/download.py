@@ -27,10 +27,10 @@ class Download(ShardStage):
     """Whether private, loopback and link-local addresses may be fetched from."""
     threads: int = Field(32, ge=1, le=1024)
     """Fetches at once in each worker."""
-    per_host: int = Field(8, ge=1)
-    """Fetches at once from one host, in each worker."""
+    per_host: int = Field(8, ge=1, le=1024)
+    """Fetches at once from one host, by all workers of a machine together."""
     host_delay_s: float = Field(0.0, ge=0)
-    """Least time between the starts of two fetches from one host, in each worker."""
+    """Least time between the starts of two fetches from one host, by a machine's workers."""
     retries: int = Field(2, ge=0, le=10)
     """Further attempts after a failure that may pass."""
     back_off_s: float = Field(1.0, ge=0)
