@@ -4,9 +4,12 @@ A source is cut into pieces that one task reads; a piece of images lists referen
 size), so that bytes are read once, where they are needed, and do not travel with the ids.
 """
 
+import contextlib
+import logging
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -16,6 +19,8 @@ import pyarrow.json
 from curation import storage
 from curation.errors import ConfigError, SchemaError
 from curation.schema import schema_of
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
@@ -145,11 +150,12 @@ class ImageFiles:
         """
         names = [name for name in storage.walk_files(self.path) if not _hidden(name)]
         tars = [name for name in names if name.endswith(".tar")]
-        tables = [name for name in names if name.endswith(".parquet")]
+        tables = [name for name in names if name.endswith(".parquet")] if not tars else []
         images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        if images:  # img2dataset lays tables of what it knows beside the files
+            tables = [name for name in tables if self._holds_images(name)]
         pieces = [Piece(storage.join(self.path, name)) for name in tars]
-        if not tars:
-            pieces += [piece for name in tables for piece in self._groups_of(name)]
+        pieces += [piece for name in tables for piece in self._groups_of(name)]
         pieces += [
             Piece(self.path, names=tuple(chunk), num_rows=len(chunk)) for chunk in _chunks(images)
         ]
@@ -172,6 +178,10 @@ class ImageFiles:
             ]
             return pa.Table.from_pylist(rows, schema=REFERENCES)
         return pa.Table.from_pylist(list(self._tar_members(piece.file)), schema=REFERENCES)
+
+    def _holds_images(self, name: str) -> bool:
+        with storage.open_parquet(storage.join(self.path, name)) as opened:
+            return bool(set(_BYTE_COLUMNS) & set(opened.schema_arrow.names))
 
     def _groups_of(self, name: str) -> Iterator[Piece]:
         file = storage.join(self.path, name)
@@ -198,12 +208,16 @@ class ImageFiles:
 
     def _tar_members(self, file: str) -> Iterator[dict[str, str | int]]:
         relative = file.removeprefix(self.path).lstrip("/")
-        with storage.open_read(file) as handle, tarfile.open(fileobj=handle) as tar:
-            for member in tar:
-                if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
-                    path = f"{relative}/{member.name}"
-                    offset = member.offset_data
-                    yield {"path": path, "file": file, "offset": offset, "size": member.size}
+        try:
+            with storage.open_read(file) as handle, tarfile.open(fileobj=handle) as tar:
+                for member in tar:
+                    if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
+                        path = f"{relative}/{member.name}"
+                        offset = member.offset_data
+                        yield {"path": path, "file": file, "offset": offset, "size": member.size}
+        except tarfile.TarError as error:
+            # Killed writers leave such files. Their last image may end early: canonicalize says so.
+            logger.warning("%s: ends early or is damaged (%s); read up to there", file, error)
 
 
 def read_references(references: pa.Table) -> list[bytes]:
@@ -237,8 +251,15 @@ def plain_name(path: str) -> str:
     return lower
 
 
-def _open_text(path: str) -> fsspec.core.OpenFile:
-    return fsspec.open(path, "rb", compression="infer")
+@contextlib.contextmanager
+def _open_text(path: str) -> Iterator[Any]:
+    """Open a list, unpacked; zstd by Arrow, for which fsspec needs a further package."""
+    if path.lower().endswith(".zst"):
+        with storage.open_read(path) as file, pa.CompressedInputStream(file, "zstd") as unpacked:
+            yield unpacked
+        return
+    with fsspec.open(path, "rb", compression="infer") as file:
+        yield file
 
 
 def _count_lines(path: str) -> int:

@@ -1,6 +1,9 @@
+import bz2
 import gzip
+import importlib.util
 import io
 import json
+import lzma
 import tarfile
 
 import numpy as np
@@ -18,6 +21,11 @@ from curation.stage import StageFolder, StageInputs
 from curation.stages.ingest import Ingest
 from pipelines.local_engine import LocalEngine
 from pipelines.stage_runner import Silent, run_stage
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
 
 URLS = [f"http://host{i % 7}.example/{i}.jpg" for i in range(50)]
 
@@ -58,21 +66,75 @@ def test_ingest__content_is_free_of_shards_order_and_workers(tmp_path):
     assert first.outputs == second.outputs
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "txt", "txt.gz"])
+PACKED = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
+KINDS = ["csv", "tsv", "jsonl", "txt", "txt.gz", "csv.bz2", "jsonl.xz", "tsv.zst"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_ingest__reads_text_lists(tmp_path, kind):
-    separator = {"csv": ",", "tsv": "\t"}.get(kind)
+    name, _, packing = kind.partition(".")
+    separator = {"csv": ",", "tsv": "\t"}.get(name)
     if separator:
         lines = [f"url{separator}alt", *(f"{url}{separator}x" for url in URLS)]
-    elif kind == "jsonl":
+    elif name == "jsonl":
         lines = [json.dumps({"url": url, "alt": "x"}) for url in URLS]
     else:
         lines = URLS
     data = "\n".join(lines).encode()
-    (tmp_path / f"list.{kind}").write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    (tmp_path / f"list.{kind}").write_bytes(PACKED[packing](data) if packing else data)
     record, outputs = ingest(tmp_path, urls=str(tmp_path / f"list.{kind}"))
     assert record.rows_out == 50
     alt = set(outputs["rows"].read()["alt"].to_pylist())
     assert alt == ({None} if kind.startswith("txt") else {"x"})
+
+
+def img2dataset_output(folder, kind: str) -> list[bytes]:
+    """What img2dataset's own writers make of four images, one of which failed."""
+    (package,) = importlib.util.find_spec("img2dataset").submodule_search_locations
+    spec = importlib.util.spec_from_file_location("img2dataset_writer", f"{package}/writer.py")
+    writer = importlib.util.module_from_spec(spec)  # alone: the package brings torch along
+    spec.loader.exec_module(writer)
+    classes = {
+        "files": writer.FilesSampleWriter,
+        "webdataset": writer.WebDatasetSampleWriter,
+        "parquet": writer.ParquetSampleWriter,
+    }
+    known = pa.schema([("url", pa.string()), ("key", pa.string()), ("status", pa.string())])
+    folder.mkdir()
+    images = [jpeg(10), jpeg(90), None, jpeg(200)]
+    out = classes[kind](0, str(folder), False, 5, known, "jpg")
+    for i, image in enumerate(images):
+        status = "success" if image else "failed_to_download"
+        key = f"0000000{i}"
+        meta = {"url": f"http://h/{i}.jpg", "key": key, "status": status}
+        out.write(image, key, None, meta)
+    out.close()
+    (folder / "00000_stats.json").write_text("{}")
+    return [image for image in images if image]
+
+
+@pytest.mark.parametrize("kind", ["files", "webdataset", "parquet"])
+def test_ingest__reads_what_img2dataset_wrote(tmp_path, kind):
+    images = img2dataset_output(tmp_path / "old", kind)
+    record, outputs = ingest(tmp_path, images=str(tmp_path / "old"))
+    found = [raw for raw in outputs["raw"].read()["raw"].to_pylist() if raw]
+    assert sorted(found) == sorted(images)
+    assert record.rows_out == (4 if kind == "parquet" else 3)
+
+
+def test_ingest__reads_a_tar_that_ends_early(tmp_path):
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        for i in range(3):
+            image = jpeg(i)
+            member = tarfile.TarInfo(f"{i}.jpg")
+            member.size = len(image)
+            tar.addfile(member, io.BytesIO(image))
+    whole = (tmp_path / "tars" / "0.tar").read_bytes()
+    (tmp_path / "tars" / "0.tar").write_bytes(whole[: 2 * (512 + 1024) + 300])
+    record, outputs = ingest(tmp_path, images=str(tmp_path / "tars"))
+    assert record.rows_out == 2
+    assert sorted(outputs["raw"].read()["raw"].to_pylist()) == sorted([jpeg(0), jpeg(1)])
 
 
 def jpeg(shade: int) -> bytes:
