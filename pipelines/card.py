@@ -20,6 +20,7 @@ _TYPES = {
     "int32": "sc:Integer",
     "int64": "sc:Integer",
     "float": "sc:Float",
+    "timestamp[ms, tz=UTC]": "sc:DateTime",
     "bool": "sc:Boolean",
 }
 _ABOUT = {
