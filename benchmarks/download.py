@@ -5,7 +5,7 @@
 Both fetch the same JPEGs from the same server on loopback with the same processes and threads, and
 store JPEGs of at most 512 pixels. Ours runs with all protections on (robots.txt, opt-outs, caps,
 deadlines, address checks) and also hashes bytes, pixels and looks. A run over a few images tells
-the start-up apart. Takes about five minutes for 20,000 images on two cores.
+the start-up apart. Takes about five minutes for 20,000 images on two cores; --rounds repeats it.
 """
 
 import argparse
@@ -111,10 +111,10 @@ def ours(urls: list[str], folder: Path, args: argparse.Namespace) -> None:
     pool = Pool.of(write_dataset(str(folder / "urls"), tables, schema))
     stages: tuple[ShardStage, ...] = (
         Download(allow_private=True, threads=args.threads, per_host=args.threads),
-        Canonicalize(threads=1),
+        Canonicalize(threads=args.threads),
     )
+    engine = LocalEngine(args.processes)
     for stage in stages:
-        engine = LocalEngine(args.processes)
         where = StageFolder(str(folder / stage.name()), stage.name())
         record, outputs = run_stage(stage, StageInputs(pool), where, engine, Silent())
         assert record.rows_out == len(urls), record.dropped
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=32)
     parser.add_argument("--shard", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     queue: multiprocessing.Queue[int] = context.Queue()
@@ -178,9 +179,18 @@ def main() -> None:
     print(
         f"{'':8} {'whole s':>8} {'start s':>8} {'images/s after start':>21} {'core ms/image':>14}"
     )
+    # A shard a process, so that the start of every process is told apart.
     few = urls[: args.processes * 32]
-    for name, run in (("ours", ours), ("theirs", theirs)):
-        start, whole = cost(run, few, args), cost(run, urls, args)
+    brief = argparse.Namespace(**{**vars(args), "shard": 32})
+    rivals = {"ours": ours, "theirs": theirs}
+    # Rivals take turns, and the best of their rounds counts: others may use the machine, too.
+    starts = {name: [cost(run, few, brief) for _ in range(2)] for name, run in rivals.items()}
+    wholes: dict[str, list[np.ndarray]] = {name: [] for name in rivals}
+    for _ in range(args.rounds):
+        for name, run in rivals.items():
+            wholes[name].append(cost(run, urls, args))
+    for name in rivals:
+        start, whole = np.min(starts[name], axis=0), np.min(wholes[name], axis=0)
         wall, processor = (whole - start) / (len(urls) - len(few))
         shown = f"{processor * 1e3:14.2f}" if args.processes == 1 else f"{'-':>14}"
         print(f"{name:8} {whole[0]:8.1f} {start[0]:8.1f} {1 / wall:21.0f} {shown}")

@@ -76,10 +76,9 @@ def _row_bytes(table: pa.Table) -> list[bytes]:
 def _column_bytes(column: pa.ChunkedArray) -> np.ndarray:
     """(N, W) uint8: a validity byte, then the value or a 16-byte hash of it."""
     valid = np.asarray(pc.is_valid(column)).astype(np.uint8)[:, None]  # (N, 1)
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
-    return np.concatenate([valid, _value_bytes(array) * valid], axis=1)
+    # Chunk by chunk: joining them would copy a shard's images.
+    values = [_value_bytes(chunk) for chunk in column.chunks if len(chunk)]
+    return np.concatenate([valid, np.concatenate(values) * valid], axis=1)
 
 
 def _value_bytes(array: pa.Array) -> np.ndarray:

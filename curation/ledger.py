@@ -268,7 +268,10 @@ def _output_table(shard: Shard, name: str, schema: pa.Schema) -> pa.Table:
         else:
             raise LedgerError(f"output '{name}' promised the column '{field.name}'")
     table = pa.table(arrays, schema=schema)
-    return table if name in shard.whole_outputs else table.filter(pa.array(shard.alive))
+    alive = shard.alive
+    if name in shard.whole_outputs or alive.all():
+        return table  # a filter would copy a shard's images
+    return table.filter(pa.array(alive))
 
 
 def _to_arrow(values: Any, kind: pa.DataType) -> pa.Array:

@@ -22,6 +22,7 @@ _TYPES: dict[str, pa.DataType] = {
     "alt": pa.string(),
     "page": pa.string(),
     "license": pa.string(),
+    "crawled_at": pa.timestamp("ms", tz="UTC"),
     # fetched bytes, deleted once canonicalize has committed
     "raw": pa.large_binary(),
     # canonical image
@@ -56,6 +57,8 @@ _TYPES: dict[str, pa.DataType] = {
     "sharpness": pa.float32(),
     "nsfw_score": pa.float32(),
     "num_faces": pa.int32(),
+    "text_share": pa.float32(),
+    "seed_similarity": pa.float32(),
     "blocklist": pa.string(),
     "blocked_at": pa.timestamp("ms", tz="UTC"),
     # retrieval
@@ -107,6 +110,17 @@ def column_type(name: str) -> pa.DataType:
 def schema_of(names: Iterable[str]) -> pa.Schema:
     """Arrow schema of some of our columns, in the order given."""
     return pa.schema([(name, _TYPES[name]) for name in names])
+
+
+def binary_column(values: Sequence[bytes | None]) -> pa.Array:
+    """A column of bytes, copied once: Arrow's builder would grow, and copy images again."""
+    sizes = [0 if value is None else len(value) for value in values]
+    offsets = np.cumsum([0, *sizes], dtype=np.int64)
+    valid = pa.array([value is not None for value in values], pa.bool_()).buffers()[1]
+    data = pa.py_buffer(b"".join(value for value in values if value is not None))
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(values), [valid, pa.py_buffer(offsets), data]
+    )
 
 
 def embedding_schema(width: int) -> pa.Schema:

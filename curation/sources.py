@@ -4,9 +4,12 @@ A source is cut into pieces that one task reads; a piece of images lists referen
 size), so that bytes are read once, where they are needed, and do not travel with the ids.
 """
 
+import contextlib
+import logging
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -15,6 +18,9 @@ import pyarrow.json
 
 from curation import storage
 from curation.errors import ConfigError, SchemaError
+from curation.schema import schema_of
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
@@ -25,7 +31,7 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _BYTE_COLUMNS = ("image", "jpg", "png", "webp", "raw", "bytes", "image_bytes")
 _FILES_PER_PIECE = 10_000
 
-URLS = pa.schema([(name, pa.string()) for name in ("url", "alt", "page", "license")])
+URLS = pa.schema([("url", pa.string()), *schema_of(["alt", "page", "license", "crawled_at"])])
 REFERENCES = pa.schema(
     [("path", pa.string()), ("file", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
 )
@@ -52,7 +58,7 @@ class UrlList:
 
     path: str
     columns: dict[str, str]
-    """Our column -> the list's: url, and optionally alt, page, license."""
+    """Our column -> the list's: url, and optionally alt, page, license, crawled_at."""
 
     def pieces(self) -> list[Piece]:
         """Cut into row groups or files, with their row counts.
@@ -73,23 +79,23 @@ class UrlList:
             )
         return pa.table(
             [
-                table[wanted[name]].cast(pa.string())
-                if wanted.get(name) in table.column_names
-                else pa.nulls(table.num_rows, pa.string())
-                for name in URLS.names
+                table[wanted[field.name]].cast(field.type)
+                if wanted.get(field.name) in table.column_names
+                else pa.nulls(table.num_rows, field.type)
+                for field in URLS
             ],
             schema=URLS,
         )
 
     def _files(self) -> list[str]:
-        if _plain_name(self.path).endswith(_LIST_SUFFIXES):
+        if plain_name(self.path).endswith(_LIST_SUFFIXES):
             if not storage.exists(self.path):
                 raise ConfigError(f"{self.path}: no such list of URLs")
             return [self.path]
         names = [
             name
             for name in storage.walk_files(self.path)
-            if _plain_name(name).endswith(_LIST_SUFFIXES) and not name.startswith("_")
+            if plain_name(name).endswith(_LIST_SUFFIXES) and not name.startswith("_")
         ]
         if not names:
             raise ConfigError(
@@ -107,7 +113,7 @@ class UrlList:
                 yield Piece(file, group, num_rows=opened.metadata.row_group(group).num_rows)
 
     def _read_table(self, piece: Piece) -> pa.Table:
-        name = _plain_name(piece.file)
+        name = plain_name(piece.file)
         if name.endswith(".parquet"):
             with storage.open_parquet(piece.file) as opened, storage.parquet_errors(piece.file):
                 present = set(self.columns.values()) & set(opened.schema_arrow.names)
@@ -144,11 +150,12 @@ class ImageFiles:
         """
         names = [name for name in storage.walk_files(self.path) if not _hidden(name)]
         tars = [name for name in names if name.endswith(".tar")]
-        tables = [name for name in names if name.endswith(".parquet")]
+        tables = [name for name in names if name.endswith(".parquet")] if not tars else []
         images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        if images:  # img2dataset lays tables of what it knows beside the files
+            tables = [name for name in tables if self._holds_images(name)]
         pieces = [Piece(storage.join(self.path, name)) for name in tars]
-        if not tars:
-            pieces += [piece for name in tables for piece in self._groups_of(name)]
+        pieces += [piece for name in tables for piece in self._groups_of(name)]
         pieces += [
             Piece(self.path, names=tuple(chunk), num_rows=len(chunk)) for chunk in _chunks(images)
         ]
@@ -171,6 +178,10 @@ class ImageFiles:
             ]
             return pa.Table.from_pylist(rows, schema=REFERENCES)
         return pa.Table.from_pylist(list(self._tar_members(piece.file)), schema=REFERENCES)
+
+    def _holds_images(self, name: str) -> bool:
+        with storage.open_parquet(storage.join(self.path, name)) as opened:
+            return bool(set(_BYTE_COLUMNS) & set(opened.schema_arrow.names))
 
     def _groups_of(self, name: str) -> Iterator[Piece]:
         file = storage.join(self.path, name)
@@ -197,12 +208,16 @@ class ImageFiles:
 
     def _tar_members(self, file: str) -> Iterator[dict[str, str | int]]:
         relative = file.removeprefix(self.path).lstrip("/")
-        with storage.open_read(file) as handle, tarfile.open(fileobj=handle) as tar:
-            for member in tar:
-                if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
-                    path = f"{relative}/{member.name}"
-                    offset = member.offset_data
-                    yield {"path": path, "file": file, "offset": offset, "size": member.size}
+        try:
+            with storage.open_read(file) as handle, tarfile.open(fileobj=handle) as tar:
+                for member in tar:
+                    if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
+                        path = f"{relative}/{member.name}"
+                        offset = member.offset_data
+                        yield {"path": path, "file": file, "offset": offset, "size": member.size}
+        except tarfile.TarError as error:
+            # Killed writers leave such files. Their last image may end early: canonicalize says so.
+            logger.warning("%s: ends early or is damaged (%s); read up to there", file, error)
 
 
 def read_references(references: pa.Table) -> list[bytes]:
@@ -228,7 +243,7 @@ def _hidden(name: str) -> bool:
     return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
-def _plain_name(path: str) -> str:
+def plain_name(path: str) -> str:
     """The name without a compression suffix, in lower case."""
     lower = path.lower()
     for suffix in _COMPRESSED:
@@ -236,8 +251,15 @@ def _plain_name(path: str) -> str:
     return lower
 
 
-def _open_text(path: str) -> fsspec.core.OpenFile:
-    return fsspec.open(path, "rb", compression="infer")
+@contextlib.contextmanager
+def _open_text(path: str) -> Iterator[Any]:
+    """Open a list, unpacked; zstd by Arrow, for which fsspec needs a further package."""
+    if path.lower().endswith(".zst"):
+        with storage.open_read(path) as file, pa.CompressedInputStream(file, "zstd") as unpacked:
+            yield unpacked
+        return
+    with fsspec.open(path, "rb", compression="infer") as file:
+        yield file
 
 
 def _count_lines(path: str) -> int:

@@ -85,12 +85,12 @@ def total_bytes(path: str) -> int:
 
 
 def walk_files(path: str) -> list[str]:
-    """Relative paths of all files below a folder, sorted."""
+    """Relative paths of all files below a folder, sorted; none where it is a file."""
     fs, inner = _resolve(path)
     with storage_errors(path):
         found = fs.find(inner)
     root = inner.rstrip("/") + "/"
-    return sorted(name.removeprefix(root) for name in found)
+    return sorted(name.removeprefix(root) for name in found if name.startswith(root))
 
 
 def remove(path: str) -> None:

@@ -20,6 +20,7 @@ _TYPES = {
     "int32": "sc:Integer",
     "int64": "sc:Integer",
     "float": "sc:Float",
+    "timestamp[ms, tz=UTC]": "sc:DateTime",
     "bool": "sc:Boolean",
 }
 _ABOUT = {
@@ -29,6 +30,7 @@ _ABOUT = {
     "alt": "alternative text of the page, where the list had it",
     "page": "page that showed the image, where the list had it",
     "license": "licence, where the list had it",
+    "crawled_at": "when a crawler saw that page, for rows from web archives",
     "width": "pixels of the stored image",
     "height": "pixels of the stored image",
     "original_width": "pixels as downloaded",

@@ -136,30 +136,37 @@ def plan(
 def ingest(
     out: Out,
     urls: Annotated[str | None, typer.Option("--urls", help="Lists of URLs.")] = None,
+    archives: Annotated[
+        str | None, typer.Option("--archives", help="WARC or WAT files: images of their pages.")
+    ] = None,
     images: Annotated[str | None, typer.Option("--images", help="Folder of images.")] = None,
     url_column: Annotated[str, typer.Option("--url-column", help="Column of the URL.")] = "url",
     set_name: Annotated[str, typer.Option("--set-name", help="Name of the set.")] = "web",
     rows_per_shard: Annotated[int, typer.Option("--rows-per-shard", min=1)] = 10_000,
+    changes: Changes = None,
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
 ) -> None:
-    """Give every URL or image its id, and drop repeated ones.
+    """Give every URL or image its id; drop repeated ones and those on lists.
 
-    Example:
+    Examples:
 
         curate ingest --urls urls.parquet --out rows
+
+        curate ingest --archives crawl/ --out rows --set lists.blocked.ut1=blacklists/
     """
     from pipelines.verbs import stages as verb
 
     settings = {
         "urls": urls,
+        "archives": archives,
         "images": images,
         "url_column": url_column,
         "source_set": set_name,
         "rows_per_shard": rows_per_shard,
     }
-    verb.run_ingest(settings, out, _engine(engine, workers, address))
+    verb.run_ingest(settings, changes or [], out, _engine(engine, workers, address))
 
 
 @app.command()

@@ -36,13 +36,14 @@ class ConsoleWatcher:
         self._bars: Progress | None = None
         self._bar: Any = None
         self._began = self._spoke = time.monotonic()
-        self._total = self._done = self._rows = self._kept = 0
+        self._total = self._before = self._done = self._rows = self._kept = 0
         self.num_run = 0
 
     def started(self, stage: str, total: int, done: int) -> None:
         """Begin a bar."""
         self._began = self._spoke = time.monotonic()
-        self._total, self._done, self._rows, self._kept = total, done, 0, 0
+        self._total, self._before, self._done = total, done, done
+        self._rows = self._kept = 0
         if self._quiet or not self._console.is_terminal:
             return
         self._bars = Progress(
@@ -88,7 +89,7 @@ class ConsoleWatcher:
 
     def _line(self, stage: str) -> str:
         seconds = time.monotonic() - self._began
-        left = seconds / max(self._done, 1) * (self._total - self._done)
+        left = seconds / max(self._done - self._before, 1) * (self._total - self._done)
         return f"{stage}: {self._done}/{self._total} shards, {self._rate()}, {left:,.0f} s left"
 
 

@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from curation.fetching.machine import MachineSlots, machine_slots
+
 
 @dataclass
 class _Host:
     active: int = 0
-    next_start: float = 0.0
     parked: deque[int] = field(default_factory=deque)
 
 
@@ -20,16 +21,25 @@ class HostSchedule:
     """Hands rows out to threads.
 
     A row of a host that is busy waits without a thread; so does one that is to be tried again.
+    Hosts are busy for all processes of the machine together.
     """
 
-    def __init__(self, hosts: Sequence[str], *, per_host: int, delay_s: float) -> None:
+    def __init__(
+        self,
+        hosts: Sequence[str],
+        *,
+        per_host: int,
+        delay_s: float,
+        machine: MachineSlots | None = None,
+    ) -> None:
         self._row_hosts = hosts
         self._per_host = per_host
         self._delay_s = delay_s
+        self._machine = machine or machine_slots()
         self._hosts = {host: _Host() for host in hosts}
         self._order = itertools.count()
         self._condition = threading.Condition()
-        # (ready at, tie-break, row, whether a slot of its host is held for it)
+        # (ready at, tie-break, row, whether it counts as active and only waits for the machine)
         self._heap = [(0.0, next(self._order), row, False) for row in _in_turns(hosts)]
         heapq.heapify(self._heap)
 
@@ -48,32 +58,33 @@ class HostSchedule:
     def give_back(self, row: int, retry_in_s: float | None = None) -> None:
         """End a row's attempt; its host's slot goes to the next."""
         with self._condition:
-            host = self._hosts[self._row_hosts[row]]
+            name = self._row_hosts[row]
+            host = self._hosts[name]
             host.active -= 1
+            self._machine.end(name)
             if host.parked:
-                self._push(time.monotonic(), host.parked.popleft(), holds_slot=False)
+                self._push(time.monotonic(), host.parked.popleft(), is_active=False)
             if retry_in_s is not None:
-                self._push(time.monotonic() + retry_in_s, row, holds_slot=False)
+                self._push(time.monotonic() + retry_in_s, row, is_active=False)
 
     def _start(self, now: float) -> int | None:
         """The first row of the heap, unless its host is busy or must be left alone for a while."""
-        _, _, row, holds_slot = heapq.heappop(self._heap)
-        if holds_slot:
-            return row
-        host = self._hosts[self._row_hosts[row]]
-        if host.active >= self._per_host:
-            host.parked.append(row)
+        _, _, row, is_active = heapq.heappop(self._heap)
+        name = self._row_hosts[row]
+        host = self._hosts[name]
+        if not is_active:
+            if host.active >= self._per_host:
+                host.parked.append(row)
+                return None
+            host.active += 1
+        wait_s = self._machine.try_start(name, self._per_host, self._delay_s)
+        if wait_s:
+            self._push(now + wait_s, row, is_active=True)
             return None
-        host.active += 1
-        begin = max(now, host.next_start)
-        host.next_start = begin + self._delay_s
-        if begin <= now:
-            return row
-        self._push(begin, row, holds_slot=True)
-        return None
+        return row
 
-    def _push(self, ready_at: float, row: int, *, holds_slot: bool) -> None:
-        heapq.heappush(self._heap, (ready_at, next(self._order), row, holds_slot))
+    def _push(self, ready_at: float, row: int, *, is_active: bool) -> None:
+        heapq.heappush(self._heap, (ready_at, next(self._order), row, is_active))
         self._condition.notify()
 
 

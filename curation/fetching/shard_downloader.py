@@ -209,8 +209,11 @@ def _write_tickets(folder: Path, count: int) -> Path:
 
 
 def _host_of(url: str) -> str:
+    """The host that limits hold for, with its port where that is not the scheme's own."""
     try:
-        return urlsplit(url).hostname or ""
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        return host if parts.port in (None, 80, 443) else f"{host}:{parts.port}"
     except ValueError:
         return ""
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from curation.fetching.client import Client, FetchPolicy
 from curation.fetching.outcomes import REASONS, status_of
 from curation.fetching.shard_downloader import Outcome, ShardDownloader, load_downloader
-from curation.schema import FETCH_COLUMNS, SOURCE_COLUMNS, column_type, schema_of
+from curation.schema import FETCH_COLUMNS, SOURCE_COLUMNS, binary_column, schema_of
 from curation.stage import Resources, Shard, ShardStage, reject
 from embedder.images import Limits
 
@@ -27,10 +27,10 @@ class Download(ShardStage):
     """Whether private, loopback and link-local addresses may be fetched from."""
     threads: int = Field(32, ge=1, le=1024)
     """Fetches at once in each worker."""
-    per_host: int = Field(8, ge=1)
-    """Fetches at once from one host, in each worker."""
+    per_host: int = Field(8, ge=1, le=1024)
+    """Fetches at once from one host, by all workers of a machine together."""
     host_delay_s: float = Field(0.0, ge=0)
-    """Least time between the starts of two fetches from one host, in each worker."""
+    """Least time between the starts of two fetches from one host, by a machine's workers."""
     retries: int = Field(2, ge=0, le=10)
     """Further attempts after a failure that may pass."""
     back_off_s: float = Field(1.0, ge=0)
@@ -135,10 +135,10 @@ class Download(ShardStage):
 
 def _take_bodies(outcomes: list[Outcome]) -> pa.Array:
     """The bodies as a column, taken out of the outcomes: a shard is in memory once, not twice."""
-    bodies = pa.array([outcome.body for outcome in outcomes], column_type("raw"))
+    column = binary_column([outcome.body for outcome in outcomes])
     for outcome in outcomes:
         outcome.body = None
-    return bodies
+    return column
 
 
 def _reject_failures(shard: Shard, outcomes: list[Outcome]) -> None:

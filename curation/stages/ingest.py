@@ -1,4 +1,4 @@
-"""Reads URL lists or images, gives every row its id, and drops repeated sources.
+"""Reads URL lists, web archives or images, gives every row its id, and drops repeated sources.
 
 Rows are exchanged by ranges of their ids: shard i holds the i-th range, sorted by id. So ids lie
 near nothing in particular (one host's URLs spread over all shards, which is kind to hosts), a row
@@ -14,7 +14,9 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from curation import storage
+from curation.archives import archive_files, extract_images
 from curation.digest import digest_of
+from curation.errors import StageError
 from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
 from curation.identity import NORMALISATION_VERSION, file_source, normalise_url
 from curation.ledger import commit_shard
@@ -27,17 +29,29 @@ from curation.schema import (
     make_id,
     schema_of,
 )
-from curation.sources import ImageFiles, Piece, UrlList, read_references
-from curation.stage import DatasetStage, Engine, Resources, Shard, StageFolder, StageInputs, reject
+from curation.sources import URLS, ImageFiles, Piece, UrlList, read_references
+from curation.stage import (
+    DatasetStage,
+    Engine,
+    Resources,
+    Shard,
+    StageFolder,
+    StageInputs,
+    Task,
+    reject,
+)
+from curation.url_lists import UrlLists
 
-_URL_COLUMNS = ("source", "alt", "page", "license")
+_URL_COLUMNS = ("source", "alt", "page", "license", "crawled_at")
 
 
 class Ingest(DatasetStage):
-    """Where rows come from: give `urls` or `images`."""
+    """Where rows come from: give `urls`, `archives` or `images`."""
 
     urls: str | None = None
     """A list of URLs or a folder of lists: Parquet, CSV, TSV, JSON lines or text."""
+    archives: str | None = None
+    """A WARC or WAT file or a folder of them: the images that their pages show."""
     images: str | None = None
     """A folder of images, of WebDataset tars, or of Parquet files with image bytes."""
     source_set: str = "web"
@@ -52,54 +66,101 @@ class Ingest(DatasetStage):
     """Column of the licence, if the list has it."""
     rows_per_shard: int = 10_000
     """About how many rows lie in one shard; it does not change the content."""
-
     max_rows: int | None = Field(default=None, ge=1)
     """Read only a uniform sample of about so many rows, the same every time; null: all."""
+    lists: UrlLists = UrlLists()
+    """Schemes, domains and URLs that pass; not asked about images."""
 
-    reasons = ("bad_source", "duplicate_source", "in_base")
+    reasons = (
+        *("bad_source", "scheme", "url_list:NAME", "not_allowed"),
+        *("duplicate_source", "in_base"),
+    )
     meets_base = True
 
     @model_validator(mode="after")
     def _one_source(self) -> "Ingest":
-        if (self.urls is None) == (self.images is None):
-            raise ValueError("give either 'urls' or 'images'")
+        given = [one for one in (self.urls, self.archives, self.images) if one is not None]
+        if len(given) != 1:
+            raise ValueError("give either 'urls', 'archives' or 'images'")
         if self.rows_per_shard < 1:
             raise ValueError("'rows_per_shard' must be at least 1")
         return self
 
-    @property
-    def source(self) -> UrlList | ImageFiles:
-        """What the rows are read from."""
-        if self.urls is None:
-            return ImageFiles(str(self.images))
-        columns = (self.url_column, self.alt_column, self.page_column, self.license_column)
-        return UrlList(self.urls, dict(zip(("url", *_URL_COLUMNS[1:]), columns, strict=True)))
-
     def outputs(self) -> dict[str, pa.Schema]:
         """URLs with what the list knows of them, or images with their bytes."""
-        if self.urls is not None:
-            return {"rows": schema_of([ID, *SOURCE_COLUMNS, *_URL_COLUMNS[1:]])}
-        rows, raw = (ID, *SOURCE_COLUMNS), (ID, *SOURCE_COLUMNS, "raw")
-        return {"rows": schema_of(rows), "raw": schema_of(raw)}
+        rows = (ID, *SOURCE_COLUMNS)
+        if self.images is not None:
+            return {"rows": schema_of(rows), "raw": schema_of((*rows, "raw"))}
+        known = _URL_COLUMNS[1:] if self.archives is not None else _URL_COLUMNS[1:-1]
+        return {"rows": schema_of((*rows, *known))}
 
     def fingerprint(self) -> str:
         """Names and sizes of the input files, and for local ones the time of their last change."""
-        pieces = self.source.pieces()
-        files = {piece.file for piece in pieces if not piece.names}
-        files |= {storage.join(piece.file, name) for piece in pieces for name in piece.names}
-        return digest_of(NORMALISATION_VERSION, [(f, storage.stamp_of(f)) for f in sorted(files)])
+        if self.archives is not None:
+            files = set(archive_files(self.archives))
+        else:
+            pieces = self.source().pieces()
+            files = {piece.file for piece in pieces if not piece.names}
+            files |= {storage.join(piece.file, name) for piece in pieces for name in piece.names}
+        stamps = [(file, storage.stamp_of(file)) for file in sorted(files)]
+        return digest_of(NORMALISATION_VERSION, stamps, self.lists.fingerprint())
+
+    def source(self, links: str = "") -> UrlList | ImageFiles:
+        """What the rows are read from; of archives, the folder of the links found in them."""
+        if self.images is not None:
+            return ImageFiles(self.images)
+        if self.archives is not None:
+            return UrlList(links, {name: name for name in URLS.names if name != "license"})
+        columns = (self.url_column, self.alt_column, self.page_column, self.license_column)
+        return UrlList(str(self.urls), dict(zip(URLS.names, columns, strict=False)))
 
     def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
         """Exchange the rows by id, then write a shard a range."""
-        pieces = self.source.pieces()
+        figures: dict[str, Any] = {}
+        links = storage.join(folder.scratch, "links")
+        if self.archives is not None:
+            figures = self._extract(archive_files(self.archives), links, engine)
+        source = self.source(links)
+        pieces = source.pieces()
         known = sum(max(piece.num_rows, 1) for piece in pieces)
         share = 1.0 if self.max_rows is None else min(1.0, self.max_rows / known)
         num_shards = max(1, -(-int(known * share) // self.rows_per_shard))
         exchange = Exchange(storage.join(folder.scratch, "ingest"), num_shards, Resources())
-        mapper = _ByIdRange(self, num_shards, share)
+        mapper = _ByIdRange(self, source, num_shards, share)
         exchange.run(engine, mapper, pieces, _WriteShard(self, folder, num_shards, inputs.base))
         files = len({piece.file for piece in pieces})
-        return {"input_files": files, "listed_rows": known, "share_read": share}
+        return {"input_files": files, "listed_rows": known, "share_read": share, **figures}
+
+    def _extract(self, archives: list[str], links: str, engine: Engine) -> dict[str, int]:
+        """Write the links of each archive to a file; give what was found, added up.
+
+        Raises:
+            StageError: nothing in any of them can be read.
+        """
+        items = list(enumerate(archives))
+        done = set(storage.list_files(links, ".json"))
+        waiting = [item for item in items if f"{item[0]:06d}.json" not in done]
+        for _ in engine.map(_ExtractLinks(links), waiting, "ingest (archives)"):
+            pass
+        tallies = [
+            storage.read_json(storage.join(links, f"{index:06d}.json")) for index, _ in items
+        ]
+        total = {name: sum(tally[name] for tally in tallies) for name in tallies[0]}
+        if total["damaged"] and not total["pages"]:
+            raise StageError(f"{self.archives}: no record there can be read; are these WARC files?")
+        return total
+
+
+@dataclass(frozen=True)
+class _ExtractLinks(Task[tuple[int, str], None]):
+    """Writes what an archive's pages show; the tally, written last, says that it is whole."""
+
+    folder: str
+
+    def __call__(self, item: tuple[int, str], opened: Any) -> None:
+        index, archive = item
+        tally = extract_images(archive, storage.join(self.folder, f"{index:06d}.parquet"))
+        storage.write_json(storage.join(self.folder, f"{index:06d}.json"), tally)
 
 
 @dataclass(frozen=True)
@@ -107,39 +168,42 @@ class _ByIdRange(Mapper[Piece]):
     """Gives each row of a piece its id."""
 
     stage: Ingest
+    source: UrlList | ImageFiles
     num_shards: int
     share: float
     """Share of the rows to read."""
 
     def __call__(self, item: Piece) -> tuple[pa.Table, np.ndarray]:
-        table = self.stage.source.read(item)
-        rows = self._from_urls(table) if self.stage.urls is not None else self._from_images(table)
+        table = self.source.read(item)
+        is_list = isinstance(self.source, UrlList)
+        rows = self._from_urls(table) if is_list else self._from_images(table)
         if self.share < 1:
             rows = rows.filter(pa.array(_drawn(rows[ID], self.share)))
         return rows, bucket_of_ids(rows[ID], self.num_shards)
 
     def _from_urls(self, table: pa.Table) -> pa.Table:
-        """Rows with a normalised source, or the raw text and bad = true."""
+        """Rows with a normalised source, or the raw text and the reason why it is no good."""
         sources, bad = [], []
         for url in table["url"].to_pylist():
             try:
                 sources.append(normalise_url(url or ""))
-                bad.append(False)
+                bad.append("")
             except ValueError:
                 sources.append(url or "")
-                bad.append(True)
+                bad.append("bad_source")
+        judged = self.stage.lists.judge(sources, table["page"].to_pylist())
+        bad = [reason or listed for reason, listed in zip(bad, judged, strict=True)]
         columns = {name: table[name] for name in _URL_COLUMNS[1:]}
         return pa.table(
-            {ID: _ids_of(sources), "source": pa.array(sources, pa.string()), "bad": bad, **columns}
-        )
+            {ID: _ids_of(sources), "source": pa.array(sources, pa.string()), **columns}
+        ).append_column("bad", pa.array(bad, pa.string()))
 
     def _from_images(self, table: pa.Table) -> pa.Table:
         paths = table["path"].to_pylist()
         ids = _ids_of([file_source(self.stage.source_set, path) for path in paths])
         columns = {name: table[name] for name in table.column_names if name != "path"}
-        return pa.table(
-            {ID: ids, "source": table["path"], "bad": np.zeros(len(paths), bool), **columns}
-        )
+        bad = pa.array([""] * len(paths), pa.string())
+        return pa.table({ID: ids, "source": table["path"], "bad": bad, **columns})
 
 
 @dataclass(frozen=True)
@@ -153,11 +217,14 @@ class _WriteShard(Reducer):
     """What earlier deliveries ingested."""
 
     def __call__(self, bucket: int, rows: pa.Table) -> int:
-        order = [name for name in (ID, *_URL_COLUMNS) if name in rows.column_names]
+        # Good rows come before bad ones with the same id, so that no repeat outlives its first.
+        order = [name for name in (ID, "bad", *_URL_COLUMNS) if name in rows.column_names]
         rows = rows.sort_by([(name, "ascending") for name in order])
         sets = pa.array([self.stage.source_set] * rows.num_rows, pa.string())
         shard = Shard(rows.append_column("source_set", sets), bucket)
-        reject(shard, rows["bad"].to_numpy(), "bad_source")
+        bad = rows["bad"].to_numpy()
+        for reason in sorted(set(bad) - {""}):
+            reject(shard, bad == reason, reason)
         reject(shard, _repeats(rows[ID]), "duplicate_source")
         for pool in self.base:
             reject(shard, self._known_to(pool, rows[ID], bucket), "in_base")

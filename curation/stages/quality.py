@@ -20,6 +20,8 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 class Quality(ShardStage):
     """Judges sides, aspect ratio, contrast, entropy and sharpness; keeps all scores."""
 
+    version = 2
+
     min_side: int = Field(64, ge=1)
     """Shortest side of the original, in pixels; smaller images are dropped as too_small."""
     max_aspect: float = Field(4.0, ge=1)

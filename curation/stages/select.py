@@ -36,7 +36,7 @@ from curation.stage import (
 from curation.stages.near_dedup import NearDedup
 
 MANIFEST_COLUMNS = (
-    *(ID, "source", "source_set", "alt", "page", "license"),
+    *(ID, "source", "source_set", "alt", "page", "license", "crawled_at"),
     *("width", "height", "original_width", "original_height", "format"),
     *("num_bytes", "sha256", "pixel_hash", "phash"),
     *("seed_set", "rule", "seed_id", "rank", "similarity", "cluster"),
@@ -49,6 +49,8 @@ class Select(DatasetStage):
     Duplicates across them fall; a set taken as it is keeps what it holds twice itself. What the
     manifest of an earlier delivery holds is not taken again, whichever flow it comes from.
     """
+
+    version = 2
 
     as_is: tuple[str, ...] = ()
     """Sets of which every image that is no leak is taken."""

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import pyarrow as pa
+
 from curation import storage
-from curation.config import parse_settings, split_change
+from curation.config import apply_change, parse_settings, split_change
 from curation.dataset import Dataset, open_foreign
 from curation.errors import ConfigError, SchemaError
 from curation.pool import Pool, UnionPool
@@ -67,8 +69,10 @@ def parse_changes(changes: list[str]) -> Settings:
     return dict(split_change(change) for change in changes)
 
 
-def run_ingest(settings: Settings, out: str, engine: Engine) -> None:
+def run_ingest(settings: Settings, changes: list[str], out: str, engine: Engine) -> None:
     """`curate ingest`."""
+    for change in changes:
+        apply_change(settings, change)
     stage = parse_settings(Ingest, settings, "curate ingest")
     run_single(stage, StageInputs(Pool("pool", {})), out, "rows", engine)
 
@@ -87,9 +91,14 @@ def run_download(
     if retry_failed is not None:
         pool = _failed_before(pool, retry_failed, out)
     outputs = run_single(stage, StageInputs(pool), out, "raw", engine)
-    hosts = summarise_hosts(outputs["fetches"]).slice(0, _HOSTS_SHOWN)
-    columns = (column.to_pylist() for column in hosts.columns)
-    console.print_rows(hosts.column_names, list(zip(*columns, strict=True)), "by host")
+    _print_hosts(summarise_hosts(outputs["fetches"]))
+
+
+def _print_hosts(hosts: pa.Table) -> None:
+    """The hosts with the most rows."""
+    title = f"by host ({min(_HOSTS_SHOWN, hosts.num_rows)} of {hosts.num_rows:,})"
+    columns = (column.to_pylist() for column in hosts.slice(0, _HOSTS_SHOWN).columns)
+    console.print_rows(hosts.column_names, list(zip(*columns, strict=True)), title)
 
 
 def _failed_before(pool: Pool, previous: str, out: str) -> Pool:
@@ -117,6 +126,8 @@ def run_canonicalize(raw: str, out: str, changes: list[str], engine: Engine) -> 
 
 def run_filter(images: str, out: str, filters: str, changes: list[str], engine: Engine) -> None:
     """`curate filter`."""
+    from curation.fetching.hosts import summarise_verdicts
+
     names = [name.strip() for name in filters.split(",") if name.strip()]
     settings: dict[str, Settings] = {name: {} for name in names}
     for key, value in parse_changes(changes).items():
@@ -126,7 +137,9 @@ def run_filter(images: str, out: str, filters: str, changes: list[str], engine: 
         settings[name][setting] = value
     stage = Filters(filters=tuple({name: values} for name, values in settings.items()))
     pool = images_pool(images, out, engine)
-    run_single(stage, StageInputs(pool), out, DECISIONS, engine)
+    outputs = run_single(stage, StageInputs(pool), out, DECISIONS, engine)
+    if "source" in pool.columns:
+        _print_hosts(summarise_verdicts(pool, outputs[DECISIONS]))
 
 
 def run_embed(

@@ -1,7 +1,8 @@
 import pyarrow as pa
 
 from curation.dataset import write_dataset
-from curation.fetching.hosts import summarise_hosts
+from curation.fetching.hosts import summarise_hosts, summarise_verdicts
+from curation.pool import Pool
 from curation.schema import FETCH_COLUMNS, make_id, schema_of
 
 
@@ -34,3 +35,16 @@ def test_summarise_hosts__adds_up_over_shards(tmp_path):
     assert found[3]["failed"] == 1
     empty = write_dataset(str(tmp_path / "e"), [], table.schema)
     assert summarise_hosts(empty).num_rows == 0
+
+
+def test_summarise_verdicts__counts_by_host(tmp_path):
+    sources = ["http://a.test/1", "http://b.test/1", "d/photo.jpg", "https://a.test/2"]
+    ids = [make_id(source) for source in sources]
+    images = pa.table({"id": ids, "source": sources})
+    verdicts = pa.table({"id": ids[:1] + ids[2:], "keep": [True, False, False]})
+    cuts = [slice(0, 2), slice(2, 4)]
+    pool = Pool.of(write_dataset(str(tmp_path / "i"), [images[cut] for cut in cuts], images.schema))
+    parts = [verdicts[:1], verdicts[1:]]
+    decisions = write_dataset(str(tmp_path / "v"), parts, verdicts.schema)
+    found = [tuple(row.values()) for row in summarise_verdicts(pool, decisions).to_pylist()]
+    assert found == [("a.test", 2, 1, 1), (None, 1, 0, 1)]

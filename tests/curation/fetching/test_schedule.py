@@ -2,31 +2,38 @@ import threading
 import time
 from collections import Counter
 
+from slot_holder import holding
+
+from curation.fetching.machine import MachineSlots
 from curation.fetching.schedule import HostSchedule
 
 
-def test_schedule__hosts_take_turns():
-    schedule = HostSchedule(["a", "a", "a", "b", "c"], per_host=9, delay_s=0)
+def scheduled(folder, hosts, **limits):
+    return HostSchedule(hosts, **limits, machine=MachineSlots(folder))
+
+
+def test_schedule__hosts_take_turns(tmp_path):
+    schedule = scheduled(tmp_path, ["a", "a", "a", "b", "c"], per_host=9, delay_s=0)
     assert [schedule.take() for _ in range(5)] == [0, 3, 4, 1, 2]
 
 
-def test_schedule__a_busy_host_waits_without_a_thread():
-    schedule = HostSchedule(["a", "a", "b"], per_host=1, delay_s=0)
+def test_schedule__a_busy_host_waits_without_a_thread(tmp_path):
+    schedule = scheduled(tmp_path, ["a", "a", "b"], per_host=1, delay_s=0)
     assert [schedule.take(), schedule.take()] == [0, 2]
     schedule.give_back(0)
     assert schedule.take() == 1
 
 
-def test_schedule__starts_of_one_host_are_apart():
-    schedule = HostSchedule(["a"] * 3 + ["b"], per_host=9, delay_s=0.1)
+def test_schedule__starts_of_one_host_are_apart(tmp_path):
+    schedule = scheduled(tmp_path, ["a"] * 3 + ["b"], per_host=9, delay_s=0.1)
     began = time.monotonic()
     rows = [schedule.take() for _ in range(4)]
     assert rows == [0, 3, 1, 2]
     assert time.monotonic() - began >= 0.2
 
 
-def test_schedule__a_retry_comes_back_when_its_pause_is_over():
-    schedule = HostSchedule(["a", "b"], per_host=1, delay_s=0)
+def test_schedule__a_retry_comes_back_when_its_pause_is_over(tmp_path):
+    schedule = scheduled(tmp_path, ["a", "b"], per_host=1, delay_s=0)
     assert schedule.take() == 0
     schedule.give_back(0, retry_in_s=0.05)
     assert schedule.take() == 1
@@ -34,9 +41,9 @@ def test_schedule__a_retry_comes_back_when_its_pause_is_over():
     assert schedule.take() == 0
 
 
-def test_schedule__many_threads_get_every_row_within_the_limits():
+def test_schedule__many_threads_get_every_row_within_the_limits(tmp_path):
     hosts = [f"h{i % 7}" for i in range(400)]
-    schedule = HostSchedule(hosts, per_host=2, delay_s=0)
+    schedule = scheduled(tmp_path, hosts, per_host=2, delay_s=0)
     lock = threading.Lock()
     active: Counter[str] = Counter()
     most: Counter[str] = Counter()
@@ -65,3 +72,11 @@ def test_schedule__many_threads_get_every_row_within_the_limits():
         thread.join(30)
     assert taken == {row: 2 if row % 5 == 0 else 1 for row in range(400)}
     assert max(most.values()) == 2
+
+
+def test_schedule__waits_for_slots_that_another_process_holds(tmp_path):
+    with holding(tmp_path, "a", 1):
+        schedule = scheduled(tmp_path, ["a", "b"], per_host=1, delay_s=0)
+        assert schedule.take() == 1
+        schedule.give_back(1)
+    assert schedule.take() == 0  # its holder was killed

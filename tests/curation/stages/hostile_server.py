@@ -86,6 +86,16 @@ class Handler(BaseHTTPRequestHandler):
     def on_ok(self, path: str) -> None:
         self.send(jpeg(int(path.rpartition("/")[2].partition(".")[0])), Content_Type="image/jpeg")
 
+    def on_slow(self, path: str) -> None:
+        """An image after a while; the server counts how many are on their way at once."""
+        with self.server.lock:
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        self.server.closing.wait(0.05)
+        with self.server.lock:
+            self.server.at_once -= 1
+        self.send(jpeg(1))
+
     def on_robots_txt(self, path: str) -> None:
         self.send(
             b"User-agent: *\nDisallow: /disallowed\nAllow: /disallowed/but\n", self.server.robots
@@ -249,6 +259,8 @@ class HostileServer(ThreadingHTTPServer):
         self.agents: set[str | None] = set()
         self.lock = threading.Lock()
         self.closing = threading.Event()
+        self.at_once = self.most_at_once = 0
+        """Slow images on their way."""
         self.robots = 200
         """Status of robots.txt."""
         self.gzip_bomb = gzip_bomb()

@@ -240,3 +240,16 @@ def test_download__runs_on_into_canonicalize(hostile_server: HostileServer, tmp_
         assert fetches is None or fetches.num_rows == len(urls)
         pool = pool.with_stage(outputs, outputs.pop("decisions"))
     assert pool.num_rows == 8
+
+
+def test_download__a_host_is_spared_by_all_workers_together(hostile_server, tmp_path):
+    urls = [f"{hostile_server.url}/slow/{i}.jpg" for i in range(36)]
+    schema = schema_of(["id", "source"])
+    parts = [urls[i::3] for i in range(3)]
+    tables = [pa.table([[make_id(url) for url in part], part], schema=schema) for part in parts]
+    pool = Pool.of(write_dataset(str(tmp_path / "urls"), tables, schema))
+    stage = Download(**{**QUICK, "total_timeout_s": 20.0}, per_host=2)
+    folder = StageFolder(str(tmp_path / "out"), "download")
+    record, _ = run_stage(stage, StageInputs(pool), folder, LocalEngine(3), Silent())
+    assert record.rows_out == 36
+    assert 1 <= hostile_server.most_at_once <= 2

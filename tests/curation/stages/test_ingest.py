@@ -1,6 +1,9 @@
+import bz2
 import gzip
+import importlib.util
 import io
 import json
+import lzma
 import tarfile
 
 import numpy as np
@@ -8,15 +11,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from web_archives import packed, page, wat
 
 from curation.config import parse_settings
-from curation.errors import ConfigError, SchemaError
+from curation.errors import ConfigError, SchemaError, StageError
 from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.ingest import Ingest
 from pipelines.local_engine import LocalEngine
 from pipelines.stage_runner import Silent, run_stage
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
 
 URLS = [f"http://host{i % 7}.example/{i}.jpg" for i in range(50)]
 
@@ -57,21 +66,75 @@ def test_ingest__content_is_free_of_shards_order_and_workers(tmp_path):
     assert first.outputs == second.outputs
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "txt", "txt.gz"])
+PACKED = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
+KINDS = ["csv", "tsv", "jsonl", "txt", "txt.gz", "csv.bz2", "jsonl.xz", "tsv.zst"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_ingest__reads_text_lists(tmp_path, kind):
-    separator = {"csv": ",", "tsv": "\t"}.get(kind)
+    name, _, packing = kind.partition(".")
+    separator = {"csv": ",", "tsv": "\t"}.get(name)
     if separator:
         lines = [f"url{separator}alt", *(f"{url}{separator}x" for url in URLS)]
-    elif kind == "jsonl":
+    elif name == "jsonl":
         lines = [json.dumps({"url": url, "alt": "x"}) for url in URLS]
     else:
         lines = URLS
     data = "\n".join(lines).encode()
-    (tmp_path / f"list.{kind}").write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    (tmp_path / f"list.{kind}").write_bytes(PACKED[packing](data) if packing else data)
     record, outputs = ingest(tmp_path, urls=str(tmp_path / f"list.{kind}"))
     assert record.rows_out == 50
     alt = set(outputs["rows"].read()["alt"].to_pylist())
     assert alt == ({None} if kind.startswith("txt") else {"x"})
+
+
+def img2dataset_output(folder, kind: str) -> list[bytes]:
+    """What img2dataset's own writers make of four images, one of which failed."""
+    (package,) = importlib.util.find_spec("img2dataset").submodule_search_locations
+    spec = importlib.util.spec_from_file_location("img2dataset_writer", f"{package}/writer.py")
+    writer = importlib.util.module_from_spec(spec)  # alone: the package brings torch along
+    spec.loader.exec_module(writer)
+    classes = {
+        "files": writer.FilesSampleWriter,
+        "webdataset": writer.WebDatasetSampleWriter,
+        "parquet": writer.ParquetSampleWriter,
+    }
+    known = pa.schema([("url", pa.string()), ("key", pa.string()), ("status", pa.string())])
+    folder.mkdir()
+    images = [jpeg(10), jpeg(90), None, jpeg(200)]
+    out = classes[kind](0, str(folder), False, 5, known, "jpg")
+    for i, image in enumerate(images):
+        status = "success" if image else "failed_to_download"
+        key = f"0000000{i}"
+        meta = {"url": f"http://h/{i}.jpg", "key": key, "status": status}
+        out.write(image, key, None, meta)
+    out.close()
+    (folder / "00000_stats.json").write_text("{}")
+    return [image for image in images if image]
+
+
+@pytest.mark.parametrize("kind", ["files", "webdataset", "parquet"])
+def test_ingest__reads_what_img2dataset_wrote(tmp_path, kind):
+    images = img2dataset_output(tmp_path / "old", kind)
+    record, outputs = ingest(tmp_path, images=str(tmp_path / "old"))
+    found = [raw for raw in outputs["raw"].read()["raw"].to_pylist() if raw]
+    assert sorted(found) == sorted(images)
+    assert record.rows_out == (4 if kind == "parquet" else 3)
+
+
+def test_ingest__reads_a_tar_that_ends_early(tmp_path):
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        for i in range(3):
+            image = jpeg(i)
+            member = tarfile.TarInfo(f"{i}.jpg")
+            member.size = len(image)
+            tar.addfile(member, io.BytesIO(image))
+    whole = (tmp_path / "tars" / "0.tar").read_bytes()
+    (tmp_path / "tars" / "0.tar").write_bytes(whole[: 2 * (512 + 1024) + 300])
+    record, outputs = ingest(tmp_path, images=str(tmp_path / "tars"))
+    assert record.rows_out == 2
+    assert sorted(outputs["raw"].read()["raw"].to_pylist()) == sorted([jpeg(0), jpeg(1)])
 
 
 def jpeg(shade: int) -> bytes:
@@ -109,7 +172,7 @@ def test_ingest__images_from_folder_tar_and_parquet(tmp_path):
 
 
 def test_ingest__wrong_input_says_what_to_do(tmp_path):
-    with pytest.raises(ConfigError, match="either 'urls' or 'images'"):
+    with pytest.raises(ConfigError, match="either 'urls', 'archives' or 'images'"):
         parse_settings(Ingest, {}, "r.yaml")
     with pytest.raises(ConfigError, match=r"no such list|no lists"):
         ingest(tmp_path, urls=str(tmp_path / "no.parquet"))
@@ -130,3 +193,51 @@ def test_ingest__sample_is_uniform_and_the_same_every_time(tmp_path):
     assert record.figures["listed_rows"] == whole.rows_in == 4000
     first_bytes = np.array([int(one[:2], 16) for one in outputs["rows"].read()["id"].to_pylist()])
     assert 100 < np.median(first_bytes) < 156
+
+
+def test_ingest__web_archives(tmp_path):
+    (tmp_path / "crawl").mkdir()
+    pages = [
+        page(f"http://h{i}.example/", b'<img src=%d.jpg alt=A><img src="/logo.png">' % i)
+        for i in range(8)
+    ]
+    whole, cut = packed(*pages[:4]), packed(*pages[4:])
+    (tmp_path / "crawl" / "a.warc.gz").write_bytes(b"".join(whole))
+    (tmp_path / "crawl" / "b.warc.gz").write_bytes(b"".join([cut[0], cut[1][:40], *cut[2:]]))
+    links = [{"path": "IMG@/src", "url": "http://h0.example/0.jpg"}]
+    (tmp_path / "crawl" / "c.wat.gz").write_bytes(packed(wat("http://x.example/", links))[0])
+    record, outputs = ingest(tmp_path, archives=str(tmp_path / "crawl"), rows_per_shard=4)
+    assert (record.rows_in, record.rows_out) == (15, 14)
+    assert record.dropped == {"duplicate_source": 1}
+    figures = record.figures
+    assert (figures["pages"], figures["images"], figures["damaged"]) == (8, 15, 1)
+    rows = {row["source"]: row for row in outputs["rows"].read().to_pylist()}
+    found = rows["http://h1.example/1.jpg"]
+    assert (found["alt"], found["page"]) == ("A", "http://h1.example/")
+    assert found["crawled_at"].isoformat() == "2024-05-18T01:58:10+00:00"
+    again, _ = ingest(tmp_path, "again", 2, archives=str(tmp_path / "crawl"), rows_per_shard=100)
+    assert again.outputs == record.outputs
+
+
+def test_ingest__files_that_are_no_archives(tmp_path):
+    (tmp_path / "a.warc").write_bytes(b"<html>" * 100)
+    with pytest.raises(StageError, match="are these WARC files"):
+        ingest(tmp_path, archives=str(tmp_path / "a.warc"))
+
+
+def test_ingest__lists_drop_rows_with_a_reason(tmp_path):
+    (tmp_path / "adult").mkdir()
+    (tmp_path / "adult" / "domains").write_text("host3.example\n")
+    (tmp_path / "own.txt").write_text("host4.example/4.jpg\n*.pages.example\n")
+    pages = [None] * 49 + ["http://a.pages.example/"]
+    urls = write_urls(tmp_path / "u.parquet", [*URLS, *URLS[48:]], page=[*pages, None, None])
+    lists = {"blocked": {"ut1": str(tmp_path), "own": str(tmp_path / "own.txt")}}
+    record, outputs = ingest(tmp_path, urls=urls, lists=lists)
+    listed = {"url_list:own": 2, "url_list:ut1/adult": 7}
+    assert record.dropped == {"duplicate_source": 1, **listed}
+    left = outputs["rows"].read()["source"].to_pylist()
+    assert not [url for url in left if "host3" in url or url.endswith("/4.jpg")]
+    assert URLS[49] in left  # listed for one page, it is also shown by another
+    decisions = outputs["decisions"].read().to_pylist()
+    reasons = {row["id"]: row["reason"] for row in decisions if row["reason"]}
+    assert reasons[make_id(URLS[3])] == "url_list:ut1/adult"
