@@ -10,6 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+
+from curation.schema import schema_of
+
+TREE_COLUMNS = ("level", "cluster", "parent", "rows", "drawn")
 
 
 def balanced_cut(available: np.ndarray, target: int) -> int:
@@ -105,6 +110,20 @@ def draw_counts(lots: np.ndarray, clusters: np.ndarray, targets: np.ndarray) -> 
     whole, rest = np.divmod(np.asarray(targets, np.int64), np.maximum(sizes, 1))
     counts[order] = whole[owners] + (ranks < rest[owners])
     return counts
+
+
+def tree_level(tree: Tree, targets: Sequence[np.ndarray], level: int) -> pa.Table:
+    """A line a cluster of one level, as level (from 1), parent (null at the top), rows, drawn."""
+    sizes = tree.level_sizes()[level]
+    top = level == len(tree.parents)
+    columns = {
+        "level": np.full(len(sizes), level + 1),
+        "cluster": np.arange(len(sizes)),
+        "parent": [None] * len(sizes) if top else tree.parents[level],
+        "rows": sizes,
+        "drawn": targets[level],
+    }
+    return pa.table(columns, schema=schema_of(TREE_COLUMNS))
 
 
 def level_summary(tree: Tree, targets: Sequence[np.ndarray]) -> list[dict[str, int]]:

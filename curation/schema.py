@@ -70,6 +70,11 @@ _TYPES: dict[str, pa.DataType] = {
     # clusters of every level, leaves first; how often a balanced sample draws the row
     "clusters": pa.list_(pa.int32()),
     "draws": pa.int32(),
+    # the tree of a balanced sample: a line a cluster
+    "level": pa.int32(),
+    "parent": pa.int32(),
+    "rows": pa.int64(),
+    "drawn": pa.int64(),
     # faces: (x0, y0, x1, y1) in pixels of the canonical image
     "boxes": pa.list_(pa.list_(pa.int32(), 4)),
     # fetches: what varies from run to run

@@ -170,7 +170,8 @@ class RecipeRun:
             outputs.pop(name, None)
         if stage.extras().names:
             outputs[f"{stage.name()} decisions"] = decisions
-        if "raw" in stage.needs() and not self._recipe.keep_raw:
+        used_up = "raw" in stage.needs() and not record.failed_shards
+        if used_up and not self._recipe.keep_raw:
             self._delete_raw(flow)
         flow.pool = flow.pool.with_stage(outputs, decisions)
         relative = folder.path.removeprefix(self._work).lstrip("/")
@@ -248,11 +249,18 @@ class RecipeRun:
         if selected is None:
             return None
         target = storage.join(self._work, "manifest")
-        attributes = {
+        attributes: dict[str, Any] = {
             "recipe": self._recipe.name,
             "seed": self._recipe.seed,
             "packed": self._packed_folder(flow),
         }
+        failed = {
+            e.stage: {str(n): why for n, why in e.record.failed_shards.items()}
+            for e in flow.entries
+            if e.record.failed_shards
+        }
+        if failed:
+            attributes["failed_shards"] = failed
         if _already_published(target, selected, attributes):
             return "manifest"
         storage.remove(target)

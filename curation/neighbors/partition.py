@@ -22,7 +22,7 @@ from curation.neighbors.identical import fingerprints, first_identical
 from curation.neighbors.row_files import RowFiles, write_array
 from curation.neighbors.steps import Done, Work, finished_steps, run_steps
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
-from curation.stage import Engine
+from curation.stage import Engine, Resources
 
 _SPLIT_ROWS = 1 << 16
 """Rows that one task of the first pass reads at least, so that files are few."""
@@ -242,6 +242,12 @@ class _Arrange(Work):
 
     plan: Plan
     width: int
+
+    @property
+    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+        rows = sum(source.pool.num_rows for source in self.plan.sources)
+        held = 8 * self.width * np.dtype(self.plan.dtype).itemsize * rows
+        return Resources(memory=max(1 << 30, held // self.plan.num_partitions))
 
     @property
     def folder(self) -> str:

@@ -17,7 +17,7 @@ from curation.neighbors.partition import groups_of_shards
 from curation.neighbors.row_files import map_array, write_array
 from curation.neighbors.steps import Done, Work, finished_steps, run_steps
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
-from curation.stage import Engine
+from curation.stage import Engine, Resources
 
 _ROWS_PER_LIST = 256
 _MOST_LISTS = 1 << 18
@@ -163,6 +163,10 @@ class _TrainCoarse(Work):
 
     training: Training
     width: int
+
+    @property
+    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+        return Resources(memory=self.training.budget.memory)
 
     def __call__(self, item: int, opened: Any) -> Done:
         rows = self._sample()

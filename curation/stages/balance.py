@@ -9,15 +9,25 @@ from pydantic import Field
 
 from curation import storage
 from curation.clustering import hash_ids
+from curation.dataset import commit, write_shard
 from curation.exchange import Exchange
 from curation.ledger import Receipt, commit_shard, finished_shards
 from curation.neighbors.row_files import map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.pool import Pool
-from curation.sampling import Tree, draw_counts, leaf_targets, level_summary
+from curation.sampling import (
+    TREE_COLUMNS,
+    Tree,
+    draw_counts,
+    leaf_targets,
+    level_summary,
+    tree_level,
+)
 from curation.schema import ID, ids_to_bytes, schema_of
 from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, Task, reject
 
+TREE = "tree"
+"""Output with a line a cluster: its parent, its rows, and how many were drawn."""
 _ROWS_PER_BUCKET = 1 << 18
 
 
@@ -60,6 +70,11 @@ class Balance(DatasetStage):
         waiting = [i for i in range(pool.num_shards) if i not in finished_shards(folder)]
         for _ in engine.map(task, waiting, folder.stage):
             pass
+        levels = [
+            write_shard(folder.output(TREE), level, tree_level(tree, targets, level))
+            for level in range(tree.num_levels)
+        ]
+        commit(folder.output(TREE), schema_of(TREE_COLUMNS), levels, {"stage": folder.stage})
         drawn = int(targets[0].sum())
         return {
             "drawn": drawn,

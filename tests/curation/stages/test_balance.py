@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.dataset import write_dataset
+from curation.dataset import Dataset, write_dataset
 from curation.pool import Pool
 from curation.schema import make_id, schema_of
 from curation.stage import StageFolder, StageInputs
@@ -55,6 +55,13 @@ def test_balance__equal_shares_down_the_tree(tmp_path, balance):
     assert record.dropped == {"not_drawn": 225 - 80}
     assert [level["drawn"] for level in record.figures["levels"]] == [80, 80]
     assert record.figures["shortfall"] == 0
+    tree = Dataset.open(str(tmp_path / "out" / "tree")).read().to_pandas()
+    leaves, tops = tree.query("level == 1"), tree.query("level == 2")
+    assert leaves["parent"].tolist() == [0, 0, 1, 1]
+    assert leaves["rows"].tolist() == [100, 5, 60, 60]
+    assert leaves["drawn"].tolist() == [35, 5, 20, 20]
+    assert tops["parent"].isna().all()
+    assert (tops["rows"].tolist(), tops["drawn"].tolist()) == ([105, 120], [40, 40])
 
 
 def test_balance__multiplier_draws_rows_more_than_once(tmp_path, balance):
