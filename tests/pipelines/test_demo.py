@@ -162,7 +162,7 @@ def kill_during(work: Path, stage: str) -> None:
     )
     while not list(work.glob(f"work/pool/*-{stage}-*/_key.json")):
         assert process.poll() is None, f"the run ended before {stage}"
-        time.sleep(0.02)
-    time.sleep(0.3)
+        time.sleep(0.01)
+    time.sleep(0.05)  # into the stage; the last ones take a few tenths of a second
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
