@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/neighbours.py --rows 1000000 --work /tmp/neighbours
 
-Data (issue 3): N x 512 unit float16: N/50 centres, 0.9 N points at in-cluster cosine 0.29 to 0.67,
+Data: N x 512 unit float16: N/50 centres, 0.9 N points at in-cluster cosine 0.29 to 0.67,
 0.1 N near-copies at 0.80 to 0.95, shuffled. Every system starts from the same data set on disk or
 the same array in memory; k-means, routing, files and components count for ours, k-means and adding
 for theirs. Peak is anonymous memory of the process tree: mapped file pages are not counted.
