@@ -28,6 +28,7 @@ from curation.clustering import assign_exactly, spherical_kmeans
 from curation.components import connected_components
 from curation.dataset import Dataset, write_dataset
 from curation.neighbors.layout import (
+    SEARCHED,
     Comparison,
     Layout,
     lay_out,
@@ -36,7 +37,7 @@ from curation.neighbors.layout import (
     self_join,
 )
 from curation.neighbors.products import Products
-from curation.neighbors.recall import lists_of
+from curation.neighbors.routes import Routes
 from curation.neighbors.row_files import RowFiles
 from curation.neighbors.search import Search
 from curation.neighbors.threads import limit_threads
@@ -218,12 +219,12 @@ def our_join(
 def met_share(files: RowFiles, figures: dict[str, Any], rows: np.ndarray, pairs: Pairs) -> float:
     """Share of pairs of which one row visits the list of the other: what the join compares."""
     partitions = range(files.num_partitions)
-    lists = np.concatenate([lists_of(files, p)[:, : figures["lists_met"]] for p in partitions])
-    own = np.empty((len(rows), lists.shape[1]), np.int32)
-    own[row_numbers(files)] = lists
-    a, b = own[pairs[:, 0]], own[pairs[:, 1]]
-    met = (a == b[:, :1]).any(axis=1) | (b == a[:, :1]).any(axis=1)
-    return float(met.mean())
+    parts = [Routes.read(files.path("routes", p), files.size(p)) for p in partitions]
+    routes, places = Routes.joined(parts), np.empty(len(rows), np.int64)
+    places[row_numbers(files)] = np.arange(len(rows))
+    a, b = places[pairs[:, 0]], places[pairs[:, 1]]
+    gaps = np.minimum(routes.gaps_to(a, routes.own[b]), routes.gaps_to(b, routes.own[a]))
+    return float((gaps <= np.float16(figures["gap"])).mean())
 
 
 def faiss_join(
@@ -280,7 +281,9 @@ def bench_search(source: VectorSource, rows: np.ndarray, args: Any) -> list[Any]
     shutil.rmtree(folder, ignore_errors=True)
     queries = write_pool(seeds, f"{args.work}/seeds-{len(rows)}", "seeds")
     how = Comparison(method="lists", recall=0.99)
-    layout = lay_out((source,), f"{folder}/rows", engine, comparison=how, seed=0)
+    layout = lay_out(
+        (source,), f"{folder}/rows", engine, comparison=how, seed=0, rows_per_list=SEARCHED
+    )
     arranged = lay_out_queries(queries, layout.files, f"{folder}/seeds", engine)
     measured("exact bfloat16 products, 32 of 1,000 seeds", exact_search(rows, seeds), table)
     table[-1]["queries_per_s"] = round(1000 / table[-1]["wall_s"])

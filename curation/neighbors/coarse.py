@@ -3,7 +3,7 @@
 A row meets the G groups, then the lists of the few groups nearest to it: 600 products instead of
 4,000. Lists are numbered so that those of one group, and groups that lie near each other, follow
 one another: what a partition's visitors need then lies in few places.
-N rows, D width, G groups, L lists, V visits of a row.
+N rows, D width, G groups, L lists, T visits of all rows.
 """
 
 from collections.abc import Iterator
@@ -19,19 +19,26 @@ from curation.neighbors.quantized import (
     quantize_centroids,
     quantize_rows,
 )
+from curation.neighbors.routes import Reach, Routes
 from curation.neighbors.row_files import map_array, write_array
 from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import unit_rows
 
 _ROWS_AT_ONCE = 1 << 13
 _ROWS_PER_THREAD = 1 << 15
-_BLOCK = 64
-_GROWTH = ((8, 4), (32, 3), (96, 2), (0, 12))
-"""Rows a centroid (0: all), and passes over them at most."""
+_PRODUCTS = 1 << 18
+"""They stay in the cache of a core until those within reach are found."""
+_NOWHERE = -(2**31)
+_WIDEST = 8.0
+"""No two cosines differ by so much, however they were rounded."""
+_GROWTH = ((8, 4), (32, 3), (96, 2))
+"""Rows a centroid, and passes over them at most, as long as there are twice as many rows."""
+_LAST_PASSES = 6
+"""Passes over all rows at most."""
 _SETTLED = 0.02
 """Share of the rows: when fewer than these change their centroid, training ends."""
-_FLAT = 1 << 14
-"""Up to so many lists there is one level: two lose neighbours where rows form no large groups."""
+FLAT = 1 << 14
+"""Up to so many lists there is one level."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Coarse:
         """Train both levels on a sample. rows: (N, D) float16 or float32, in a fixed order."""
         from curation.clustering import lloyd
 
-        if num_lists <= _FLAT:
+        if num_lists <= FLAT:
             lists = grown_centroids(rows, num_lists, rng, threads)
             lists = lists[_chain(lists)]
             starts = np.array([0, len(lists)])
@@ -77,60 +84,83 @@ class Coarse:
         starts = np.cumsum([0, *(len(part) for part in parts)])
         return cls(quantize_centroids(groups), quantize_centroids(np.concatenate(parts)), starts)
 
+    def write(self, path: str) -> None:
+        """Write to a file, from which a `CoarseRouter` reads."""
+        write_array(path, self.list_starts.astype(np.int64), self.groups, self.lists)
+
     @property
     def num_lists(self) -> int:
         """Lists of all groups."""
         return len(self.lists)
 
-    def route(
-        self, vectors: np.ndarray, num_lists: int, num_groups: int, threads: int = 1
-    ) -> np.ndarray:
-        """(N, num_lists) int32: nearest lists of each row, nearest first, -1 where there are fewer.
+    @property
+    def length(self) -> float:
+        """Length of a list's centroid as integers: the same for all, up to rounding."""
+        return float(np.sqrt(np.mean((self.lists.astype(np.float32) ** 2).sum(axis=1))))
 
-        vectors: (N, D). Only lists of the `num_groups` nearest groups are looked at.
-        """
+    def route(self, vectors: np.ndarray, reach: Reach, threads: int = 1) -> Routes:
+        """The list of each row, and those within reach. vectors: (N, D)."""
+        length = self.length
 
-        def of_block(start: int) -> np.ndarray:
+        def of_block(start: int) -> Routes:
             rows = quantize_rows(vectors[start : start + _ROWS_AT_ONCE])
-            if len(self.groups) == 1:
-                return self._route_flat(rows, num_lists)
-            return self._route(rows, num_lists, num_groups)
+            step = len(rows) if len(self.groups) > 1 else max(32, _PRODUCTS // self.num_lists)
+            blocks = (rows[first : first + step] for first in range(0, len(rows), step))
+            return Routes.joined([self._route(block, reach, length) for block in blocks])
 
-        found = np.full((len(vectors), num_lists), -1, np.int32)
         starts = range(0, len(vectors), _ROWS_AT_ONCE)
-        for start, some in zip(starts, in_threads(of_block, starts, threads), strict=True):
-            found[start : start + len(some), : some.shape[1]] = some
-        return found
+        return Routes.joined(list(in_threads(of_block, starts, threads)))
 
-    def _route_flat(self, rows: np.ndarray, num_lists: int) -> np.ndarray:
-        """(N, num_lists) int32: the nearest of all lists."""
-        num_lists = min(num_lists, self.num_lists)
-        step = max(64, (1 << 21) // self.num_lists)
-        parts = [
-            highest(integer_products(rows[start : start + step], self.lists), num_lists)
-            for start in range(0, len(rows), step)
-        ]
-        return np.concatenate(parts).astype(np.int32)
+    def gap_of_visits(self, vectors: np.ndarray, mean: float, reach: Reach) -> float:
+        """The gap within which rows visit so many of the lists within reach on average."""
+        gaps = np.sort(self.route(vectors, reach).gaps)
+        return float(gaps[min(len(gaps) - 1, int(mean * len(vectors)))]) if len(gaps) else 0.0
 
-    def _route(self, rows: np.ndarray, num_lists: int, num_groups: int) -> np.ndarray:
+    def _route(self, rows: np.ndarray, reach: Reach, length: float) -> Routes:
+        """Routes of rows of 8-bit integers: (N, D)."""
+        lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.int64)) * length  # (N,)
+        scores, owner = self._scores(rows, reach.groups)
+        limit = np.float16(min(reach.gap, _WIDEST))
+        allowed = (np.nextafter(limit, np.float16(np.inf)) * lengths).astype(np.int64)
+        who, columns, below = _within(scores, allowed, reach.most)
+        lists = columns
+        if owner is not None:
+            slot, inside = np.divmod(columns, scores.shape[1] // owner.shape[1])
+            lists = self.list_starts[owner[who, slot]] + inside
+        _, firsts = np.unique(who[below == 0], return_index=True)
+        homes = np.flatnonzero(below == 0)[firsts]  # (N,)
+        gaps = (below / lengths[who]).astype(np.float16)
+        visits = gaps <= limit  # as it will be asked, and not as it was computed
+        visits[homes] = False
+        counts = np.bincount(who[visits], minlength=len(rows))
+        return Routes(
+            lists[homes].astype(np.int32),
+            np.concatenate([[0], np.cumsum(counts)]),
+            lists[visits].astype(np.int32),
+            gaps[visits],
+        )
+
+    def _scores(self, rows: np.ndarray, num_groups: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """(N, C) int32 products of rows with lists; whose lists they are.
+
+        One level: all lists, and None. Two: those of the nearest groups, (N, G) int64, as many
+        columns a group as the longest has; `_NOWHERE` where a group has fewer lists.
+        """
         import torch
 
+        if len(self.groups) == 1:
+            return integer_products(rows, self.lists).numpy(), None
         num_groups = min(num_groups, len(self.groups))
         near = integer_products(rows, self.groups).topk(num_groups, dim=1).indices.numpy()
         longest = int(np.diff(self.list_starts).max())
-        scores = torch.full((len(rows), num_groups * longest), -(2**31), dtype=torch.int32)
-        table = scores.view(len(rows), num_groups, longest)
+        scores = torch.full((len(rows), num_groups, longest), _NOWHERE, dtype=torch.int32)
         for group in range(len(self.groups)):
             first, stop = self.list_starts[group : group + 2]
             who, slot = np.nonzero(near == group)
             if len(who):
                 found = integer_products(rows[who], self.lists[first:stop])
-                table[torch.from_numpy(who), torch.from_numpy(slot), : stop - first] = found
-        best = scores.topk(min(num_lists, scores.shape[1]), dim=1)
-        columns, values = best.indices.numpy(), best.values.numpy()
-        owner = np.take_along_axis(near, columns // longest, axis=1)
-        lists = self.list_starts[owner] + columns % longest
-        return np.asarray(np.where(values == -(2**31), -1, lists), np.int32)
+                scores[torch.from_numpy(who), torch.from_numpy(slot), : stop - first] = found
+        return scores.flatten(1).numpy(), near
 
 
 @dataclass(frozen=True)
@@ -141,20 +171,9 @@ class CoarseRouter(Router):
     width: int
     num_groups: int
     num_lists: int
-    num_visits: int
-    groups_met: int
-    """Groups whose lists a row is compared with."""
+    reach: Reach
     threads: int = 1
     """Threads of one worker."""
-
-    @classmethod
-    def written(
-        cls, path: str, coarse: Coarse, num_visits: int, groups_met: int, threads: int = 1
-    ) -> "CoarseRouter":
-        """Write centroids to a file, and give the router that reads them."""
-        write_array(path, coarse.list_starts.astype(np.int64), coarse.groups, coarse.lists)
-        count, width = coarse.groups.shape
-        return cls(path, width, count, coarse.num_lists, num_visits, groups_met, threads)
 
     def open(self) -> Coarse:
         """Load the centroids."""
@@ -165,12 +184,10 @@ class CoarseRouter(Router):
             np.asarray(map_array(self.path, "int64", 0, (self.num_groups + 1,))),
         )
 
-    def lists(self, ids: np.ndarray, vectors: np.ndarray, opened: Any) -> np.ndarray:
-        """(N, 1 + V) int32: the nearest list, then those visited."""
-        found: np.ndarray = opened.route(
-            vectors, 1 + self.num_visits, self.groups_met, self.threads
-        )
-        return found
+    def route(self, ids: np.ndarray, vectors: np.ndarray, opened: Any) -> Routes:
+        """The nearest list, and those within reach."""
+        routes: Routes = opened.route(vectors, self.reach, self.threads)
+        return routes
 
 
 def grown_centroids(
@@ -185,9 +202,10 @@ def grown_centroids(
     quantized = quantize_rows(rows)
     centroids = unit_rows(rows[:count]).astype(np.float32)
     for per_centroid, passes in _GROWTH:
-        some = slice(0, per_centroid * count if per_centroid else len(rows))
-        centroids = _moved(rows[some], quantized[some], centroids, passes, rng, threads)
-    return centroids
+        some = slice(0, per_centroid * count)
+        if 2 * per_centroid * count <= len(rows):
+            centroids = _moved(rows[some], quantized[some], centroids, passes, rng, threads)
+    return _moved(rows, quantized, centroids, _LAST_PASSES, rng, threads)
 
 
 def _moved(
@@ -239,25 +257,23 @@ def _blocks(num_rows: int) -> list[slice]:
     return [slice(start, min(num_rows, start + _ROWS_PER_THREAD)) for start in starts]
 
 
-def highest(scores: Any, count: int) -> np.ndarray:
-    """(N, count) int64: columns of the highest scores of each row, highest first.
+def _within(
+    scores: np.ndarray, allowed: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, columns, and how far below their row's highest score they are: (T,) int64 each.
 
-    Where there are many columns, only blocks of them whose maximum is among the highest are
-    sorted: the others cannot hold one. scores: (N, C) tensor.
+    scores: (N, C) int32; allowed: (N,) int64, how far that may be; most: columns a row beside the
+    highest, and those equal to the last of them.
     """
-    import torch
-
-    blocks = scores.shape[1] // _BLOCK
-    if blocks <= 2 * count:
-        return np.asarray(scores.topk(count, dim=1).indices)
-    whole = scores[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))  # (N, B, 64)
-    chosen = whole.amax(dim=2).topk(count, dim=1).indices  # (N, count)
-    inside = whole.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
-    columns = (chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK)).flatten(1)
-    rest = torch.arange(blocks * _BLOCK, scores.shape[1]).expand(len(scores), -1)
-    inside = torch.cat([inside, scores[:, blocks * _BLOCK :]], dim=1)
-    best = inside.topk(count, dim=1).indices
-    return np.asarray(torch.cat([columns, rest], dim=1).gather(1, best))
+    best = scores.max(axis=1).astype(np.int64)
+    near = scores >= np.maximum(best - allowed, _NOWHERE + 1).astype(np.int32)[:, None]
+    crowded = np.flatnonzero(np.count_nonzero(near, axis=1) > most + 1)
+    if len(crowded):
+        last = np.partition(scores[crowded], -most - 1, axis=1)[:, -most - 1]
+        near[crowded] = scores[crowded] >= last[:, None]
+    flat = np.flatnonzero(near)
+    rows, columns = np.divmod(flat, scores.shape[1])
+    return rows, columns, best[rows] - scores.reshape(-1)[flat]
 
 
 def _shares(members: np.ndarray, total: int) -> np.ndarray:

@@ -28,6 +28,8 @@ from curation.neighbors.vectors import VectorSource, check_spaces, check_widths
 from curation.pool import Pool
 from curation.stage import Engine, StageInputs
 
+SEARCHED = 256
+"""Sampled rows a list for a pool that is searched: each query gains by lists that fit closely."""
 _ROWS_PER_PARTITION = 25_000
 
 
@@ -89,8 +91,12 @@ def lay_out(
     *,
     comparison: Comparison,
     seed: int,
+    rows_per_list: int = Budget.rows_per_list,
 ) -> Layout:
-    """Arrange the rows of all sources: by lists, or scattered where all are compared with all."""
+    """Arrange the rows of all sources: by lists, or scattered where all are compared with all.
+
+    rows_per_list: sampled rows a list that it is trained on.
+    """
     num_rows = sum(source.pool.num_rows for source in sources)
     threads, trained = threads_of(engine), None
     if num_rows and comparison.by_lists(num_rows):
@@ -99,7 +105,7 @@ def lay_out(
             storage.join(folder, "coarse"),
             engine,
             seed=seed,
-            budget=Budget(memory=int(comparison.memory_gb * (1 << 30))),
+            budget=Budget(int(comparison.memory_gb * (1 << 30)), rows_per_list=rows_per_list),
             threads=threads,
         )
     if trained is None:
@@ -150,11 +156,12 @@ def self_join(
         products,
         storage.join(folder, "recall"),
         engine,
+        reach=layout.router.reach.gap,
         seed=layout.seed,
         threads=layout.threads,
         apart=apart,
     )
-    joined = join_by_lists(join, recall.num_visits, engine, layout.threads)
+    joined = join_by_lists(join, recall.gap, engine, layout.threads)
     return joined, {"compared": "lists", **recall.figures()}
 
 

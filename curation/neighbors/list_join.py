@@ -26,10 +26,13 @@ _ROWS_HELD = 1 << 15
 _TILE = 1 << 12
 
 
-def join_by_lists(join: Join, num_visits: int, engine: Engine, threads: int = 0) -> Joined:
-    """Compare rows that share a list, or one of which visits the list of the other."""
+def join_by_lists(join: Join, gap: float, engine: Engine, threads: int = 0) -> Joined:
+    """Compare rows that share a list, or one of which visits the list of the other.
+
+    gap: how far a visited list may be.
+    """
     folder = storage.join(join.folder, "visits")
-    visits = invert(join.files, join.unique_rows, num_visits, folder, engine)
+    visits = invert(join.files, join.unique_rows, gap, folder, engine)
     meet = _MeetLists(join, visits, threads)
     return finish_join(join, meet, join.files.num_partitions, engine)
 

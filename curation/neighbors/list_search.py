@@ -1,9 +1,10 @@
 """The search by lists: every query meets the rows of the lists nearest to it.
 
-`_Route` finds the lists of the queries, `_Sample` and `_Needed` measure on some queries how many
-of them the recall needs, `_SetFloors` finds what each query surely reaches in its nearest list, so
-that `_LookInLists` tasks, which go through the lists of one partition, keep few candidates.
-Q queries, N rows, K neighbours, V lists of a query, H candidates.
+`_Sample` finds the neighbours of some queries in all rows, and `_Measure` how far these queries
+must go visiting for the recall; `_Route` finds the lists of all queries, `_SetFloors` what each
+query surely reaches in its nearest list, so that `_LookInLists` tasks, which go through the lists
+of one partition, keep few candidates.
+Q queries, N rows, K neighbours, S steps of the gap, H candidates.
 """
 
 from collections.abc import Iterator
@@ -15,15 +16,18 @@ import numpy as np
 from curation import storage
 from curation.clustering import hash_ids
 from curation.neighbors.coarse import CoarseRouter
-from curation.neighbors.recall import shares_met
-from curation.neighbors.row_files import map_array, write_array
+from curation.neighbors.recall import first_enough, gap_steps, lists_within
+from curation.neighbors.routes import Reach, Routes
+from curation.neighbors.row_files import write_array
 from curation.neighbors.search import Found, Search, finish_search, nearest_in
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.neighbors.threads import in_threads
 from curation.neighbors.visits import Visits
 from curation.stage import Engine
 
-_MOST_LISTS = 256
+_MEAN_LISTS = 1024
+"""Lists of a query at most, on average; also no more than a quarter of all."""
+_MOST_LISTS = 1 << 13
 _ROWS_HELD = 1 << 15
 _SAMPLED = 256
 
@@ -39,92 +43,75 @@ class ListSearch:
     threads: int
 
     def routes_path(self, partition: int) -> str:
-        """File of the lists of the queries of one partition."""
+        """File of the routes of the queries of one partition."""
         return storage.join(self.search.folder, "routes", f"{partition:06d}.bin")
 
-    def routes(self, partition: int) -> np.ndarray:
-        """(Q, V) int32: lists of each query, nearest first, -1 for none."""
-        shape = (self.search.queries.size(partition), min(_MOST_LISTS, self.router.num_lists))
-        return map_array(self.routes_path(partition), "int32", 0, shape)
+    def routes(self, partition: int) -> Routes:
+        """Lists of the queries of one partition."""
+        return Routes.read(self.routes_path(partition), self.search.queries.size(partition))
+
+    def reach(self, gap: float) -> Reach:
+        """How far queries go visiting."""
+        return Reach(gap, _MOST_LISTS, self.router.reach.groups)
 
     def run(self, engine: Engine) -> dict[str, Any]:
         """Search; give the figures of the report."""
         search = self.search
-        partitions = search.queries.num_partitions
-        routes = storage.join(search.folder, "routes")
-        run_steps(engine, _Route(self), partitions, routes, "find the lists of queries")
-        num_lists, figures = self._lists_needed(engine)
-        items = search.rows.num_partitions
-        floors = _SetFloors(self, self._visits("nearest", 1, engine))
-        folder = storage.join(search.folder, "floors")
-        run_steps(engine, floors, items, folder, "look into the nearest lists")
-        look = _LookInLists(self, self._visits("visits", num_lists, engine), floors)
+        partitions, items = search.queries.num_partitions, search.rows.num_partitions
+        sample, measured = _Sample(self), storage.join(search.folder, "measured")
+        run_steps(engine, sample, items, f"{search.folder}/sample", "compare sampled queries")
+        figures = run_steps(engine, _Measure(sample), 1, measured, "measure the recall")[0]
+        route = _Route(self, figures["gap"])
+        run_steps(engine, route, partitions, f"{search.folder}/routes", "find the lists of queries")
+        floors = _SetFloors(self, self._visits("nearest", engine, at_home=True))
+        run_steps(engine, floors, items, f"{search.folder}/floors", "look into the nearest lists")
+        look = _LookInLists(self, self._visits("visits", engine), floors)
         looked = storage.join(search.folder, "looked")
         run_steps(engine, look, items, looked, "look for neighbours")
         finish_search(search, tuple(tuple(range(items)) for _ in range(partitions)), engine)
         return figures
 
-    def _visits(self, name: str, num_lists: int, engine: Engine) -> Visits:
-        """The first lists of every query, by list."""
+    def _visits(self, name: str, engine: Engine, *, at_home: bool = False) -> Visits:
+        """The lists of every query, or only the nearest, turned around."""
         partitions = self.search.queries.num_partitions
         visits = Visits(self.search.rows, storage.join(self.search.folder, name), partitions)
-        work = _Invert(self, visits, num_lists)
+        work = _Invert(self, visits, at_home)
         run_steps(engine, work, partitions, visits.folder, "turn visits around")
         return visits
-
-    def _lists_needed(self, engine: Engine) -> tuple[int, dict[str, Any]]:
-        """Lists a query that reach the recall on sampled queries, and what they reach."""
-        sample = _Sample(self)
-        folder = storage.join(self.search.folder, "sample")
-        run_steps(
-            engine, sample, self.search.rows.num_partitions, folder, "compare sampled queries"
-        )
-        needed = sample.needed()  # (Q, V + 1)
-        total = int(needed.sum())
-        if not total:
-            return min(16, needed.shape[1] - 1), {"measured_recall": None, "sampled_neighbours": 0}
-        met, errors = shares_met(needed)
-        enough = np.flatnonzero(met - errors >= self.recall)
-        count = int(enough[0]) if len(enough) else len(met) - 1
-        return 1 + count, {
-            "lists_met": 1 + count,
-            "measured_recall": float(met[count]),
-            "recall_error": float(errors[count]),
-            "sampled_neighbours": total,
-        }
 
 
 @dataclass(frozen=True)
 class _Route(Work):
-    """The nearest lists of the queries of one partition."""
+    """The lists of the queries of one partition."""
 
     of: ListSearch
+    gap: float
 
     def open(self) -> Any:
         return self.of.router.open()
 
     def __call__(self, item: int, opened: Any) -> Done:
-        count = min(_MOST_LISTS, self.of.router.num_lists)
         vectors = self.of.search.queries.vectors(item)
-        write_array(
-            self.of.routes_path(item), opened.route(vectors, count, self.of.router.groups_met)
-        )
-        return Done([self.of.routes_path(item)])
+        path, reach = self.of.routes_path(item), self.of.reach(self.gap)
+        opened.route(vectors, reach, self.of.threads).write(path)
+        return Done([path])
 
 
 @dataclass(frozen=True)
 class _Invert(Work):
-    """The visits of the queries of one partition, by list."""
+    """The visits of the queries of one partition, by list; their nearest list is one."""
 
     of: ListSearch
     visits: Visits
-    num_lists: int
+    at_home: bool
 
     def __call__(self, item: int, opened: Any) -> Done:
-        lists = self.of.routes(item)[:, : self.num_lists]
-        known = lists >= 0
-        queries = np.arange(len(lists)) + self.of.search.queries.starts[item]
-        self.visits.write(item, lists[known], np.broadcast_to(queries[:, None], lists.shape)[known])
+        routes, start = self.of.routes(item), self.of.search.queries.starts[item]
+        lists, queries = routes.own, np.arange(len(routes))
+        if not self.at_home:
+            lists = np.concatenate([lists, routes.lists])
+            queries = np.concatenate([queries, routes.visitors])
+        self.visits.write(item, lists, queries + start)
         return Done([self.visits.path(item)])
 
 
@@ -165,8 +152,8 @@ class _Sample(Work):
         write_array(self.path(item), found.queries, found.positions, lists, found.scores)
         return Done([self.path(item)])
 
-    def needed(self) -> np.ndarray:
-        """(Q, V + 1): neighbours in each sampled query's first, second, … list, or in none."""
+    def nearest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the sampled queries, one for each of their neighbours, and its list."""
         found, lists = [], []
         for item in range(self.of.search.rows.num_partitions):
             data = storage.read_bytes(self.path(item))
@@ -180,19 +167,42 @@ class _Sample(Work):
         order = np.lexsort((joined.positions, -joined.scores, joined.queries))
         best = joined.take(order)
         chosen = best.ranks() < self.of.search.k
-        return self._count(best.queries[chosen], np.concatenate(lists)[order][chosen])
+        return best.queries[chosen], np.concatenate(lists)[order][chosen]
 
-    def _count(self, queries: np.ndarray, lists: np.ndarray) -> np.ndarray:
-        count = min(_MOST_LISTS, self.of.router.num_lists)
-        routes = np.empty((len(queries), count), np.int32)
-        for partition, where in self.of.search.queries.by_partition(queries):
-            start = self.of.search.queries.starts[partition]
-            routes[where] = self.of.routes(partition)[queries[where] - start]
-        same = routes == lists[:, None]
-        ranks = np.where(same.any(axis=1), same.argmax(axis=1), count)
-        _, numbers = np.unique(queries, return_inverse=True)
-        cells = np.bincount(numbers * (count + 1) + ranks, minlength=_SAMPLED * (count + 1))
-        return cells.reshape(-1, count + 1)
+
+@dataclass(frozen=True)
+class _Measure(Work):
+    """The gap that the recall needs on sampled queries, and what it gives."""
+
+    sample: _Sample
+
+    def open(self) -> Any:
+        return self.sample.of.router.open()
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        of = self.sample.of
+        queries, lists = self.sample.nearest()
+        if not len(queries):
+            return Done([], {"gap": 0.0, "measured_recall": None, "sampled_neighbours": 0})
+        known, numbers = np.unique(queries, return_inverse=True)
+        vectors = of.search.queries.gather("vectors", known)
+        routes = opened.route(vectors, of.reach(np.inf), of.threads)
+        most = min(_MEAN_LISTS, 16 + of.router.num_lists // 4) * len(known)
+        gaps = gap_steps(float(np.sort(routes.gaps)[:most].max(initial=0)))
+        steps = np.searchsorted(gaps, routes.gaps_to(numbers, lists))
+        cells = np.bincount(
+            numbers * (len(gaps) + 1) + steps, minlength=len(known) * (len(gaps) + 1)
+        )
+        step, met, error = first_enough(cells.reshape(len(known), -1), of.recall)
+        gap = float(gaps[step])
+        facts = {
+            "gap": gap,
+            "lists_met": round(lists_within(routes, gap), 2),
+            "measured_recall": met,
+            "recall_error": error,
+            "sampled_neighbours": len(queries),
+        }
+        return Done([], facts)
 
 
 @dataclass(frozen=True)

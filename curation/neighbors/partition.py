@@ -3,7 +3,7 @@
 The first pass (`Split`) finds the list of every row, and the lists that it visits, and writes its
 rows grouped by partition; the second (`Arrange`) sorts each partition by list and id. Rows are
 thus rewritten twice, and the copies of the first pass may go once the second has finished.
-N rows, D width, P partitions, V visits of a row.
+N rows, D width, P partitions.
 """
 
 from abc import ABC, abstractmethod
@@ -19,6 +19,7 @@ from curation import storage
 from curation.errors import DatasetError
 from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
 from curation.neighbors.identical import fingerprints, first_identical
+from curation.neighbors.routes import Routes
 from curation.neighbors.row_files import RowFiles, write_array
 from curation.neighbors.steps import Done, Work, finished_steps, run_steps
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
@@ -34,15 +35,14 @@ class Router(ABC):
     """Says in which list a row lives and which lists it visits."""
 
     num_lists: int
-    num_visits: int
 
     def open(self) -> Any:
         """Load what the router needs, once a worker."""
         return None
 
     @abstractmethod
-    def lists(self, ids: np.ndarray, vectors: np.ndarray, opened: Any) -> np.ndarray:
-        """(N, 1 + V) int32: the row's own list, then those it visits, -1 for none."""
+    def route(self, ids: np.ndarray, vectors: np.ndarray, opened: Any) -> Routes:
+        """Where rows live and which lists they visit. ids: (N, 16) uint8, vectors: (N, D)."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,11 @@ class Scattered(Router):
     """
 
     num_lists: int
-    num_visits: int = 0
 
-    def lists(self, ids: np.ndarray, vectors: np.ndarray, opened: Any) -> np.ndarray:
-        """(N, 1) int32: which range the upper half of the fingerprint falls into."""
+    def route(self, ids: np.ndarray, vectors: np.ndarray, opened: Any) -> Routes:
+        """Which range the upper half of the fingerprint falls into."""
         upper = fingerprints(vectors)[:, 0] >> np.uint64(32)
-        return ((upper * np.uint64(self.num_lists)) >> np.uint64(32)).astype(np.int32)[:, None]
+        return Routes.at_home((upper * np.uint64(self.num_lists)) >> np.uint64(32))
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,11 @@ class IdRanges(Router):
     """Lists of equal ranges of the id space: positions then lie in the order of ids."""
 
     num_lists: int
-    num_visits: int = 0
 
-    def lists(self, ids: np.ndarray, vectors: np.ndarray, opened: Any) -> np.ndarray:
-        """(N, 1) int32: which range the first four bytes of the id fall into."""
+    def route(self, ids: np.ndarray, vectors: np.ndarray, opened: Any) -> Routes:
+        """Which range the first four bytes of the id fall into."""
         leading = np.ascontiguousarray(ids[:, :4]).view(">u4")[:, 0].astype(np.uint64)
-        return ((leading * np.uint64(self.num_lists)) >> np.uint64(32)).astype(np.int32)[:, None]
+        return Routes.at_home((leading * np.uint64(self.num_lists)) >> np.uint64(32))
 
 
 @dataclass(frozen=True)
@@ -208,16 +206,17 @@ class _Split(Work):
         good = np.flatnonzero(~bad)
         width = vectors.shape[1] if len(good) else 0
         vectors = vectors[good].astype(self.plan.dtype)
-        lists = np.empty((0, 1 + self.plan.router.num_visits), np.int32)
+        routes = Routes.at_home(np.empty(0, np.int32))
         if len(good):
-            lists = self.plan.router.lists(ids[good], vectors, opened)
+            routes = self.plan.router.route(ids[good], vectors, opened)
         columns = {
             "id": _as_binary(ids[good]),
             "set": np.full(len(good), number, np.int16),
             "shard": np.full(len(good), shard, np.int32),
             "row": good.astype(np.int32),
-            "list": lists[:, 0],
-            "visits": _as_binary(lists[:, 1:]),
+            "list": routes.own,
+            "visits": _as_lists(routes.bounds, routes.lists),
+            "gaps": _as_lists(routes.bounds, routes.gaps),
             "vector": _as_binary(vectors),
             **self._attributes(source, shard, good),
         }
@@ -260,7 +259,6 @@ class _Arrange(Work):
             self.plan.dtype,
             tuple(int(start) for start in starts),
             self.plan.list_starts,
-            self.plan.router.num_visits,
         )
 
     def __call__(self, item: int, opened: Any) -> Done:
@@ -272,9 +270,9 @@ class _Arrange(Work):
         kept = kept.append_column("first", pa.array(first_identical(vectors)))
         write_array(files.path("vectors", item), vectors)
         write_array(files.path("ids", item), ids)
-        write_array(files.path("visits", item), _from_binary(rows["visits"], "int32"))
+        _routes_of(rows).write(files.path("routes", item))
         _write_arrow(files.path("rows", item), kept)
-        paths = [files.path(kind, item) for kind in ("vectors", "ids", "visits", "rows")]
+        paths = [files.path(kind, item) for kind in ("vectors", "ids", "routes", "rows")]
         return Done(paths, {"rows": rows.num_rows, "width": self.width})
 
     def _gathered(self, item: int) -> pa.Table:
@@ -328,6 +326,28 @@ class _FindTwice(Reducer):
         return min(many.field("values").to_pylist()) if len(many) else None
 
 
+def _as_lists(bounds: np.ndarray, values: np.ndarray) -> pa.Array:
+    """N lists of numbers, of any lengths. bounds: (N + 1,) of each in the values."""
+    return pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), pa.array(values))
+
+
+def _routes_of(rows: pa.Table) -> Routes:
+    """What `_as_lists` packed."""
+    visits, gaps = (_one_chunk(rows[name]) for name in ("visits", "gaps"))
+    counts = np.diff(np.asarray(visits.offsets))
+    return Routes(
+        np.asarray(rows["list"]),
+        np.concatenate([[0], np.cumsum(counts)]),
+        np.asarray(visits.flatten()),
+        np.asarray(gaps.flatten()),
+    )
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks()
+    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+
+
 def _as_binary(rows: np.ndarray) -> pa.Array:
     """(N, W) of any number type as N binaries of equal size, without copying."""
     rows = np.ascontiguousarray(rows)
@@ -340,8 +360,7 @@ def _as_binary(rows: np.ndarray) -> pa.Array:
 
 def _from_binary(column: pa.ChunkedArray, dtype: str) -> np.ndarray:
     """(N, W): what `_as_binary` packed."""
-    array = column.combine_chunks()
-    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    array = _one_chunk(column)
     size = array.type.byte_width
     if size == 0 or len(array) == 0:
         return np.empty((len(array), size // np.dtype(dtype).itemsize), dtype)

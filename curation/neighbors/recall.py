@@ -1,9 +1,9 @@
 """How many pairs the lists would miss: measured on a sample of rows against all others.
 
 Every pair above the threshold of a sampled row is found by exhaustive comparison; then it is
-known how many lists a row must be compared with for the join to meet it. The number of visits is
-chosen to reach the recall asked for, and what would still be missed is reported.
-Q sampled rows, N rows, V visits.
+known how far a row must go visiting for the join to meet it. The gap within which lists are
+visited is chosen to reach the recall asked for, and what would still be missed is reported.
+Q sampled rows, N rows, S steps of the gap.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import numpy as np
 from curation import storage
 from curation.clustering import hash_ids
 from curation.neighbors.products import Products
+from curation.neighbors.routes import Routes
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.neighbors.threads import in_threads
@@ -23,14 +24,18 @@ from curation.stage import Engine
 _QUERIES = 1 << 11
 _TILE = 1 << 13
 _FEWEST_PAIRS = 50
+_STEPS = 256
+"""Gaps that are tried."""
 
 
 @dataclass(frozen=True)
 class Recall:
     """What a sample says about a join by lists."""
 
-    num_visits: int
-    """Visits a row, beside its own list."""
+    gap: float
+    """How far a visited list may be."""
+    lists_met: float
+    """Lists that a row meets on average, its own included."""
     expected: float | None
     """Share of the sampled pairs that are met; None where the sample holds too few pairs."""
     error: float
@@ -43,7 +48,8 @@ class Recall:
         """What the report says."""
         missed = None if self.expected is None else (1 - self.expected) * self.estimated_pairs
         return {
-            "lists_met": 1 + self.num_visits,
+            "gap": self.gap,
+            "lists_met": round(self.lists_met, 2),
             "measured_recall": self.expected,
             "recall_error": self.error,
             "sampled_pairs": self.sampled_pairs,
@@ -60,43 +66,66 @@ def measure_recall(
     folder: str,
     engine: Engine,
     *,
+    reach: float,
     seed: int,
     threads: int,
     apart: str | None = None,
 ) -> Recall:
-    """Choose the fewest visits whose recall on a sample is surely (one error) what was asked.
+    """Choose the smallest gap whose recall on a sample is surely (one error) what was asked.
 
-    apart: file of the rows not compared with each other; none of them is sampled.
+    reach: the largest gap of a visit. apart: file of the rows not compared with each other; none
+    of them is sampled.
     """
     num_rows = files.num_rows
     if apart is not None:
         num_rows -= int(map_array(apart, "bool", 0, (files.num_rows,)).sum())
     pick = _Pick(files, folder, seed, num_rows, apart)
     run_steps(engine, pick, files.num_partitions, f"{folder}/picked", "pick a sample")
-    compare = _Compare(pick, threshold, products, threads)
+    compare = _Compare(pick, threshold, products, reach, threads)
     compared = f"{folder}/compared"
     facts = run_steps(engine, compare, files.num_partitions, compared, "compare the sample")
-    needed = compare.total()  # (Q, V + 2)
+    needed = compare.total()  # (Q, S + 2)
     pairs, sampled = int(needed.sum()), len(needed)
     both_sampled = pairs - sum(fact["with_rows_apart"] for fact in facts)
     estimated = (pairs - both_sampled / 2) * num_rows / max(1, sampled)
+    routes, gaps = pick.routes(), gap_steps(reach)
     if pairs < _FEWEST_PAIRS:
-        return Recall(min(files.num_visits, 15), None, 0.0, pairs, estimated)
+        return Recall(reach, lists_within(routes, reach), None, 0.0, pairs, estimated)
+    step, met, error = first_enough(needed, target)
+    gap = float(gaps[step])
+    return Recall(gap, lists_within(routes, gap), met, error, pairs, estimated)
+
+
+def gap_steps(reach: float) -> np.ndarray:
+    """(S + 1,) float16: gaps that a visit may be allowed, from none to the largest."""
+    return np.linspace(0, reach, _STEPS + 1).astype(np.float16)
+
+
+def lists_within(routes: Routes, gap: float) -> float:
+    """Lists that a row meets on average, its own included."""
+    return 1 + len(routes.within(gap)[0]) / max(1, len(routes))
+
+
+def first_enough(needed: np.ndarray, target: float) -> tuple[int, float, float]:
+    """The first step whose share is surely (one error) the target, else the last; both numbers.
+
+    needed: as in `shares_met`.
+    """
     met, errors = shares_met(needed)
     enough = np.flatnonzero(met - errors >= target)
-    visits = int(enough[0]) if len(enough) else files.num_visits
-    return Recall(visits, float(met[visits]), float(errors[visits]), pairs, estimated)
+    step = int(enough[0]) if len(enough) else len(met) - 1
+    return step, float(met[step]), float(errors[step])
 
 
 def shares_met(needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the pairs met with 0, 1, … visits, and its standard error: (V + 1,) both.
+    """Share of the pairs met with each gap, and its standard error: (S + 1,) both.
 
-    needed: (Q, V + 2) pairs of each sampled row by the visits that they need; the last column
-    counts those that no visit meets. Rows are drawn, not pairs: the error is that of a ratio of
-    sums over rows.
+    needed: (Q, S + 2) pairs of each sampled row by the step of the gap that they need; the last
+    column counts those that no visit meets. Rows are drawn, not pairs: the error is that of a
+    ratio of sums over rows.
     """
     of_row = needed.sum(axis=1)[:, None]  # (Q, 1)
-    met = np.cumsum(needed[:, :-1], axis=1)  # (Q, V + 1)
+    met = np.cumsum(needed[:, :-1], axis=1)  # (Q, S + 1)
     shares = met.sum(axis=0) / of_row.sum()
     errors = np.sqrt(((met - shares * of_row) ** 2).sum(axis=0)) / of_row.sum()
     return shares, errors
@@ -122,6 +151,14 @@ class _Pick(Work):
         parts = [np.frombuffer(storage.read_bytes(self.path(p)), np.int64) for p in partitions]
         return np.concatenate(parts)
 
+    def routes(self) -> Routes:
+        """Routes of all sampled rows, in the order of their positions."""
+        files, parts = self.files, []
+        for partition, where in files.by_partition(positions := self.positions()):
+            routes = Routes.read(files.path("routes", partition), files.size(partition))
+            parts.append(routes.take(positions[where] - files.starts[partition]))
+        return Routes.joined(parts)
+
     def rows_apart(self, partition: int) -> np.ndarray:
         """(N,) bool: rows of one partition that are not compared with each other."""
         start, size = self.files.starts[partition], self.files.size(partition)
@@ -140,7 +177,7 @@ class _Pick(Work):
 
 @dataclass(frozen=True)
 class _Compare(Work):
-    """Sampled rows against all rows of one partition: lists that each pair needs.
+    """Sampled rows against all rows of one partition: the gap that each pair needs.
 
     Of identical rows, which share their lists, one is compared and all are counted.
     """
@@ -148,19 +185,21 @@ class _Compare(Work):
     pick: _Pick
     threshold: float
     products: Products
+    reach: float
     threads: int
 
     def __call__(self, item: int, opened: Any) -> Done:
         files, queries = self.pick.files, self.pick.positions()
         raw = files.gather("vectors", queries)
         prepared = self.products.prepare(raw)
-        lists, of_queries = lists_of(files, item), self._lists_of(queries)
+        routes = Routes.read(files.path("routes", item), files.size(item))
+        of_queries, gaps = self.pick.routes(), gap_steps(self.reach)
         first = np.asarray(files.rows(item)["first"])
         uniques = np.flatnonzero(first == np.arange(len(first)))
         copies = np.bincount(first, minlength=len(first))
         copies_apart = np.bincount(first[self.pick.rows_apart(item)], minlength=len(first))
         vectors, themselves = files.vectors(item), self._first_in(item, queries, first)
-        needed = np.zeros((len(queries), files.num_visits + 2), np.int32)
+        needed = np.zeros((len(queries), _STEPS + 2), np.int32)
         with_apart = 0
 
         def of_block(start: int) -> tuple[np.ndarray, np.ndarray]:
@@ -171,9 +210,11 @@ class _Compare(Work):
         blocks = range(0, len(uniques), _TILE)
         for a, b in in_threads(of_block, blocks, self.threads):
             with_apart += int(copies_apart[b].sum())
-            there, back = _rank(of_queries[a], lists[b, 0]), _rank(lists[b], of_queries[a, 0])
+            there = of_queries.gaps_to(a, routes.own[b])
+            back = routes.gaps_to(b, of_queries.own[a])
+            steps = np.searchsorted(gaps, np.minimum(there, back))  # S + 1 where neither visits
             pairs = copies[b] - (themselves[a] == b)  # no row is a pair with itself
-            np.add.at(needed, (a, np.minimum(there, back)), pairs.astype(np.int32))
+            np.add.at(needed, (a, steps), pairs.astype(np.int32))
         write_array(self.path(item), needed)
         return Done([self.path(item)], {"with_rows_apart": with_apart})
 
@@ -181,9 +222,9 @@ class _Compare(Work):
         return storage.join(self.pick.folder, "compared", f"needed-{item:06d}.bin")
 
     def total(self) -> np.ndarray:
-        """(Q, V + 2): pairs of each sampled row by the visits that they need."""
+        """(Q, S + 2): pairs of each sampled row by the step of the gap that they need."""
         files = self.pick.files
-        total = np.zeros((len(self.pick.positions()), files.num_visits + 2), np.int64)
+        total = np.zeros((len(self.pick.positions()), _STEPS + 2), np.int64)
         for partition in range(files.num_partitions):
             total += map_array(self.path(partition), "int32", 0, total.shape)
         return total
@@ -208,26 +249,3 @@ class _Compare(Work):
         found = np.full(len(rows), -1, np.int64)
         found[here] = first[rows[here]]
         return found
-
-    def _lists_of(self, positions: np.ndarray) -> np.ndarray:
-        """(Q, 1 + V) int32: own list and visits of any rows."""
-        files = self.pick.files
-        found = np.empty((len(positions), 1 + files.num_visits), np.int32)
-        for partition, where in files.by_partition(positions):
-            rows = positions[where] - files.starts[partition]
-            found[where] = lists_of(files, partition)[rows]
-        return found
-
-
-def lists_of(files: RowFiles, partition: int) -> np.ndarray:
-    """(N, 1 + V) int32: own list and visits of the rows of one partition."""
-    shape = (files.size(partition), files.num_visits)
-    visits = map_array(files.path("visits", partition), "int32", 0, shape)
-    own = np.asarray(files.rows(partition)["list"])[:, None]
-    return np.concatenate([own, visits], axis=1)
-
-
-def _rank(lists: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(H,) where in its row each wanted list stands, the number of columns where nowhere."""
-    found = lists == wanted[:, None]
-    return np.asarray(np.where(found.any(axis=1), found.argmax(axis=1), lists.shape[1]))

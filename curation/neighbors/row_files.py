@@ -2,7 +2,7 @@
 
 A row's position is its rank by (list, id, set). That order depends on the rows alone, so nothing
 that is computed over positions depends on shards, their order, or the number of workers.
-N rows, D width, P partitions, V visits of a row.
+N rows, D width, P partitions.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,6 @@ class RowFiles:
     """(P + 1,): first position of each partition, then the number of rows."""
     list_starts: tuple[int, ...]
     """(P + 1,): first list of each partition, then the number of lists."""
-    num_visits: int = 0
-    """Lists that each row visits beside its own."""
 
     @property
     def num_partitions(self) -> int:
@@ -41,7 +39,7 @@ class RowFiles:
         return self.starts[-1]
 
     def path(self, kind: str, partition: int) -> str:
-        """File of one kind ("vectors", "ids", "rows", "visits") of one partition."""
+        """File of one kind ("vectors", "ids", "rows", "routes") of one partition."""
         return storage.join(self.folder, f"{kind}-{partition:06d}.bin")
 
     def vectors(self, partition: int) -> np.ndarray:

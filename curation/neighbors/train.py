@@ -12,16 +12,20 @@ import numpy as np
 
 from curation import storage
 from curation.clustering import hash_ids
-from curation.neighbors.coarse import Coarse, CoarseRouter
+from curation.neighbors.coarse import FLAT, Coarse, CoarseRouter
 from curation.neighbors.partition import groups_of_shards
+from curation.neighbors.routes import Reach
 from curation.neighbors.row_files import map_array, write_array
 from curation.neighbors.steps import Done, Work, finished_steps, run_steps
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine, Resources
 
 _ROWS_PER_LIST = 256
+_LONGEST = 2048
+"""Rows a list up to which there is one level of them."""
 _MOST_LISTS = 1 << 18
-_SAMPLE_PER_LIST = 256
+_ROWS_ASKED = 1 << 12
+"""Sampled rows that say how many lists lie within a gap."""
 _COUNTED_PER_LIST = 64
 _ROWS_PER_PARTITION = 1 << 16
 
@@ -32,10 +36,14 @@ class Budget:
 
     memory: int = 4 << 30
     """Bytes that all tasks of a machine may hold at once."""
-    most_visits: int = 15
-    """Visits of a row that are written down; a join uses as many as its recall needs."""
+    mean_visits: int = 16
+    """Visits of a row that are written down, on average; a join uses those its recall needs."""
+    most_visits: int = 128
+    """Visits of one row, and those as near as the last of them."""
     groups_met: int = 12
     """Groups whose lists a row is compared with."""
+    rows_per_list: int = 96
+    """Sampled rows a list that it is trained on."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +92,13 @@ def train_router(
     Gives None where no row has a direction, so that there is nothing to be trained on.
     """
     num_rows = sum(source.pool.num_rows for source in sources)
-    num_lists = int(np.clip(num_rows // _ROWS_PER_LIST, 16, _MOST_LISTS))
+    num_lists = lists_for(num_rows)
     training = Training(
         sources=sources,
         groups=groups_of_shards(sources),
         folder=folder,
         seed=seed,
-        share=min(1.0, _SAMPLE_PER_LIST * num_lists / num_rows),
+        share=min(1.0, budget.rows_per_list * num_lists / num_rows),
         num_lists=num_lists,
         dtype=storage_dtype(sources),
         budget=budget,
@@ -107,11 +115,20 @@ def train_router(
         found["width"],
         found["groups"],
         found["lists"],
-        min(budget.most_visits, found["lists"] - 1),
-        budget.groups_met,
+        Reach(found["gap"], budget.most_visits, budget.groups_met),
         threads,
     )
     return router, found["list_starts"]
+
+
+def lists_for(num_rows: int) -> int:
+    """How many lists so many rows get.
+
+    As long as one level of lists does, they grow longer before there are two: two lose neighbours
+    where rows form no large groups.
+    """
+    wanted = int(np.clip(num_rows // _ROWS_PER_LIST, 16, _MOST_LISTS))
+    return min(wanted, FLAT) if num_rows <= FLAT * _LONGEST else wanted
 
 
 def _train(training: Training, engine: Engine) -> list[dict[str, Any]] | None:
@@ -173,18 +190,20 @@ class _TrainCoarse(Work):
         rng = np.random.default_rng(self.training.seed)
         threads = os.cpu_count() or 1  # the other workers wait for the lists
         coarse = Coarse.trained(rows, self.training.num_lists, rng, threads)
-        path = self.training.coarse_path
-        CoarseRouter.written(path, coarse, 0, 1)
-        few = rows[: _COUNTED_PER_LIST * coarse.num_lists]
-        counts = np.bincount(coarse.route(few, 1, 2, threads)[:, 0], minlength=coarse.num_lists)
+        coarse.write(self.training.coarse_path)
+        budget, few = self.training.budget, rows[: _COUNTED_PER_LIST * coarse.num_lists]
+        every = Reach(np.inf, budget.most_visits, budget.groups_met)
+        homes = coarse.route(few, Reach(0.0, 0, 2), threads).own
+        counts = np.bincount(homes, minlength=coarse.num_lists)
         expected = counts * (self.training.num_rows / max(1, len(few)))
         facts = {
             "width": self.width,
             "groups": len(coarse.groups),
             "lists": coarse.num_lists,
+            "gap": coarse.gap_of_visits(rows[:_ROWS_ASKED], budget.mean_visits, every),
             "list_starts": split_evenly(expected, self._rows_per_partition()),
         }
-        return Done([path], facts)
+        return Done([self.training.coarse_path], facts)
 
     def _rows_per_partition(self) -> int:
         """As many rows as can be sorted in one worker's memory: they are held some six times."""

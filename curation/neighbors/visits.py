@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from curation import storage
+from curation.neighbors.routes import Routes
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.stage import Engine
@@ -58,25 +59,24 @@ class _Invert(Work):
     visits: Visits
     rows_of: Any
     """Gives the numbers of the rows of a partition that go visiting."""
-    num_visits: int
+    gap: float
 
     def __call__(self, item: int, opened: Any) -> Done:
         files = self.visits.files
         rows = self.rows_of(item)
-        shape = (files.size(item), files.num_visits)
-        lists = map_array(files.path("visits", item), "int32", 0, shape)[rows, : self.num_visits]
-        known = lists >= 0
-        positions = np.broadcast_to((rows + files.starts[item])[:, None], lists.shape)
-        self.visits.write(item, lists[known], positions[known])
+        who, lists = (
+            Routes.read(files.path("routes", item), files.size(item)).take(rows).within(self.gap)
+        )
+        self.visits.write(item, lists, rows[who] + files.starts[item])
         return Done([self.visits.path(item)])
 
 
-def invert(files: RowFiles, rows_of: Any, num_visits: int, folder: str, engine: Engine) -> Visits:
-    """Turn the first `num_visits` visits of some rows around.
+def invert(files: RowFiles, rows_of: Any, gap: float, folder: str, engine: Engine) -> Visits:
+    """Turn the visits of some rows around that are no farther than a gap.
 
     rows_of: a picklable function of a partition that gives row numbers in it, (M,) int64.
     """
     visits = Visits(files, folder, files.num_partitions)
-    work = _Invert(visits, rows_of, num_visits)
+    work = _Invert(visits, rows_of, gap)
     run_steps(engine, work, files.num_partitions, folder, "turn visits around")
     return visits

@@ -12,7 +12,13 @@ from pydantic import Field, model_validator
 from curation import storage
 from curation.dataset import Dataset
 from curation.neighbors.hits import HITS, HitFiles, Retrieval, SeedRule, write_hits
-from curation.neighbors.layout import Comparison, lay_out, lay_out_queries, sources_of
+from curation.neighbors.layout import (
+    SEARCHED,
+    Comparison,
+    lay_out,
+    lay_out_queries,
+    sources_of,
+)
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 
@@ -76,7 +82,14 @@ class Retrieve(DatasetStage):
             assume_same_space=self.assume_same_space,
         )
         rows = storage.join(folder.scratch, "rows")
-        pool = lay_out(sources[:1], rows, engine, comparison=self.comparison, seed=inputs.seed)
+        pool = lay_out(
+            sources[:1],
+            rows,
+            engine,
+            comparison=self.comparison,
+            seed=inputs.seed,
+            rows_per_list=SEARCHED,
+        )
         queries = tuple(
             lay_out_queries(
                 source, pool.files, storage.join(folder.scratch, f"seeds-{name}"), engine

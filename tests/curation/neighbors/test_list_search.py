@@ -14,7 +14,7 @@ WIDTH = 32
 
 @pytest.fixture
 def retrieve(tmp_path):
-    def run(pool, seeds, *, method, name, workers=1, recall=0.999, k=5):
+    def run(pool, seeds, *, method, name, workers=1, recall=1.0, k=5):
         folder = StageFolder(str(tmp_path / name), "retrieve")
         stage = Retrieve(
             embeddings="copy",
