@@ -178,10 +178,10 @@ class CoarseRouter(Router):
     def open(self) -> Coarse:
         """Load the centroids."""
         head, size = 8 * (self.num_groups + 1), self.num_groups * self.width
-        return Coarse(
-            np.asarray(map_array(self.path, "int8", head, (self.num_groups, self.width))),
-            np.asarray(map_array(self.path, "int8", head + size, (self.num_lists, self.width))),
-            np.asarray(map_array(self.path, "int64", 0, (self.num_groups + 1,))),
+        return Coarse(  # copies: torch would copy what is mapped for every product
+            np.array(map_array(self.path, "int8", head, (self.num_groups, self.width))),
+            np.array(map_array(self.path, "int8", head + size, (self.num_lists, self.width))),
+            np.array(map_array(self.path, "int64", 0, (self.num_groups + 1,))),
         )
 
     def route(self, ids: np.ndarray, vectors: np.ndarray, opened: Any) -> Routes:
@@ -199,7 +199,8 @@ def grown_centroids(
     their places; the last passes see all rows, until few of them change their centroid.
     rows: (N, D) in random order.
     """
-    quantized = quantize_rows(rows)
+    blocks = in_threads(lambda block: quantize_rows(rows[block]), _blocks(len(rows)), threads)
+    quantized = np.concatenate(list(blocks))
     centroids = unit_rows(rows[:count]).astype(np.float32)
     for per_centroid, passes in _GROWTH:
         some = slice(0, per_centroid * count)

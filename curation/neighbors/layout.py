@@ -113,7 +113,7 @@ def lay_out(
         files = arrange(sources, Scattered(count), range(count + 1), folder, engine)
         return Layout(files, comparison, seed, None, threads)
     router, list_starts = trained
-    files = arrange(sources, router, list_starts, folder, engine)
+    files = arrange(sources, router, list_starts, folder, engine, threads)
     return Layout(files, comparison, seed, router, threads)
 
 

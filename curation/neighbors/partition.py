@@ -22,6 +22,7 @@ from curation.neighbors.identical import fingerprints, first_identical
 from curation.neighbors.routes import Routes
 from curation.neighbors.row_files import RowFiles, write_array
 from curation.neighbors.steps import Done, Work, finished_steps, run_steps
+from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine, Resources
 
@@ -85,6 +86,8 @@ class Plan:
     dtype: str = "float16"
     groups: tuple[tuple[int, int, int], ...] = field(default=())
     """(set, first shard, end): what each task of the first pass reads."""
+    threads: int = 1
+    """Threads of one worker."""
 
     @property
     def num_partitions(self) -> int:
@@ -112,6 +115,7 @@ def arrange(
     list_starts: Sequence[int],
     folder: str,
     engine: Engine,
+    threads: int = 1,
 ) -> RowFiles:
     """Lay the rows of all sources out as files, in the order of their lists.
 
@@ -127,6 +131,7 @@ def arrange(
         folder=folder,
         dtype=storage_dtype(sources),
         groups=groups,
+        threads=threads,
     )
     arranged = _Arrange(plan, 0).folder
     facts = finished_steps(arranged, plan.num_partitions)
@@ -183,8 +188,10 @@ class _Split(Work):
     def __call__(self, item: int, opened: Any) -> Done:
         number, first, end = self.plan.groups[item]
         tables, files, widths = [], [], []
-        for shard in range(first, end):
-            table, bad, width = self._read(number, shard, opened)
+        shards = range(first, end)
+        threads = self.plan.threads if len(shards) > 1 else 1  # one is routed in threads
+        found = in_threads(lambda shard: self._read(number, shard, opened), shards, threads)
+        for shard, (table, bad, width) in zip(shards, found, strict=True):
             write_array(self.plan.bad_path(number, shard), bad)
             files.append(self.plan.bad_path(number, shard))
             tables.append(table)

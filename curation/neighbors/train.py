@@ -6,6 +6,7 @@ the rows and the seed alone. N rows, S sampled rows, D width, L lists, P partiti
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from curation.neighbors.partition import groups_of_shards
 from curation.neighbors.routes import Reach
 from curation.neighbors.row_files import map_array, write_array
 from curation.neighbors.steps import Done, Work, finished_steps, run_steps
+from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine, Resources
 
@@ -144,6 +146,10 @@ def _train(training: Training, engine: Engine) -> list[dict[str, Any]] | None:
     return found
 
 
+_Sampled = tuple[np.ndarray, np.ndarray, tuple[str, int]]
+"""Hashes (S,) and vectors (S, D) of some rows; where they are from, and their width."""
+
+
 @dataclass(frozen=True)
 class _Sample(Work):
     """The sampled rows of some shards: (S,) uint64 hashes, then (S, D) vectors."""
@@ -152,21 +158,25 @@ class _Sample(Work):
 
     def __call__(self, item: int, opened: Any) -> Done:
         number, first, end = self.training.groups[item]
-        source = self.training.sources[number]
-        hashes, rows, widths = [], [], []
-        for shard in range(first, end):
-            ids, vectors = source.read(shard)
-            keys = hash_ids(ids, "coarse", self.training.seed)
-            chosen = np.flatnonzero(keys <= self._bound(vectors.shape[1]))
-            chosen = chosen[~bad_rows(vectors[chosen])] if len(chosen) else chosen
-            if len(chosen):
-                hashes.append(keys[chosen])
-                rows.append(vectors[chosen].astype(self.training.dtype))
-                widths.append((source.where(shard), vectors.shape[1]))
+        source, shards = self.training.sources[number], range(first, end)
+        read = partial(self._read, source)
+        found = [some for some in in_threads(read, shards, self.training.threads) if some]
+        hashes, rows, widths = zip(*found, strict=True) if found else ((), (), ())
         width = check_widths(widths)
         write_array(self.training.sample_path(item), *hashes, *rows)
         where = source.dataset.path
         return Done([self.training.sample_path(item)], {"where": where, "width": width})
+
+    def _read(self, source: VectorSource, shard: int) -> _Sampled | None:
+        """The sampled rows of one shard; None where there are none."""
+        ids, vectors = source.read(shard)
+        keys = hash_ids(ids, "coarse", self.training.seed)
+        chosen = np.flatnonzero(keys <= self._bound(vectors.shape[1]))
+        chosen = chosen[~bad_rows(vectors[chosen])] if len(chosen) else chosen
+        if not len(chosen):
+            return None
+        rows = vectors[chosen].astype(self.training.dtype)
+        return keys[chosen], rows, (source.where(shard), vectors.shape[1])
 
     def _bound(self, width: int) -> np.uint64:
         """Hashes up to this are sampled: a little more than will be used, as rows are by chance."""
