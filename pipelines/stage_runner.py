@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
-from curation.errors import EngineError, StageError
+from curation.errors import ConfigError, EngineError, StageError
 from curation.ledger import (
     Receipt,
     StageRecord,
@@ -122,9 +122,20 @@ def run_stage(
         watcher.finished(folder.stage, record, True)
         return record, open_outputs(stage, folder)
     storage.write_json(storage.join(folder.path, _KEY_FILE), {"key": key, "stage": folder.stage})
-    record = _run_anew(stage, inputs, folder, engine, watcher, key)
+    try:
+        record = _run_anew(stage, inputs, folder, engine, watcher, key)
+    except ConfigError:
+        _let_go(folder)
+        raise
     watcher.finished(folder.stage, record, False)
     return record, open_outputs(stage, folder)
+
+
+def _let_go(folder: StageFolder) -> None:
+    """Let a folder be used with other settings: these did not fit, and nothing was finished."""
+    if not finished_shards(folder):
+        storage.remove(folder.scratch)
+        storage.remove(storage.join(folder.path, _KEY_FILE))
 
 
 def _run_anew(
