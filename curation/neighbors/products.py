@@ -64,12 +64,13 @@ class Products:
         left: (N, D), right: (M, D), both prepared; bound: of all pairs, or (N,) float32 of those
         of each row. Gives three (H,) arrays.
         """
-        scores = left @ right.T  # (N, M)
         if self.precision == "float32":
+            scores = left @ right.T  # (N, M)
             rows, columns = np.nonzero(scores > np.reshape(bound, (-1, 1)))
             return rows, columns, scores[rows, columns]
         import torch
 
+        scores = _products(left, right)
         limits = torch.as_tensor(bound, dtype=torch.float32, device=self.device).reshape(-1, 1)
         limits = (limits - limits.abs() * 2.0**-8).to(scores.dtype)  # not above the bounds
         rows, columns = (scores > limits).nonzero(as_tuple=True)
@@ -78,14 +79,28 @@ class Products:
 
     def kth_highest(self, left: Any, right: Any, k: int) -> np.ndarray:
         """(N,) float32: the k-th highest approximate cosine of each row with the columns."""
-        scores = left @ right.T  # (N, M)
         if self.precision == "float32":
-            return np.asarray(np.partition(scores, -k, axis=1)[:, -k])
-        return np.asarray(scores.topk(k, dim=1).values[:, -1].float().cpu().numpy())
+            return np.asarray(np.partition(left @ right.T, -k, axis=1)[:, -k])
+        return np.asarray(_products(left, right).topk(k, dim=1).values[:, -1].float().cpu().numpy())
 
 
 FLOAT32 = Products()
 """The plainest: NumPy, single precision."""
+
+
+def _products(left: Any, right: Any) -> Any:
+    """(N, M) bfloat16: products of all rows, on sides that are padded to few shapes.
+
+    The kernels prepare themselves anew for every shape, which takes longer than multiplying.
+    """
+    return (_padded(left) @ _padded(right).T)[: len(left), : len(right)]
+
+
+def _padded(rows: Any) -> Any:
+    import torch
+
+    more = -len(rows) % (32 if len(rows) <= 256 else 128)
+    return torch.nn.functional.pad(rows, (0, 0, 0, more)) if more else rows
 
 
 def _prepare_bfloat16(vectors: np.ndarray, device: str) -> Any:
