@@ -82,7 +82,7 @@ class Found:
 
         They come sorted by query, nearest first.
         """
-        found = self.take(np.lexsort((-self.scores, self.queries)))
+        found = self.take(np.argsort(_nearest_first(self.queries, self.scores)))
         floor = found.floors(k, int(found.queries.max(initial=-1)) + 1)
         return found.take(found.scores >= floor[found.queries] - np.float32(2 * band))
 
@@ -120,6 +120,16 @@ class Found:
             map_array(path, "int64", head + 8 * (total + start), shape),
             map_array(path, "float32", head + 16 * total + 4 * start, shape),
         )
+
+
+def _nearest_first(queries: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(H,) int64: one number a candidate, in the order of query, then of falling score.
+
+    One number sorts several times as fast as two. queries: (H,) below 2^31; scores: (H,) float32.
+    """
+    bits = (-scores).view(np.int32)
+    ordered = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)  # as the floats are ordered
+    return (queries.astype(np.int64) << 32) + ordered
 
 
 def search_exhaustively(search: Search, engine: Engine) -> None:
