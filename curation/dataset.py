@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from curation import storage
 from curation.config import Settings, parse_settings
@@ -79,7 +80,7 @@ class Dataset:
             raise DatasetError(
                 f"{path}: {state} (no {MANIFEST}); run the command that writes it again"
             )
-        manifest = parse_settings(Manifest, storage.read_json(file), file)
+        manifest = _read_manifest(file)
         if manifest.format_version != FORMAT_VERSION:
             raise DatasetError(
                 f"{path}: has layout version {manifest.format_version}, this program reads "
@@ -138,6 +139,14 @@ class Dataset:
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Read all shards into memory: for tests, reports and small sets only."""
         return pa.concat_tables(self.read_shard(i, columns) for i in range(self.num_shards))
+
+
+def _read_manifest(file: str) -> Manifest:
+    """Read a manifest in one go: of thousands of shards, that is a third of the time."""
+    try:
+        return Manifest.model_validate_json(storage.read_bytes(file))
+    except ValidationError:  # read it again for an error of one line
+        return parse_settings(Manifest, storage.read_json(file), file)
 
 
 def shard_name(index: int) -> str:

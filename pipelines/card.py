@@ -7,7 +7,7 @@ from curation import storage
 from curation.dataset import MANIFEST, Dataset
 from curation.errors import DatasetError
 from pipelines.funnel import FunnelRow, funnel
-from pipelines.runner import RunRecord
+from pipelines.run_record import RunRecord
 from pipelines.stats import Stats, run_stats
 from pipelines.work_folder import WorkFolder
 

@@ -16,7 +16,7 @@ from curation.dataset import Dataset
 from curation.errors import DatasetError, SpaceError
 from curation.schema import ID, KEEP
 from curation.stage import Engine, Resources, Task
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.work_folder import FinishedStage, WorkFolder
 
 Nearest = tuple[np.ndarray, list[str]]

@@ -22,7 +22,7 @@ from curation.ledger import RECEIPTS, STAGE_FILE, Receipt, StageRecord, read_rec
 from curation.schema import ID, KEEP
 from curation.stage import DECISIONS
 from pipelines.explain import ids_in
-from pipelines.runner import POOL, RUN_FILE, StageEntry
+from pipelines.run_record import POOL, RUN_FILE, StageEntry
 from pipelines.seal import SEAL_FILE, write_seal
 from pipelines.serving.catalog_file import FILE as CATALOG
 from pipelines.tables import Row, Tables

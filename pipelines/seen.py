@@ -14,7 +14,7 @@ from curation.schema import ID, KEEP
 from embedder.encoder import Encoder, embed_images, load_encoder
 from embedder.images import CanonicalImage, Limits, canonicalize
 from pipelines.certificate import embeddings_of_leaks, unit_rows
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.tables import Row, Tables
 from pipelines.work_folder import FinishedStage, WorkFolder
 

@@ -11,7 +11,7 @@ from curation.dataset import Dataset, open_foreign
 from curation.errors import ConfigError
 from pipelines.funnel import funnel, set_funnels
 from pipelines.languages import alt_languages
-from pipelines.runner import POOL, open_manifest
+from pipelines.run_record import POOL, open_manifest
 from pipelines.tables import Row, Tables, host_of, named
 from pipelines.work_folder import FinishedStage, WorkFolder
 

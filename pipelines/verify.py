@@ -21,7 +21,7 @@ from curation.errors import CurateError, StorageError
 from curation.ledger import RECEIPTS, Receipt, read_receipt, read_stage
 from curation.schema import ID, KEEP
 from curation.stage import DECISIONS, StageFolder
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.seal import broken_seals
 from pipelines.tables import Tables
 from pipelines.work_folder import FinishedStage, WorkFolder

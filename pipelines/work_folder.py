@@ -4,13 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import pyarrow as pa
-
 from curation import storage
 from curation.dataset import Dataset
-from curation.exchange import bucket_of_ids
+from curation.exchange import bucket_of_id
 from curation.stage import DECISIONS
-from pipelines.runner import POOL, RUN_FILE, RunRecord, StageEntry, read_run
+from pipelines.run_record import POOL, RUN_FILE, RunRecord, StageEntry, read_run
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class FinishedStage:
     def shard_of(self, row_id: str, flow: str | None = None) -> int:
         """Number of the shard that would hold an id of a flow (the stage's own by default)."""
         first, number = self.ranges[flow or self.flow]
-        return first + int(bucket_of_ids(pa.array([row_id], pa.string()), number)[0])
+        return first + bucket_of_id(row_id, number)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pipelines.report.galleries import Gallery, GalleryMaker, veil_together
 from pipelines.report.page_tables import page_tables, parts_of_set
 from pipelines.report.pictures import Pictures
 from pipelines.report.units import count, percent, short, size
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.stats import Stats, balance, run_stats, score_columns, thresholds
 from pipelines.tables import Row, Tables, named
 from pipelines.work_folder import FinishedStage, WorkFolder

@@ -21,7 +21,8 @@ from pipelines.events import EventLog, RunObserver
 from pipelines.funnel import adds_up, funnel
 from pipelines.planner import read_plan
 from pipelines.recipe import CheckedRecipe, Recipe, load_recipe
-from pipelines.runner import RUN_FILE, RecipeRun, RunRecord, read_run
+from pipelines.run_record import RUN_FILE, RunRecord, read_run
+from pipelines.runner import RecipeRun
 from pipelines.seal import write_seal
 
 _STEP_FILE = "_step.json"

@@ -10,7 +10,7 @@ from pipelines import forget as forgetting
 from pipelines.explain import explain
 from pipelines.forget import JOURNAL, forget
 from pipelines.report.page import write_page
-from pipelines.runner import read_run
+from pipelines.run_record import read_run
 from pipelines.seal import write_seal
 from pipelines.serving.catalog_file import catalog_of
 from pipelines.verbs import audit

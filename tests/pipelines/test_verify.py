@@ -11,7 +11,7 @@ from curation.dataset import Dataset, ShardInfo, commit, write_shard
 from curation.errors import DatasetError, StorageError
 from curation.ledger import read_receipt
 from curation.schema import schema_of
-from pipelines.runner import read_run
+from pipelines.run_record import read_run
 from pipelines.seal import write_seal
 from pipelines.verbs import audit
 from pipelines.verify import verify
