@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation import storage
-from curation.dataset import MANIFEST, Dataset, ShardInfo, write_shard
+from curation.dataset import MANIFEST, Dataset, ShardInfo, files_digest, write_shard
 from curation.digest import Content
 from curation.errors import ConfigError
 from curation.ledger import RECEIPTS, STAGE_FILE, Receipt, StageRecord, read_receipt
@@ -26,7 +26,6 @@ from pipelines.run_record import POOL, RUN_FILE, StageEntry
 from pipelines.seal import SEAL_FILE, write_seal
 from pipelines.serving.catalog_file import FILE as CATALOG
 from pipelines.tables import Row, Tables
-from pipelines.verify import files_digest
 from pipelines.work_folder import FinishedStage, WorkFolder
 
 Kind = Literal["ids", "urls", "hashes"]

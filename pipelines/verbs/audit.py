@@ -134,6 +134,22 @@ def print_verification(path: str, as_json: bool) -> bool:
     return not defects
 
 
+def print_proof(path: str, shard: str, as_json: bool) -> bool:
+    """`curate verify --shard`: whether one shard is what its data set says."""
+    from pipelines.verify import prove_shard
+
+    proof = prove_shard(path.rstrip("/"), shard)
+    if as_json:
+        console.print_json({"path": path, "ok": not proof.defects, **vars(proof)})
+        return not proof.defects
+    pairs = {"shard": f"{proof.shard}, number {proof.number} of {proof.shards}"}
+    pairs |= {"files": proof.leaf, "hashed with": "\n".join(proof.path)}
+    console.print_pairs(pairs | {"files digest": proof.files_digest}, title="proof")
+    for defect in proof.defects:
+        console.print_line(f"DEFECT {path}: {defect}")
+    return not proof.defects
+
+
 def print_diff(old: str, new: str, as_json: bool) -> None:
     """`curate diff`."""
     from pipelines.differences import diff

@@ -21,7 +21,12 @@ from pipelines.serving.catalog_file import catalog_of
 from pipelines.verbs import calibrate as verb
 from pipelines.work_folder import WorkFolder
 from tests.pipelines.audited_run import TinyEncoder, finished_run
-from tests.pipelines.browser import needs_chromium, opened_browser, opened_page
+from tests.pipelines.browser import (
+    needs_chromium,
+    opened_browser,
+    opened_page,
+    serious_barriers,
+)
 
 RATES = (0.0, 0.1, 0.5, 0.9, 1.0)
 """Share of true copies in five bins between 0.5 and 1."""
@@ -221,6 +226,22 @@ def test_lab__judging_by_keys_until_all_is_answered(lab_site):
         assert page.locator("polygon.band").count() == 2
         assert page.locator("tr.own").count() == 1
     assert len(Judgements.at(path).read()) == total
+
+
+@needs_chromium
+def test_lab__has_no_serious_barrier_and_fits_a_phone(lab_site):
+    """A question before any answer, and the curves after one; light and dark."""
+    url, _ = lab_site
+    phone = {"viewport": {"width": 375, "height": 700}}
+    with opened_browser() as browser:
+        for theme, answered in (("light", False), ("light", True), ("dark", True)):
+            if answered:
+                httpx.post(f"{url}/calibrate/0/yes")
+            found = serious_barriers(browser, f"{url}/calibrate", color_scheme=theme)
+            assert found == [], (theme, answered)
+        with opened_page(browser, **phone) as page:
+            page.goto(f"{url}/calibrate")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 375
 
 
 def test_print_figures__are_json(tmp_path, capsys):
