@@ -3,11 +3,11 @@
     python benchmarks/explain.py --rows 50e6 --folder /tmp/explain
 
 Builds a synthetic run on the spot, in the default layout of 10,000 rows a shard (5,000 shards in
-every stage; about 20 GB for 50 M rows): the tables of twelve stages from ingest to pack, the seeds'
-hits, the manifest, the index of the packed shards, and three sets. Images and vectors, which
-`explain` never reads, are left out. Then it asks for rows of every fate: by id, by the first digits of
-one, and by URL, each in a process of its own, as a user does. The same ids go to DuckDB, which
-joins the same tables. Budget at 50 M rows on 2 cores: 1 s.
+every stage; about 25 GB and 20 minutes for 50 M rows): the tables of twelve stages from ingest to
+pack, hits, manifest, the index of the packed shards, and three sets, one of a million seeds; images
+and vectors, which `explain` never reads, are left out. Then it asks for rows of every fate, by id
+and by the first digits of one, and for seeds, each in a process of its own, as a user does. Two
+of the ids go to DuckDB, which asks the same tables. Budget at 50 M rows on 2 cores: 1 s.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +36,9 @@ from curation.stages.select import MANIFEST_COLUMNS
 from pipelines.run_record import RUN_FILE, RunRecord, StageEntry
 
 ROWS_PER_SHARD = 10_000
-SET_ROWS = 5_000
+SET_ROWS, SEED_ROWS = 5_000, 1_000_000
+SHARDS_PER_HITS = 38
+"""Shards of the pool whose hits lie in one file: about as many rows as `retrieve` puts there."""
 SETS = ("bench", "seeds", "taken")
 HIT_COLUMNS = (ID, "seed_set", "rule", "seed_id", "rank", "similarity", "cluster")
 ROW_COLUMNS = (ID, "source", "source_set", "alt", "page", "license")
@@ -69,7 +70,6 @@ SIDE_CARS = {
     "ingest": {"rows": ROW_COLUMNS},
     "download": {"fetches": FETCH_COLUMNS},
     "canonicalize": {"images": IMAGE_COLUMNS},
-    "retrieve": {"hits": HIT_COLUMNS},
     "select": {"manifest": MANIFEST_COLUMNS},
     "pack": {"packed": INDEX_COLUMNS},
 }
@@ -100,6 +100,9 @@ class Flow:
         return ids_from_bytes(np.concatenate([leading.view(np.uint8).reshape(-1, 4), rest], 1))
 
 
+SEEDS = Flow("seeds", SEED_ROWS, 100)
+
+
 @dataclass(frozen=True)
 class Values:
     """Made-up values of rows, by column."""
@@ -109,6 +112,7 @@ class Values:
     rng: np.random.Generator
 
     def column(self, name: str) -> pa.Array:
+        """One of our columns."""
         kind, n = column_type(name), len(self.ids)
         if name == ID:
             return self.ids
@@ -148,6 +152,7 @@ class Values:
         return pa.array(known[name]).take(pa.array(self.rng.integers(0, len(known[name]), n)))
 
     def table(self, names: tuple[str, ...]) -> pa.Table:
+        """Some of our columns."""
         return pa.table({name: self.column(name) for name in names}, schema_of(names))
 
 
@@ -172,9 +177,7 @@ def judge(stage: str, values: Values) -> tuple[pa.Table, np.ndarray]:
     share, reason = DROPPED[stage]
     keep = values.rng.random(len(values.ids)) >= share
     names = (ID, *EXTRAS.get(stage, ()))
-    table = values.table(names).to_pydict() if not len(values.ids) else None
-    columns = dict(zip(names, values.table(names).columns, strict=True)) if table is None else table
-    columns |= {
+    columns = dict(zip(names, values.table(names).columns, strict=True)) | {
         "stage": pa.array([stage] * len(keep)),
         "keep": pa.array(keep),
         "reason": pa.array(np.where(keep, None, reason).astype(object), pa.string()),
@@ -196,15 +199,33 @@ def write_shards(root: Path, flow: Flow, stages: tuple[str, ...], shard: int) ->
         infos[stage] = {DECISIONS: write(folder / DECISIONS, place, table)}
         ids = ids.filter(pa.array(keep))
         for output, names in SIDE_CARS.get(stage, {}).items():
-            held = pa.concat_arrays([ids] * 3).take(_thrice(len(ids))) if output == "hits" else ids
-            made = Values(held, flow.name, rng).table(names)
+            made = Values(ids, flow.name, rng).table(names)
             tar = f"shard-{place:05d}.tar" if output == "packed" else ""
             infos[stage][output] = write(folder / output, place, made, tar)
     return infos
 
 
-def _thrice(number: int) -> pa.Array:
-    return pa.array(np.repeat(np.arange(number), 3))
+def write_hits(root: Path, number: int, files: range) -> ShardInfo:
+    """One shard of the hits, sorted by id: three seeds for each row that retrieval kept."""
+    rng = np.random.default_rng([8, number])
+    folder = root / folder_of("pool", "retrieve")
+    kept = [_kept(folder / DECISIONS / f"shard-{index:05d}.parquet") for index in files]
+    ids = pa.concat_arrays(kept)
+    ids = ids.take(pa.array(np.repeat(np.arange(len(ids)), 3)))
+    seeds = SEEDS.ids(number % SEEDS.shards)
+    values = {
+        "seed_set": pa.array(["seeds"] * len(ids)),
+        "rule": pa.array(["sample"] * len(ids)),
+        "seed_id": seeds.take(pa.array(rng.integers(0, len(seeds), len(ids)))),
+    }
+    made = Values(ids, "pool", rng)
+    columns = {name: values[name] if name in values else made.column(name) for name in HIT_COLUMNS}
+    return write(folder / "hits", number, pa.table(columns, schema_of(HIT_COLUMNS)))
+
+
+def _kept(file: Path) -> pa.Array:
+    table = pa.parquet.read_table(file, columns=[ID, "keep"])
+    return table.filter(table["keep"])[ID].combine_chunks()
 
 
 def folder_of(flow: str, stage: str) -> str:
@@ -217,7 +238,7 @@ def build(root: Path, rows: int) -> None:
     if (root / RUN_FILE).exists():
         return
     pool = Flow("pool", rows, max(rows // ROWS_PER_SHARD, 1), first=1)
-    flows = [Flow(name, SET_ROWS, 1) for name in SETS] + [pool]
+    flows = [Flow("bench", SET_ROWS, 1), SEEDS, Flow("taken", SET_ROWS, 1), pool]
     written: dict[tuple[str, str], dict[str, list[ShardInfo]]] = {}
     for flow in flows:
         stages = tuple(DROPPED) if flow is pool else SET_STAGES
@@ -231,6 +252,10 @@ def build(root: Path, rows: int) -> None:
                     mine = written.setdefault((own, stage), {})
                     for output, info in outputs.items():
                         mine.setdefault(output, []).append(info)
+    groups = [range(at, min(at + SHARDS_PER_HITS, pool.shards)) for at in _starts(pool.shards)]
+    with ProcessPoolExecutor(2) as processes:
+        hits = processes.map(partial(write_hits, root), range(len(groups)), groups)
+        written["pool", "retrieve"]["hits"] = list(hits)
     entries = {key: commit_stage(root, *key, outputs) for key, outputs in written.items()}
     select = written["pool", "select"]["manifest"]
     publish(root, select)
@@ -246,6 +271,10 @@ def build(root: Path, rows: int) -> None:
         packed=f"{folder_of('pool', 'pack')}/packed",
     )
     storage.write_json(str(root / RUN_FILE), record.model_dump(mode="json"))
+
+
+def _starts(shards: int) -> range:
+    return range(0, shards, SHARDS_PER_HITS)
 
 
 def commit_stage(
@@ -284,15 +313,16 @@ def publish(root: Path, infos: list[ShardInfo]) -> None:
     commit(str(target), schema_of(MANIFEST_COLUMNS), infos, {})
 
 
-def some_rows(root: Path, number: int) -> list[tuple[str, str]]:
-    """(id, URL) of rows all over the pool, as ingest wrote them."""
-    files = sorted((root / folder_of("pool", "ingest") / "rows").glob("*.parquet"))
+def some_rows(root: Path, number: int) -> list[str]:
+    """Ids of rows all over the pool; every third of the finished set."""
     rng = np.random.default_rng(1)
     found = []
-    for place in np.linspace(0, len(files) - 1, number).astype(int):
-        table = pa.parquet.read_table(files[place], columns=[ID, "source"])
-        row = int(rng.integers(len(table)))
-        found.append((table[ID][row].as_py(), table["source"][row].as_py()))
+    for place in range(number):
+        folder = root / (folder_of("pool", "ingest") + "/rows" if place % 3 else "manifest")
+        files = sorted(folder.glob("*.parquet"))
+        file = files[(2 * place + 1) * len(files) // (2 * number)]
+        table = pa.parquet.read_table(file, columns=[ID])
+        found.append(table[ID][int(rng.integers(len(table)))].as_py())
     return found
 
 
@@ -329,14 +359,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20)
     options = parser.parse_args()
     build(options.folder, int(options.rows))
-    rows = some_rows(options.folder, options.images)
-    seeds = [row_id for row_id in Flow("seeds", SET_ROWS, 1).ids(0).to_pylist()[:5]]
-    ways: dict[str, tuple[list[str], Callable[[str], str]]] = {
-        "by id": ([row_id for row_id, _ in rows], str),
-        "by 10 digits": ([row_id[:10] for row_id, _ in rows], str),
-        "a seed": (seeds, str),
+    ids = some_rows(options.folder, options.images)
+    ways = {
+        "by id": ids,
+        "by 10 digits": [row_id[:10] for row_id in ids],
+        "a seed": [SEEDS.ids(shard)[7].as_py() for shard in range(0, 100, 10)],
     }
-    for way, (texts, _) in ways.items():
+    for way, texts in ways.items():
         asked = [ask_explain(options.folder, text) for text in texts]
         seconds = sorted(one[0] for one in asked)
         line = {

@@ -239,6 +239,8 @@ def _print_run(found: Row) -> None:
     _print_table(found["fetches"], "downloads")
     _print_table(found["duplicates"], "near duplicates by size of component")
     _print_table(found["seed_sets"], "retrieval by seed set")
+    _print_table(found["parts"], "parts of the set")
+    _print_table(found["failed_shards"], "shards that failed")
     _print_table(found["hosts"], "hosts")
     _print_table(found["languages"], "languages of alternative texts")
     if found["images"]:
@@ -255,6 +257,7 @@ def _print_dataset(found: Row) -> None:
     for column in found["columns"]:
         if column.get("values"):
             _print_table(column["values"], column["column"])
+    _print_table(found.get("balance", []), "balance: entropy 1 and Gini 0 where all are equal")
     if found.get("hosts"):
         _print_table(found["hosts"], "hosts")
     _print_table(found.get("languages", []), "languages of alternative texts")

@@ -10,7 +10,6 @@ from pipelines.funnel import FunnelRow
 from pipelines.report import charts
 from pipelines.report.groups import groups_of
 from pipelines.report.page import planned_seconds, render, write_page
-from pipelines.report.page_tables import parts_of_set
 from pipelines.report.pictures import MAX_SIDE, Pictures, thumbnail
 from pipelines.report.units import percent, size
 from pipelines.work_folder import WorkFolder
@@ -127,12 +126,6 @@ def test_thumbnail__is_small_and_survives_rubbish():
     assert width == 96 <= MAX_SIDE
     assert data.startswith("data:image/jpeg;base64,")
     assert data != thumbnail(image, [])[0]
-
-
-def test_parts_of_set__shares_add_up():
-    parts = parts_of_set(WorkFolder(str(finished_run())))
-    assert sum(part["share"] for part in parts) == pytest.approx(1)
-    assert {part["part"] for part in parts} == {"seeds", "taken"}
 
 
 def test_funnel_chart__tiny_shares_and_hostile_reasons():
