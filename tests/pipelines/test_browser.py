@@ -185,7 +185,7 @@ def test_report__has_no_serious_barrier(browser, report, theme):
     assert serious_barriers(browser, report, color_scheme=theme) == []
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_server__has_no_serious_barrier(browser, site, theme):
     life = f"/images/pool/{site.veiled}"
     for path in (*PAGES, life):
