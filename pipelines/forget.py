@@ -21,6 +21,7 @@ from curation.errors import ConfigError
 from curation.ledger import RECEIPTS, STAGE_FILE, Receipt, StageRecord, read_receipt
 from curation.schema import ID, KEEP
 from curation.stage import DECISIONS
+from pipelines import tombstones
 from pipelines.explain import ids_in
 from pipelines.run_record import POOL, RUN_FILE, StageEntry
 from pipelines.seal import SEAL_FILE, write_seal
@@ -33,7 +34,6 @@ Targets = dict[str, set[str]]
 """Flow -> ids to forget."""
 
 JOURNAL = "_forgetting.json"
-TOMBSTONES = "forgotten"
 _BLOCK = 512
 
 
@@ -355,10 +355,10 @@ def _sha256(path: str) -> str:
 
 def _write_tombstones(path: str, rows: list[Row]) -> list[str]:
     """Ids and hashes of all that this run ever forgot, as lists that `blocklist` reads."""
-    folder = storage.join(path, TOMBSTONES)
+    folder = storage.join(path, tombstones.FOLDER)
     paths = []
-    for name, column in (("ids", ID), ("sha256", "sha256"), ("pdq", "phash")):
-        file = storage.join(folder, f"{name}.txt")
+    for name, column in tombstones.FILES.items():
+        file = tombstones.list_file(folder, name)
         known = storage.read_bytes(file).decode().splitlines() if storage.exists(file) else []
         lines = sorted({*known, *(row[column] for row in rows if row.get(column))})
         storage.write_bytes(file, "".join(f"{line}\n" for line in lines).encode())

@@ -244,6 +244,12 @@ class _CopyShard(Task[tuple[int, int], ShardInfo]):
         return write_shard(self.target, number, self.source.read_shard(index))
 
 
+def is_finished(checked: CheckedRecipe, work: str, base: Base | None = None) -> bool:
+    """Whether a run of this recipe has finished in a work folder, so that nothing is to do."""
+    stamp = _stamp(checked, base.digest if base else "")
+    return _finished_before(work, stamp) is not None
+
+
 def _already_published(target: str, selected: Dataset, attributes: dict[str, Any]) -> bool:
     if not Dataset.is_finished(target):
         return False

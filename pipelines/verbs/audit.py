@@ -221,7 +221,10 @@ def forget_images(work: str, lists: dict[str, str | None], near: bool, as_json: 
         console.print_line(f"may have seen them: {checkpoint}")
     if done.rows:
         console.print_line(f"content digest now {done.content_digest}")
-        console.print_line(f"for later builds: blocklist with {', '.join(done.tombstones)}")
+        folder = done.tombstones[0].rpartition("/")[0]
+        console.print_line(
+            f"later runs here, or with this as --base, keep them out; others by 'forgotten: [{folder}]'"
+        )
 
 
 def _verdict(one: Any) -> str:
