@@ -223,7 +223,7 @@ def forget_images(work: str, lists: dict[str, str | None], near: bool, as_json: 
         console.print_line(f"content digest now {done.content_digest}")
         folder = done.tombstones[0].rpartition("/")[0]
         console.print_line(
-            f"later runs here, or with this as --base, keep them out; others by 'forgotten: [{folder}]'"
+            f"later runs here or with this --base keep them out, others by 'forgotten: [{folder}]'"
         )
 
 
@@ -339,6 +339,7 @@ def _print_file(image: str, work: str, as_json: bool) -> None:
         return
     shown = {name: _plain(value) for name, value in found.items() if not isinstance(value, list)}
     console.print_pairs(shown, title="photo")
+    _print_table(found["verdicts"], "what the run's filters say of it")
     _print_table(found["equal"], "equal images in the run")
     _print_table(found["nearest"], "nearest images of the set")
     _print_table(found["nearest_benchmark"], "nearest benchmark images")
