@@ -117,7 +117,10 @@ def _by_hash(work: WorkFolder, text: str) -> Targets:
         stage = work.making(flow, "images")
         with Tables() as tables:
             if stage is not None and tables.add("images", stage.output("images")):
-                query = "select id from images where sha256 = ? or pixel_hash = ?"
+                query = (
+                    "select id from images where sha256 = ? union "
+                    "select id from images where pixel_hash = ?"
+                )
                 found[flow] = {row["id"] for row in tables.rows(query, [text.lower()] * 2)}
     return found
 

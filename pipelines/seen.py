@@ -143,10 +143,11 @@ def _equal(work: WorkFolder, sha256: str, pixels: str) -> list[Row]:
         stage = work.making(flow, "images")
         with Tables() as tables:
             if stage is not None and tables.add("images", stage.output("images")):
+                # Two questions: Bloom filters answer an equation, and no "or".
                 rows = tables.rows(
-                    "select id, sha256 = ? as same_bytes from images "
-                    "where sha256 = ? or pixel_hash = ? order by id",
-                    [sha256, sha256, pixels],
+                    "select id, true as same_bytes from images where sha256 = ? union all "
+                    "select id, false from images where pixel_hash = ? and sha256 != ? order by id",
+                    [sha256, pixels, sha256],
                 )
                 found += [{"flow": flow, **row} for row in rows]
     return found
