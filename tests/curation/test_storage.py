@@ -1,6 +1,9 @@
 import hashlib
 
 import duckdb
+import pyarrow as pa
+
+from curation import storage
 
 
 def test_write_parquet__bloom_filters_tell_where_a_hash_may_be(tmp_path):
