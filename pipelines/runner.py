@@ -246,6 +246,8 @@ class _CopyShard(Task[tuple[int, int], ShardInfo]):
 
 def is_finished(checked: CheckedRecipe, work: str, base: Base | None = None) -> bool:
     """Whether a run of this recipe has finished in a work folder, so that nothing is to do."""
+    if not storage.exists(storage.join(work, RUN_FILE)):
+        return False  # what it will read may not be there yet
     stamp = _stamp(checked, base.digest if base else "")
     return _finished_before(work, stamp) is not None
 
