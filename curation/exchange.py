@@ -141,6 +141,11 @@ def bucket_of_ids(ids: pa.Array | pa.ChunkedArray, num_buckets: int) -> np.ndarr
     return ((numbers * np.uint64(num_buckets)) >> np.uint64(32)).astype(np.int64)
 
 
+def bucket_of_id(row_id: str, num_buckets: int) -> int:
+    """The same of a single id."""
+    return (int(row_id[:8], 16) * num_buckets) >> 32
+
+
 def _finished(folder: str, suffix: str) -> set[int]:
     names = storage.list_files(folder, suffix)
     return {int(name.removesuffix(suffix)) for name in names if not name.startswith(".")}

@@ -19,6 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 from curation.errors import StorageError
 
 _ROWS_PER_GROUP = 1 << 13
+_LOOKED_UP = ("sha256", "pixel_hash", "seed_id")
+"""Columns by whose values single rows are looked for: Bloom filters tell where they may be."""
 _PARTIAL = ".partial"
 _REQUESTS_AT_ONCE = 32
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "azure")
@@ -260,6 +262,8 @@ def write_parquet(path: str, table: pa.Table) -> tuple[int, str]:
     stored plain: they do not shrink, and a dictionary of vectors costs four times their decoding.
     """
     shrinking = [_leaf(field) for field in table.schema if not _is_dense(field.type)]
+    looked_up = [name for name in _LOOKED_UP if name in table.column_names]
+    rows = max(min(table.num_rows, _ROWS_PER_GROUP), 1)
     with open_whole(path) as file:
         sink = _HashingFile(file)
         pq.write_table(
@@ -269,6 +273,7 @@ def write_parquet(path: str, table: pa.Table) -> tuple[int, str]:
             use_dictionary=shrinking,
             write_statistics=shrinking,
             row_group_size=_ROWS_PER_GROUP,
+            bloom_filter_options={name: {"ndv": rows, "fpp": 0.01} for name in looked_up},
         )
     return sink.num_bytes, sink.sha256.hexdigest()
 

@@ -15,7 +15,7 @@ from curation.errors import ConfigError, DatasetError
 from curation.pool import Pool, UnionPool
 from curation.registry import load_stage
 from curation.stage import DECISIONS, Stage
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.work_folder import FinishedStage, WorkFolder
 
 _INPUTS_FILE = "_inputs.json"

@@ -7,7 +7,7 @@ from curation import storage
 from curation.dataset import MANIFEST, Dataset
 from curation.errors import DatasetError
 from pipelines.funnel import FunnelRow, funnel
-from pipelines.runner import RunRecord
+from pipelines.run_record import RunRecord
 from pipelines.stats import Stats, run_stats
 from pipelines.work_folder import WorkFolder
 
@@ -88,7 +88,9 @@ def card_text(work: WorkFolder) -> str:
         *_stage_table(funnel(record)),
         "\n## Composition\n",
         *_composition(facts),
-        "\n## Settings and thresholds\n",
+        "\n## Thresholds\n",
+        *_thresholds(facts),
+        "\n## Settings\n",
         *_settings(record),
         "\n## Known limits\n",
         *(f"- {limit}" for limit in _LIMITS),
@@ -96,6 +98,16 @@ def card_text(work: WorkFolder) -> str:
         *(f"- `{name}`: {_ABOUT.get(name, '')}" for name in (work.manifest or _none()).columns),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _thresholds(facts: Stats) -> list[str]:
+    """What each score was judged by in fact, an encoder's own threshold included."""
+    return [
+        f"- {score['stage']}: {score['score']} against "
+        + ", ".join(f"{value:.6g}" for value in score["thresholds"])
+        for score in facts["scores"]
+        if score["thresholds"]
+    ]
 
 
 def croissant(record: RunRecord, manifest: Dataset) -> Json:

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.dataset import Dataset
+from curation.digest import digest_of
 from curation.errors import DatasetError, SpaceError
 from curation.schema import ID, KEEP
 from curation.stage import Engine, Resources, Task
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.work_folder import FinishedStage, WorkFolder
 
 Nearest = tuple[np.ndarray, list[str]]
@@ -24,6 +25,8 @@ Nearest = tuple[np.ndarray, list[str]]
 
 _BINS = 20
 _LISTED = 100
+"""Pairs that the page for people lists; the JSON holds the nearest pair of every image."""
+_NEAREST = 5
 
 
 @dataclass(frozen=True)
@@ -132,22 +135,60 @@ def markdown(certificate: dict[str, Any]) -> str:
         )
     for one in certificate["benchmarks"]:
         lines += ["", f"## {one['benchmark']}", "", one["statement"], ""]
-        lines += [
-            f"- {row['similarity']:.4f} {row['image']} ~ {row['kept']}" for row in one["list"]
-        ]
-    return "\n".join(lines) + "\n"
+        lines += [f"Digest of this statement and of all scores: `{one['digest']}`.", ""]
+        lines += _pairs(one["list"], f"Above {certificate['threshold']:g}:")
+        lines += _histogram(one["histogram"])
+        lines += ["", *_pairs(one["scores"][:_NEAREST], "The nearest images of all:")]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _pairs(rows: list[dict[str, Any]], title: str) -> list[str]:
+    """Pairs as a list; those beyond some are counted."""
+    if not rows:
+        return []
+    more = len(rows) - _LISTED
+    shown = [f"- {row['similarity']:.4f} {row['image']} ~ {row['kept']}" for row in rows[:_LISTED]]
+    return [
+        title,
+        "",
+        *shown,
+        *([f"- and {more:,} more: `--json` lists all"] if more > 0 else []),
+        "",
+    ]
+
+
+def _histogram(histogram: dict[str, Any]) -> list[str]:
+    """Benchmark images by their nearest cosine."""
+    edges, counts = histogram["edges"], histogram["counts"]
+    rows = [
+        f"| {low:.1f} to {high:.1f} | {number:,} |"
+        for low, high, number in zip(edges, edges[1:], counts, strict=False)
+        if number
+    ]
+    return ["| nearest cosine | images |", "|---|---:|", *rows]
 
 
 def _certify_one(
     work: WorkFolder, name: str, embeddings: str, limit: float, engine: Engine
 ) -> dict[str, Any]:
+    assert work.manifest is not None, "checked by the caller"
+    digest = work.manifest.manifest.content_digest
     benchmark = _vectors_of(work, name, embeddings)
     scores, kept = _search(work, benchmark, embeddings, engine)
     ids = read_vectors(benchmark)[0]
     order = np.lexsort((np.arange(len(ids)), -scores))
     above = int((scores > np.float32(limit)).sum())
     counts, edges = np.histogram(scores, bins=_BINS, range=(-1.0, 1.0))
-    found = "no image" if not above else f"{above:,} of its images"
+    found = "none has" if not above else f"{above:,} {'has' if above == 1 else 'have'}"
+    pairs = [
+        {"image": ids[i], "kept": kept[i], "similarity": float(scores[i])} for i in order.tolist()
+    ]
+    encoder, space = benchmark.attributes.get("encoder"), benchmark.attributes.get("space")
+    statement = (
+        f"Of the {len(ids):,} images of '{name}', {found} an image above cosine {limit:g} in the "
+        f"set {digest} (encoder {encoder}, space {space}). "
+        f"The nearest comes to {scores.max(initial=-1):.4f}."
+    )
     return {
         "benchmark": name,
         "images": len(ids),
@@ -155,18 +196,12 @@ def _certify_one(
         "nearest": float(scores.max(initial=-1)),
         "median": float(np.median(scores)) if len(scores) else -1.0,
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
-        "space": benchmark.attributes.get("space"),
-        "encoder": benchmark.attributes.get("encoder"),
-        "statement": (
-            f"Of the {len(ids):,} images of '{name}', {found} has an image of the set above "
-            f"cosine {limit:g} (encoder {benchmark.attributes.get('encoder')}, space "
-            f"{benchmark.attributes.get('space')}). The nearest comes to {scores.max():.4f}."
-        ),
-        "list": [
-            {"image": ids[i], "kept": kept[i], "similarity": float(scores[i])}
-            for i in order[:_LISTED]
-            if scores[i] > np.float32(limit)
-        ],
+        "space": space,
+        "encoder": encoder,
+        "statement": statement,
+        "scores": pairs,
+        "list": pairs[:above],
+        "digest": digest_of(statement, [tuple(pair.values()) for pair in pairs]),
     }
 
 

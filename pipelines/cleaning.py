@@ -7,7 +7,7 @@ from curation.errors import StageError
 from curation.ledger import STAGE_FILE
 from pipelines.disk_budget import bytes_below
 from pipelines.events import read_events
-from pipelines.runner import POOL, read_run
+from pipelines.run_record import POOL, read_run
 from pipelines.status import status_of
 
 _SCRATCH = "_scratch"

@@ -668,9 +668,14 @@ def calibrate(
 @app.command()
 def verify(
     path: Annotated[str, typer.Argument(help="A work folder or any data set.")],
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="Check this shard of a data set alone.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check every file's hash, the content digests, unique ids, and that rows add up.
+
+    --shard checks one, and shows the path of hashes that leads from it to `files_digest`.
 
     Example:
 
@@ -678,7 +683,12 @@ def verify(
     """
     from pipelines.verbs import audit as verb
 
-    if not verb.print_verification(path, json):
+    sound = (
+        verb.print_verification(path, json)
+        if shard is None
+        else verb.print_proof(path, shard, json)
+    )
+    if not sound:
         raise typer.Exit(1)
 
 

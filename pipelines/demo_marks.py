@@ -12,7 +12,7 @@ from curation.identity import normalise_url
 from curation.schema import make_id
 from curation.stage import DECISIONS
 from pipelines.demo_site import INNOCENT
-from pipelines.runner import RunRecord
+from pipelines.run_record import RunRecord
 
 _COPY_REASONS = ("duplicate_bytes", "duplicate_pixels", "near_duplicate")
 

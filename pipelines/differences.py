@@ -4,7 +4,7 @@ from typing import Any
 
 from curation.dataset import Dataset
 from curation.errors import DatasetError
-from pipelines.runner import RunRecord
+from pipelines.run_record import RunRecord
 from pipelines.tables import Row, Tables
 from pipelines.work_folder import WorkFolder
 

@@ -8,14 +8,15 @@ import numpy as np
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import DatasetError
+from curation.exchange import bucket_of_id
 from curation.identity import file_source, normalise_url
 from curation.schema import ID, make_id
 from pipelines.lookup import find_rows
-from pipelines.runner import POOL
-from pipelines.tables import Row, Tables
+from pipelines.run_record import POOL
 from pipelines.work_folder import FinishedStage, WorkFolder
 
 Life = dict[str, Any]
+Row = dict[str, Any]
 
 _SHOWN_HITS = 10
 _BULKY = ("image", "raw", "embedding")
@@ -170,12 +171,15 @@ def _hits(folder: WorkFolder, flow: str, row_id: str) -> list[Row]:
     stage = folder.stage(POOL, "retrieve")
     if stage is None or not stage.has("hits") or flow in folder.record.as_is:
         return []
+    hits = stage.output("hits")
+    if flow == POOL:
+        rows = find_rows(hits, bucket_of_id(row_id, hits.num_shards), [row_id]).to_pylist()
+        return sorted(rows, key=lambda row: (-row["similarity"], row["seed_set"]))[:_SHOWN_HITS]
+    from pipelines.tables import Tables
+
     with Tables() as tables:
-        if not tables.add("hits", stage.output("hits")):
+        if not tables.add("hits", hits):
             return []
-        if flow == POOL:
-            query = "select * from hits where id = ? order by similarity desc, seed_set limit ?"
-            return tables.rows(query, [row_id, _SHOWN_HITS])
         query = "select * from hits where seed_set = ? and seed_id = ? order by rank limit ?"
         return tables.rows(query, [flow, row_id, _SHOWN_HITS])
 

@@ -15,18 +15,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation import storage
-from curation.dataset import MANIFEST, Dataset, ShardInfo, write_shard
+from curation.dataset import MANIFEST, Dataset, ShardInfo, files_digest, write_shard
 from curation.digest import Content
 from curation.errors import ConfigError
 from curation.ledger import RECEIPTS, STAGE_FILE, Receipt, StageRecord, read_receipt
 from curation.schema import ID, KEEP
 from curation.stage import DECISIONS
+from pipelines import tombstones
 from pipelines.explain import ids_in
-from pipelines.runner import POOL, RUN_FILE, StageEntry
+from pipelines.run_record import POOL, RUN_FILE, StageEntry
 from pipelines.seal import SEAL_FILE, write_seal
 from pipelines.serving.catalog_file import FILE as CATALOG
 from pipelines.tables import Row, Tables
-from pipelines.verify import files_digest
 from pipelines.work_folder import FinishedStage, WorkFolder
 
 Kind = Literal["ids", "urls", "hashes"]
@@ -34,7 +34,6 @@ Targets = dict[str, set[str]]
 """Flow -> ids to forget."""
 
 JOURNAL = "_forgetting.json"
-TOMBSTONES = "forgotten"
 _BLOCK = 512
 
 
@@ -118,7 +117,10 @@ def _by_hash(work: WorkFolder, text: str) -> Targets:
         stage = work.making(flow, "images")
         with Tables() as tables:
             if stage is not None and tables.add("images", stage.output("images")):
-                query = "select id from images where sha256 = ? or pixel_hash = ?"
+                query = (
+                    "select id from images where sha256 = ? union "
+                    "select id from images where pixel_hash = ?"
+                )
                 found[flow] = {row["id"] for row in tables.rows(query, [text.lower()] * 2)}
     return found
 
@@ -356,10 +358,10 @@ def _sha256(path: str) -> str:
 
 def _write_tombstones(path: str, rows: list[Row]) -> list[str]:
     """Ids and hashes of all that this run ever forgot, as lists that `blocklist` reads."""
-    folder = storage.join(path, TOMBSTONES)
+    folder = storage.join(path, tombstones.FOLDER)
     paths = []
-    for name, column in (("ids", ID), ("sha256", "sha256"), ("pdq", "phash")):
-        file = storage.join(folder, f"{name}.txt")
+    for name, column in tombstones.FILES.items():
+        file = tombstones.list_file(folder, name)
         known = storage.read_bytes(file).decode().splitlines() if storage.exists(file) else []
         lines = sorted({*known, *(row[column] for row in rows if row.get(column))})
         storage.write_bytes(file, "".join(f"{line}\n" for line in lines).encode())

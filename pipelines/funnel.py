@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipelines.runner import RunRecord, StageEntry
+from pipelines.run_record import RunRecord, StageEntry
 
 
 @dataclass(frozen=True)

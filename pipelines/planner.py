@@ -13,7 +13,7 @@ from curation import storage
 from curation.dataset import Dataset
 from curation.errors import ConfigError
 from pipelines.cluster import Cluster
-from pipelines.runner import RunRecord, StageEntry
+from pipelines.run_record import RunRecord, StageEntry
 
 PLAN_FILE = "plan.json"
 """In a work folder: the report compares the run with it."""

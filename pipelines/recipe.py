@@ -16,6 +16,7 @@ from curation.registry import load_stage
 from curation.stage import Stage
 from curation.stages.ingest import Ingest
 from pipelines.demo_site import DemoSite
+from pipelines.tombstones import id_files, with_tombstones
 
 _VARIABLE = re.compile(r"\$\{([a-zA-Z0-9_.]+)\}")
 
@@ -66,6 +67,8 @@ class Recipe(Settings):
     """Read only a uniform sample of about so many rows of the pool, and of each set; null: all."""
     keep_raw: bool = False
     """Whether the fetched bytes stay after canonicalize has committed."""
+    forgotten: tuple[str, ...] = ()
+    """Folders that `curate forget` left: what it took out of those builds stays out of this one."""
     paths: dict[str, str] = {}
     """Values of ${name} in the rest of the recipe; ${work} is the work folder."""
     sets: dict[str, SetSource] = {}
@@ -119,6 +122,7 @@ class CheckedRecipe:
             source_set=name,
             rows_per_shard=self.recipe.rows_per_shard,
             max_rows=self.recipe.max_rows,
+            forgotten=id_files(self.recipe.forgotten),
         )
         wanted = [stage for stage in self.stages if stage.on_sets or self._fetches(stage, source)]
         compared = (self._compared_for_sets(stage) for stage in wanted)
@@ -231,6 +235,9 @@ def _build_stage(
     if name == "ingest":
         settings.setdefault("rows_per_shard", recipe.rows_per_shard)
         settings.setdefault("max_rows", recipe.max_rows)
+        settings.setdefault("forgotten", id_files(recipe.forgotten))
+    if name == "canonicalize" and recipe.forgotten:
+        settings["blocklists"] = with_tombstones(settings.get("blocklists"), recipe.forgotten)
     return parse_settings(kind, settings, f"{where}: {name}")
 
 

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from curation import storage
-from curation.config import Settings, parse_settings
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
 from curation.digest import digest_of
-from curation.errors import DatasetError
 from curation.ledger import StageRecord, read_stage
 from curation.pool import Pool, UnionPool
 from curation.schema import schema_of
@@ -23,54 +21,10 @@ from curation.stage import DECISIONS, Engine, Stage, StageFolder, StageInputs, T
 from curation.stages.ingest import Ingest
 from curation.stages.select import MANIFEST_COLUMNS
 from pipelines.recipe import CheckedRecipe
+from pipelines.run_record import POOL, RUN_FILE, RunRecord, StageEntry, read_run
 from pipelines.stage_runner import Watcher, run_stage, stage_key
 
 logger = logging.getLogger(__name__)
-
-RUN_FILE = "run.json"
-POOL = "pool"
-
-
-class StageEntry(Settings):
-    """One finished stage of a flow."""
-
-    stage: str
-    """Name of the stage."""
-    folder: str
-    """Its folder, relative to the work folder."""
-    record: StageRecord
-    """What it did."""
-
-
-class RunRecord(Settings):
-    """What a run of a recipe did, and where everything lies, relative to the work folder."""
-
-    recipe: str
-    """Name of the recipe."""
-    recipe_file: str
-    """Where it was read from."""
-    seed: int
-    """Seed of the run."""
-    pool: tuple[StageEntry, ...]
-    """Stages of the pool, in order."""
-    sets: dict[str, tuple[StageEntry, ...]] = {}
-    """Stages of each benchmark and seed set."""
-    roles: dict[str, tuple[str, ...]] = {}
-    """Stages that name each set."""
-    as_is: tuple[str, ...] = ()
-    """Sets taken as they are: they join the pool at the union."""
-    manifest: str | None = None
-    """The published manifest."""
-    packed: str | None = None
-    """The packed shards."""
-    versions: dict[str, str] = {}
-    """Versions of what computes."""
-    base: str | None = None
-    """Work folder of the earlier run whose rows this one does not take again."""
-    base_digest: str = ""
-    """Digest of what that run and those before it did."""
-    stamp: str = ""
-    """Digest of recipe, versions and the stamps of all files read: the same, nothing to do."""
 
 
 class Base(Protocol):
@@ -290,6 +244,14 @@ class _CopyShard(Task[tuple[int, int], ShardInfo]):
         return write_shard(self.target, number, self.source.read_shard(index))
 
 
+def is_finished(checked: CheckedRecipe, work: str, base: Base | None = None) -> bool:
+    """Whether a run of this recipe has finished in a work folder, so that nothing is to do."""
+    if not storage.exists(storage.join(work, RUN_FILE)):
+        return False  # what it will read may not be there yet
+    stamp = _stamp(checked, base.digest if base else "")
+    return _finished_before(work, stamp) is not None
+
+
 def _already_published(target: str, selected: Dataset, attributes: dict[str, Any]) -> bool:
     if not Dataset.is_finished(target):
         return False
@@ -332,28 +294,6 @@ def _finished_before(work: str, stamp: str) -> RunRecord | None:
     published = record.manifest is None or Dataset.is_finished(storage.join(work, record.manifest))
     same = record.stamp == stamp and published
     return record if same and all(read_stage(folder) for folder in folders) else None
-
-
-def read_run(work: str) -> RunRecord:
-    """The record of a finished run.
-
-    Raises:
-        DatasetError: no run has finished there.
-    """
-    path = storage.join(work, RUN_FILE)
-    if not storage.exists(path):
-        raise DatasetError(
-            f"{work}: no finished run there (no {RUN_FILE}); run `curate run RECIPE --work {work}`"
-        )
-    return parse_settings(RunRecord, storage.read_json(path), path)
-
-
-def open_manifest(work: str) -> Dataset:
-    """The published manifest of a run."""
-    record = read_run(work)
-    if record.manifest is None:
-        raise DatasetError(f"{work}: the recipe '{record.recipe}' has no 'select', so no manifest")
-    return Dataset.open(storage.join(work, record.manifest))
 
 
 def _versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from curation import storage
 from curation.errors import StorageError
-from pipelines.runner import RUN_FILE, RunRecord
+from pipelines.run_record import RUN_FILE, RunRecord
 
 SEAL_FILE = "_seal.json"
 

@@ -6,19 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.config import parse_settings
 from curation.dataset import Dataset
 from curation.errors import DatasetError, SpaceError
-from curation.schema import ID, KEEP
+from curation.registry import load_stage
+from curation.schema import ID, KEEP, column_type
+from curation.stage import Shard, ShardStage
 from embedder.encoder import Encoder, embed_images, load_encoder
+from embedder.errors import ImageError
 from embedder.images import CanonicalImage, Limits, canonicalize
 from pipelines.certificate import embeddings_of_leaks, unit_rows
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.tables import Row, Tables
 from pipelines.work_folder import FinishedStage, WorkFolder
 
 _NEAREST = 5
+_NO_FILTERS = ("download", "embed")
+"""Stages that work on one row at a time, and judge no picture."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,11 @@ def look_for(file: Path, path: str) -> dict[str, Any]:
     """
     work = WorkFolder(path.rstrip("/"))
     data = file.read_bytes()
-    image = _canonical(work, data)
+    try:
+        image = _canonical(work, data)
+    except ImageError as error:
+        detail = str(error).removeprefix(error.reason).removeprefix(": ")
+        raise ImageError(error.reason, f"{file}: {detail}" if detail else str(file)) from error
     from curation.stages.canonicalize import pixel_hash
 
     hashes = (hashlib.sha256(data).hexdigest(), pixel_hash(image.pixels))
@@ -64,14 +75,16 @@ def look_for(file: Path, path: str) -> dict[str, Any]:
         for match in _nearest_of(work, flow, name, vector, None)
     ]
     sources = _sources(work, [*kept, *benchmarks])
+    verdicts = filter_verdicts(work, data)
     ranked = sorted(benchmarks, key=lambda one: (-one.similarity, one.id))[:_NEAREST]
     return {
         "file": str(file),
         "sha256": hashes[0],
         "pixel_hash": hashes[1],
-        "verdict": _verdict(kept, ranked, dedup, leak),
+        "verdict": _verdict(verdicts, kept, ranked, dedup, leak),
         "threshold": dedup,
         "leak_threshold": leak,
+        "verdicts": verdicts,
         "equal": equal,
         "nearest": [match.shown(sources) for match in kept],
         "nearest_benchmark": [match.shown(sources) for match in ranked],
@@ -86,6 +99,43 @@ def _canonical(work: WorkFolder, data: bytes) -> CanonicalImage:
     return canonicalize(data, settings.get("max_side", 512), settings.get("quality", 95), limits)
 
 
+def filter_verdicts(work: WorkFolder, data: bytes) -> list[Row]:
+    """What the run's own filters say of a file, in their order, to the first that drops it.
+
+    Stages that compare images with each other are left out, and those whose columns are not known.
+    """
+    columns: dict[str, Any] = {ID: "0" * 32, "source": "", "source_set": POOL, "raw": data}
+    table = pa.table({name: pa.array([one], column_type(name)) for name, one in columns.items()})
+    found = []
+    for stage in work.stages(POOL):
+        filter_ = parse_settings(
+            load_stage(stage.name, stage.path), stage.entry.record.settings, stage.path
+        )
+        known = set(filter_.needs()) <= set(table.column_names)
+        if not isinstance(filter_, ShardStage) or stage.name in _NO_FILTERS or not known:
+            continue
+        shard = Shard(table, 0)
+        filter_.process(shard, filter_.open())
+        found.append(_filter_verdict(stage.name, shard))
+        if not shard.alive[0]:
+            break
+        for emitted in shard.emitted.values():
+            for name, values in emitted.items():
+                table = table.append_column(name, pa.array(values, column_type(name)))
+    return found
+
+
+def _filter_verdict(name: str, shard: Shard) -> Row:
+    score, threshold = float(shard.scores[0]), float(shard.thresholds[0])
+    return {
+        "stage": name,
+        "keep": bool(shard.alive[0]),
+        "reason": shard.reasons[0],
+        "score": None if np.isnan(score) else score,
+        "threshold": None if np.isnan(threshold) else threshold,
+    }
+
+
 def _equal(work: WorkFolder, sha256: str, pixels: str) -> list[Row]:
     """Rows of any flow with the same bytes or the same pixels."""
     found: list[Row] = []
@@ -93,10 +143,11 @@ def _equal(work: WorkFolder, sha256: str, pixels: str) -> list[Row]:
         stage = work.making(flow, "images")
         with Tables() as tables:
             if stage is not None and tables.add("images", stage.output("images")):
+                # Two questions: Bloom filters answer an equation, and no "or".
                 rows = tables.rows(
-                    "select id, sha256 = ? as same_bytes from images "
-                    "where sha256 = ? or pixel_hash = ? order by id",
-                    [sha256, sha256, pixels],
+                    "select id, true as same_bytes from images where sha256 = ? union all "
+                    "select id, false from images where pixel_hash = ? and sha256 != ? order by id",
+                    [sha256, pixels, sha256],
                 )
                 found += [{"flow": flow, **row} for row in rows]
     return found
@@ -187,11 +238,18 @@ def _sources(work: WorkFolder, matches: list[_Match]) -> dict[str, str]:
 
 
 def _verdict(
-    kept: list[_Match], benchmarks: list[_Match], dedup: float | None, leak: float | None
+    verdicts: list[Row],
+    kept: list[_Match],
+    benchmarks: list[_Match],
+    dedup: float | None,
+    leak: float | None,
 ) -> str:
     """In words: whether it is there, and what a run would have done with it."""
     if kept and dedup is not None and kept[0].similarity > dedup:
         return f"in the set: {kept[0].id} is this picture or a copy of it"
+    if verdicts and not verdicts[-1]["keep"]:
+        last = verdicts[-1]
+        return f"not in the set; it would be dropped by {last['stage']}: {last['reason']}"
     if benchmarks and leak is not None and benchmarks[0].similarity > leak:
         return f"not in the set; it would be dropped as a leak of '{benchmarks[0].flow}'"
     return "not in the set, and no near copy of it is"

@@ -11,7 +11,7 @@ from curation.dataset import Dataset, open_foreign
 from curation.errors import ConfigError
 from pipelines.funnel import funnel, set_funnels
 from pipelines.languages import alt_languages
-from pipelines.runner import POOL, open_manifest
+from pipelines.run_record import POOL, open_manifest
 from pipelines.tables import Row, Tables, host_of, named
 from pipelines.work_folder import FinishedStage, WorkFolder
 
@@ -28,6 +28,8 @@ _REPEATED = 4
 """if each stands there so often on average,"""
 _REPEATING_BYTES = 12.0
 """and the file stores so few bytes a row that values must repeat."""
+_GROUPS = ("source_set", "seed_set", "cluster")
+"""Columns whose balance is told."""
 _BULKY = ("BLOB", "[]", "[", "MAP", "STRUCT")
 _NO_SCORE = ("rank", "cluster", "component_size", "threshold")
 _LIMITS = {
@@ -81,6 +83,8 @@ def run_stats(work: WorkFolder) -> Stats:
         "images": image_stats(work),
         "languages": languages(work),
         "manifest": dataset_stats(work.manifest) if work.manifest else None,
+        "parts": parts_of_set(work),
+        "failed_shards": failed_shards(work),
         "timing": timing(work),
     }
 
@@ -101,6 +105,30 @@ def reasons(work: WorkFolder) -> list[Row]:
             for reason, count in stage.entry.record.dropped.items()
         ]
     return found
+
+
+def failed_shards(work: WorkFolder) -> list[Row]:
+    """Shards that kept failing and were accepted, with the cause."""
+    return [
+        {"flow": stage.flow, "stage": stage.name, "shard": shard, "cause": cause}
+        for stage in work.all_stages()
+        for shard, cause in stage.entry.record.failed_shards.items()
+    ]
+
+
+def parts_of_set(work: WorkFolder) -> list[Row]:
+    """Images of the finished set by seed set or source set, with their share."""
+    if work.manifest is None:
+        return []
+    with Tables() as tables:
+        if not tables.add("manifest", work.manifest):
+            return []
+        rows = tables.rows(
+            "select coalesce(seed_set, source_set) as part, seed_set is null as as_is, "
+            "count(*) as n from manifest group by all order by n desc, part"
+        )
+    total = sum(row["n"] for row in rows)
+    return [{**row, "share": row["n"] / max(total, 1)} for row in rows]
 
 
 def timing(work: WorkFolder) -> list[Row]:
@@ -192,8 +220,8 @@ def retrieved(work: WorkFolder) -> list[Row]:
         if not tables.add("hits", stage.output("hits")):
             return []
         return tables.rows(
-            "select seed_set, rule, count(*) as hits, approx_count_distinct(id) as images, "
-            "approx_count_distinct(coalesce(seed_id, cluster::varchar)) as sources, "
+            "select seed_set, rule, count(*) as hits, count(distinct id) as images, "
+            "count(distinct coalesce(seed_id, cluster::varchar)) as sources, "
             "median(similarity) as median_similarity from hits group by all order by all"
         )
 
@@ -278,6 +306,7 @@ def dataset_stats(dataset: Dataset, by: str | None = None) -> Stats:
             return {**found, "columns": []}
         columns = tables.columns("rows")
         found["columns"] = column_stats(tables, columns)
+        found["balance"] = balances(tables, columns)
         if "source" in columns:
             found["hosts"] = count_by(tables, "host", columns)
         found["languages"] = alt_languages(tables, "rows", columns)
@@ -330,11 +359,27 @@ def host_counts(tables: Tables, view: str, limit: int) -> list[Row]:
     )
 
 
-def balance(counts: list[int]) -> dict[str, float]:
+def balances(tables: Tables, columns: dict[str, str]) -> list[Row]:
+    """How evenly the rows of the view `rows` lie in sets and clusters, where these are known."""
+    found = []
+    for name in _GROUPS:
+        if name not in columns:
+            continue
+        counts = tables.columns_of(
+            f"select count(*) as n from rows where {named(name)} is not null group by {named(name)}"
+        )["n"]
+        if len(counts):
+            row = {"by": name, "groups": len(counts), "rows": int(counts.sum())}
+            found.append(row | {"largest": int(counts.max())} | balance(counts))
+    return found
+
+
+def balance(counts: Any) -> dict[str, float]:
     """How even some counts are: entropy as a share of its maximum, and Gini (0: all equal)."""
     import numpy as np
 
-    values = np.sort(np.array([count for count in counts if count > 0], np.float64))
+    values = np.sort(np.asarray(counts, np.float64))
+    values = values[values > 0]
     if len(values) < 2:
         return {"entropy": 1.0, "gini": 0.0}
     shares = values / values.sum()

@@ -6,7 +6,7 @@ Everything is read once, shard by shard. Every defect is named; none ends the ch
 import hashlib
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -14,14 +14,14 @@ from itertools import combinations
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation import storage
-from curation.dataset import MANIFEST, Dataset, Manifest, ShardInfo
+from curation import merkle, storage
+from curation.dataset import MANIFEST, Dataset, Manifest, ShardInfo, files_digest, leaf_of
 from curation.digest import Content
-from curation.errors import CurateError, StorageError
+from curation.errors import ConfigError, CurateError, StorageError
 from curation.ledger import RECEIPTS, Receipt, read_receipt, read_stage
 from curation.schema import ID, KEEP
 from curation.stage import DECISIONS, StageFolder
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.seal import broken_seals
 from pipelines.tables import Tables
 from pipelines.work_folder import FinishedStage, WorkFolder
@@ -105,6 +105,46 @@ def verify_dataset(path: str, *, may_be_deleted: bool = False) -> Checked:
         _check_shard(dataset, index, info, checked)
     _check_strangers(dataset, checked)
     return checked
+
+
+@dataclass(frozen=True)
+class ShardProof:
+    """That one shard belongs to a data set, for whoever knows no more than its `files_digest`."""
+
+    shard: str
+    number: int
+    """Its place among the shards, from 0."""
+    shards: int
+    leaf: str
+    """Its files with their SHA-256: the leaf of the tree."""
+    path: list[str]
+    """What its hash is hashed with on the way to the root (RFC 6962)."""
+    files_digest: str
+    """The root."""
+    defects: list[str]
+
+
+def prove_shard(path: str, name: str) -> ShardProof:
+    """Check one shard of a data set, and give the path of hashes from it to `files_digest`.
+
+    Raises:
+        DatasetError: no data set there.
+        ConfigError: it has no such shard.
+    """
+    dataset, checked = Dataset.open(path), Checked(path)
+    shards = dataset.manifest.shards
+    names = [shard.name for shard in shards]
+    if name not in names:
+        ends = f"{names[0]} to {names[-1]}" if names else "none"
+        raise ConfigError(f"{path}: has no shard '{name}'; there are: {ends}")
+    number = names.index(name)
+    _check_shard(dataset, number, shards[number], checked)
+    leaves = [leaf_of(shard) for shard in shards]
+    hashes = merkle.path_to_root(leaves, number)
+    root = dataset.manifest.files_digest
+    if merkle.root_of_path(leaves[number], number, len(leaves), hashes) != root:
+        checked.blame(MANIFEST, "files digest does not follow from its shards")
+    return ShardProof(name, number, len(leaves), leaves[number], hashes, root, checked.defects)
 
 
 def verify_foreign(path: str) -> Checked:
@@ -443,16 +483,6 @@ def _hash_file(path: str) -> tuple[str, int]:
             digest.update(chunk)
             size += len(chunk)
     return digest.hexdigest(), size
-
-
-def files_digest(shards: Iterable[ShardInfo]) -> str:
-    """The digest over all bytes as written, as the manifest has it."""
-    digest = hashlib.sha256()
-    for shard in shards:
-        digest.update(f"{shard.name} {shard.sha256}\n".encode())
-        for name, value in sorted(shard.companion.items()):
-            digest.update(f"{name} {value}\n".encode())
-    return digest.hexdigest()
 
 
 def _columns_differ(expected: dict[str, str], found: dict[str, str]) -> str:

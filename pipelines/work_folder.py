@@ -1,16 +1,14 @@
 """A finished run as auditors read it: its flows, their stages, and where each row lies."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-
-import pyarrow as pa
 
 from curation import storage
 from curation.dataset import Dataset
-from curation.exchange import bucket_of_ids
+from curation.exchange import bucket_of_id
 from curation.stage import DECISIONS
-from pipelines.runner import POOL, RUN_FILE, RunRecord, StageEntry, read_run
+from pipelines.run_record import POOL, RUN_FILE, RunRecord, StageEntry, read_run
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,8 @@ class FinishedStage:
     """Its folder."""
     ranges: dict[str, tuple[int, int]]
     """Flow -> first shard with its rows, and their number; several in a union."""
+    opened: dict[str, Dataset] = field(default_factory=dict, compare=False)
+    """Data sets by their path: of many shards, a manifest takes a while to read."""
 
     @property
     def name(self) -> str:
@@ -45,13 +45,7 @@ class FinishedStage:
         Raises:
             DatasetError: it has no such output.
         """
-        if name not in self._opened:
-            self._opened[name] = Dataset.open(storage.join(self.path, name))
-        return self._opened[name]
-
-    @cached_property
-    def _opened(self) -> dict[str, Dataset]:
-        return {}
+        return _open_once(storage.join(self.path, name), self.opened)
 
     def has(self, name: str) -> bool:
         """Whether the stage wrote an output of that name."""
@@ -60,7 +54,7 @@ class FinishedStage:
     def shard_of(self, row_id: str, flow: str | None = None) -> int:
         """Number of the shard that would hold an id of a flow (the stage's own by default)."""
         first, number = self.ranges[flow or self.flow]
-        return first + int(bucket_of_ids(pa.array([row_id], pa.string()), number)[0])
+        return first + bucket_of_id(row_id, number)
 
 
 @dataclass(frozen=True)
@@ -121,8 +115,7 @@ class WorkFolder:
 
     def shards_of(self, flow: str) -> int:
         """How many shards each side-car of a flow has."""
-        first = self.flows[flow][0]
-        return Dataset.open(storage.join(self.path, first.folder, DECISIONS)).num_shards
+        return self._decisions(self.flows[flow][0]).num_shards
 
     @cached_property
     def _known(self) -> dict[str, list[FinishedStage]]:
@@ -134,12 +127,19 @@ class WorkFolder:
         for entry in self.flows[flow]:
             union = flow == POOL and self._joins(entry, own[flow][1])
             ranges = self._union_ranges if union else own
-            yield FinishedStage(flow, entry, storage.join(self.path, entry.folder), ranges)
+            path = storage.join(self.path, entry.folder)
+            yield FinishedStage(flow, entry, path, ranges, self._opened)
 
     def _joins(self, entry: StageEntry, own: int) -> bool:
         """Whether a stage of the pool saw the union: it has the shards of all its parts."""
-        decisions = Dataset.open(storage.join(self.path, entry.folder, DECISIONS))
-        return bool(self.record.as_is) and decisions.num_shards != own
+        return bool(self.record.as_is) and self._decisions(entry).num_shards != own
+
+    def _decisions(self, entry: StageEntry) -> Dataset:
+        return _open_once(storage.join(self.path, entry.folder, DECISIONS), self._opened)
+
+    @cached_property
+    def _opened(self) -> dict[str, Dataset]:
+        return {}
 
     @cached_property
     def _union_ranges(self) -> dict[str, tuple[int, int]]:
@@ -149,3 +149,9 @@ class WorkFolder:
             ranges[name] = (first, self.shards_of(name))
             first += ranges[name][1]
         return ranges
+
+
+def _open_once(path: str, opened: dict[str, Dataset]) -> Dataset:
+    if path not in opened:
+        opened[path] = Dataset.open(path)
+    return opened[path]

@@ -70,10 +70,12 @@ class Ingest(DatasetStage):
     """Read only a uniform sample of about so many rows, the same every time; null: all."""
     lists: UrlLists = UrlLists()
     """Schemes, domains and URLs that pass; not asked about images."""
+    forgotten: tuple[str, ...] = ()
+    """Files of ids, one a line, that `curate forget` took out of earlier builds."""
 
     reasons = (
         *("bad_source", "scheme", "url_list:NAME", "not_allowed"),
-        *("duplicate_source", "in_base"),
+        *("duplicate_source", "in_base", "forgotten"),
     )
     meets_base = True
 
@@ -103,7 +105,13 @@ class Ingest(DatasetStage):
             files = {piece.file for piece in pieces if not piece.names}
             files |= {storage.join(piece.file, name) for piece in pieces for name in piece.names}
         stamps = [(file, storage.stamp_of(file)) for file in sorted(files)]
-        return digest_of(NORMALISATION_VERSION, stamps, self.lists.fingerprint())
+        parts = (NORMALISATION_VERSION, stamps, self.lists.fingerprint())
+        return digest_of(*parts, self.forgotten_ids()) if self.forgotten else digest_of(*parts)
+
+    def forgotten_ids(self) -> list[str]:
+        """The ids that stay out, in the order of their files."""
+        texts = (storage.read_bytes(file).decode("ascii") for file in self.forgotten)
+        return [line for text in texts for line in text.split()]
 
     def source(self, links: str = "") -> UrlList | ImageFiles:
         """What the rows are read from; of archives, the folder of the links found in them."""
@@ -228,6 +236,9 @@ class _WriteShard(Reducer):
         reject(shard, _repeats(rows[ID]), "duplicate_source")
         for pool in self.base:
             reject(shard, self._known_to(pool, rows[ID], bucket), "in_base")
+        if self.stage.forgotten:
+            gone = pa.array(self.stage.forgotten_ids(), pa.string())
+            reject(shard, np.asarray(pc.is_in(rows[ID], value_set=gone)), "forgotten")
         if self.stage.images is not None:
             shard.emit("raw", {"raw": self._read_bytes(rows)})
         commit_shard(self.stage, self.folder, shard)

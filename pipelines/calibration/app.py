@@ -12,6 +12,7 @@ from pipelines.calibration.lab import Lab
 from pipelines.calibration.questions import Kind
 from pipelines.report import charts
 from pipelines.report.galleries import Group, veil_together
+from pipelines.serving.app import Problem
 from pipelines.serving.pages import Pages
 
 _ASKED = {
@@ -20,6 +21,12 @@ _ASKED = {
     Kind.nsfw: "Should this picture be kept out?",
 }
 _ANSWERS = {"yes": True, "no": False, "unsure": None}
+
+
+class _NextQuestion(RedirectResponse):
+    """Leads to a page, as its problems are pages: so the OpenAPI says."""
+
+    media_type = "text/html"
 
 
 def add_lab(app: FastAPI, lab: Lab) -> None:
@@ -31,18 +38,23 @@ def add_lab(app: FastAPI, lab: Lab) -> None:
         """A question, and what follows from the answers so far."""
         return lab_page(pages, lab, ask)
 
-    @app.post("/calibrate/{number}/{answer}", response_class=RedirectResponse, status_code=303)
+    @app.post(
+        "/calibrate/{number}/{answer}",
+        response_class=_NextQuestion,
+        status_code=303,
+        responses={code: {"model": Problem} for code in (403, 404)},
+    )
     def answered(
         request: Request,
         number: Annotated[int, PathParameter(ge=0, le=10**9)],
         answer: Literal["yes", "no", "unsure"],
-    ) -> RedirectResponse:
+    ) -> _NextQuestion:
         """Write an answer down; the next question follows."""
         _refuse_foreign(request)
         if number >= len(lab.questions):
             raise HTTPException(404, f"there is no question {number}")
         lab.judgements.add(str(lab.kind), lab.questions[number], _ANSWERS[answer])
-        return RedirectResponse("/calibrate", 303)
+        return _NextQuestion("/calibrate", 303)
 
 
 def lab_page(pages: Pages, lab: Lab, ask: int | None) -> str:

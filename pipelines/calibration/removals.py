@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from pipelines.calibration.curves import Effects, Floats
 from pipelines.calibration.questions import SCORES, Kind
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.serving.catalog import Catalog
 from pipelines.tables import Tables
 from pipelines.work_folder import WorkFolder

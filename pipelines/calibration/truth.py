@@ -13,7 +13,7 @@ from embedder.encoder import embed_images
 from embedder.images import Pixels, decode
 from pipelines.calibration.curves import wilson
 from pipelines.certificate import embeddings_of_leaks
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.seen import encoder_of
 from pipelines.work_folder import WorkFolder
 

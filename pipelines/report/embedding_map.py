@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 from curation.stage import DECISIONS
 from pipelines.report.groups import Groups, groups_of
 from pipelines.report.pictures import Key, Picture, Pictures
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.tables import Tables
 from pipelines.work_folder import FinishedStage, WorkFolder
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipelines.report.pictures import Key, Picture, Pictures
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.tables import Row, Tables
 from pipelines.work_folder import FinishedStage, WorkFolder
 

@@ -14,10 +14,10 @@ from pipelines.planner import PLAN_FILE
 from pipelines.report import charts
 from pipelines.report.embedding_map import EmbeddingMap, embedding_map
 from pipelines.report.galleries import Gallery, GalleryMaker, veil_together
-from pipelines.report.page_tables import page_tables, parts_of_set
+from pipelines.report.page_tables import page_tables
 from pipelines.report.pictures import Pictures
 from pipelines.report.units import count, percent, short, size
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.stats import Stats, balance, run_stats, score_columns, thresholds
 from pipelines.tables import Row, Tables, named
 from pipelines.work_folder import FinishedStage, WorkFolder
@@ -68,7 +68,7 @@ def render(work: WorkFolder) -> str:
         for gallery in section.galleries:
             veil_together(gallery.groups, pictures)
     facts = run_stats(work)
-    parts = parts_of_set(work)
+    parts = facts["parts"]
     template = environment().get_template("page.html.j2")
     page: str = template.render(
         stats=facts,

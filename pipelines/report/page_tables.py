@@ -5,7 +5,6 @@ from typing import Any
 from pipelines.funnel import FunnelRow, funnel, set_funnels
 from pipelines.report.units import count, percent, size
 from pipelines.stats import Stats
-from pipelines.tables import Row, Tables
 from pipelines.work_folder import WorkFolder
 
 TableRows = list[tuple[Any, ...]]
@@ -32,22 +31,11 @@ def page_tables(work: WorkFolder, facts: Stats) -> dict[str, Any]:
             for row in facts["languages"]
         ],
         "search_rows": _searches(work),
+        "failure_rows": [
+            (f"{row['flow']}: {row['stage']}", row["shard"], row["cause"])
+            for row in facts["failed_shards"]
+        ],
     }
-
-
-def parts_of_set(work: WorkFolder) -> list[Row]:
-    """Images of the finished set by seed set or source set, with their share."""
-    if work.manifest is None:
-        return []
-    with Tables() as tables:
-        if not tables.add("manifest", work.manifest):
-            return []
-        rows = tables.rows(
-            "select coalesce(seed_set, source_set) as part, seed_set is null as as_is, "
-            "count(*) as n from manifest group by all order by n desc, part"
-        )
-    total = sum(row["n"] for row in rows)
-    return [{**row, "share": row["n"] / max(total, 1)} for row in rows]
 
 
 def _funnel_row(row: FunnelRow) -> tuple[Any, ...]:

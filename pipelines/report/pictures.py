@@ -13,7 +13,7 @@ from curation.stage import DECISIONS
 from embedder.errors import ImageError
 from embedder.images import blur_boxes, decode, encode_jpeg, resize
 from pipelines.lookup import find_rows, stream_rows
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.work_folder import FinishedStage, WorkFolder
 
 MAX_SIDE = 160

@@ -16,7 +16,7 @@ from curation.dataset import Dataset
 from curation.digest import digest_of
 from curation.errors import ConfigError, DatasetError, StorageError
 from pipelines.explain import path_of
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.stats import open_any, score_columns, thresholds
 from pipelines.tables import Tables, host_of, named, quoted
 from pipelines.work_folder import FinishedStage, WorkFolder

@@ -10,7 +10,7 @@ from pipelines.report import charts
 from pipelines.report.galleries import Group, Shown, veil_together
 from pipelines.report.page import environment
 from pipelines.report.pictures import Picture
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.serving.catalog import Catalog, Filter, Page
 from pipelines.serving.catalog_file import KEPT
 from pipelines.tables import Row

@@ -8,7 +8,7 @@ from embedder.errors import ImageError
 from pipelines.explain import place_in_tar
 from pipelines.lookup import stream_rows
 from pipelines.report.pictures import boxes_of, small_jpeg
-from pipelines.runner import POOL
+from pipelines.run_record import POOL
 from pipelines.tables import Row
 from pipelines.work_folder import WorkFolder
 

@@ -134,6 +134,22 @@ def print_verification(path: str, as_json: bool) -> bool:
     return not defects
 
 
+def print_proof(path: str, shard: str, as_json: bool) -> bool:
+    """`curate verify --shard`: whether one shard is what its data set says."""
+    from pipelines.verify import prove_shard
+
+    proof = prove_shard(path.rstrip("/"), shard)
+    if as_json:
+        console.print_json({"path": path, "ok": not proof.defects, **vars(proof)})
+        return not proof.defects
+    pairs = {"shard": f"{proof.shard}, number {proof.number} of {proof.shards}"}
+    pairs |= {"files": proof.leaf, "hashed with": "\n".join(proof.path)}
+    console.print_pairs(pairs | {"files digest": proof.files_digest}, title="proof")
+    for defect in proof.defects:
+        console.print_line(f"DEFECT {path}: {defect}")
+    return not proof.defects
+
+
 def print_diff(old: str, new: str, as_json: bool) -> None:
     """`curate diff`."""
     from pipelines.differences import diff
@@ -205,7 +221,10 @@ def forget_images(work: str, lists: dict[str, str | None], near: bool, as_json: 
         console.print_line(f"may have seen them: {checkpoint}")
     if done.rows:
         console.print_line(f"content digest now {done.content_digest}")
-        console.print_line(f"for later builds: blocklist with {', '.join(done.tombstones)}")
+        folder = done.tombstones[0].rpartition("/")[0]
+        console.print_line(
+            f"later runs here or with this --base keep them out, others by 'forgotten: [{folder}]'"
+        )
 
 
 def _verdict(one: Any) -> str:
@@ -223,6 +242,8 @@ def _print_run(found: Row) -> None:
     _print_table(found["fetches"], "downloads")
     _print_table(found["duplicates"], "near duplicates by size of component")
     _print_table(found["seed_sets"], "retrieval by seed set")
+    _print_table(found["parts"], "parts of the set")
+    _print_table(found["failed_shards"], "shards that failed")
     _print_table(found["hosts"], "hosts")
     _print_table(found["languages"], "languages of alternative texts")
     if found["images"]:
@@ -239,6 +260,7 @@ def _print_dataset(found: Row) -> None:
     for column in found["columns"]:
         if column.get("values"):
             _print_table(column["values"], column["column"])
+    _print_table(found.get("balance", []), "balance: entropy 1 and Gini 0 where all are equal")
     if found.get("hosts"):
         _print_table(found["hosts"], "hosts")
     _print_table(found.get("languages", []), "languages of alternative texts")
@@ -317,6 +339,7 @@ def _print_file(image: str, work: str, as_json: bool) -> None:
         return
     shown = {name: _plain(value) for name, value in found.items() if not isinstance(value, list)}
     console.print_pairs(shown, title="photo")
+    _print_table(found["verdicts"], "what the run's filters say of it")
     _print_table(found["equal"], "equal images in the run")
     _print_table(found["nearest"], "nearest images of the set")
     _print_table(found["nearest_benchmark"], "nearest benchmark images")

@@ -21,8 +21,10 @@ from pipelines.events import EventLog, RunObserver
 from pipelines.funnel import adds_up, funnel
 from pipelines.planner import read_plan
 from pipelines.recipe import CheckedRecipe, Recipe, load_recipe
-from pipelines.runner import RUN_FILE, RecipeRun, RunRecord, read_run
+from pipelines.run_record import RUN_FILE, RunRecord, read_run
+from pipelines.runner import RecipeRun, is_finished
 from pipelines.seal import write_seal
+from pipelines.tombstones import folders_of
 
 _STEP_FILE = "_step.json"
 
@@ -57,6 +59,7 @@ def run_recipe(
     earlier = None if base is None else BaseRuns.open(base)
     if earlier is not None and absolute(work) in [one.path for one in earlier.works]:
         raise ConfigError(f"--base {base}: is --work itself, or rests on it; choose a new folder")
+    checked = _without_forgotten(checked, work, earlier)
     storage.make_folder(work)
     watcher = console.ConsoleWatcher(quiet=as_json)
     log = EventLog(work)
@@ -80,6 +83,21 @@ def run_recipe(
         console.print_json(summary)
     else:
         _print_summary(summary, record)
+
+
+def _without_forgotten(
+    checked: CheckedRecipe, work: str, earlier: BaseRuns | None
+) -> CheckedRecipe:
+    """The recipe with the tombstones of its work folder and of its bases.
+
+    A finished run has nothing to do: what it was made to forget is out of it.
+    """
+    works = [work, *(one.path for one in earlier.works)] if earlier else [work]
+    found = [one for one in folders_of(works) if one not in checked.recipe.forgotten]
+    if not found or is_finished(checked, work, earlier):
+        return checked
+    forgotten = (*checked.recipe.forgotten, *found)
+    return CheckedRecipe(checked.recipe.replace(forgotten=forgotten), checked.where)
 
 
 @contextlib.contextmanager

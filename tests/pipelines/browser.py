@@ -1,15 +1,13 @@
 """A headless Chromium for tests: Debian's, driven by Playwright, with no profile of its own."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from importlib.resources import files
 
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-AXE = Path(os.environ.get("AXE_CORE", "node_modules/axe-core/axe.min.js"))
 _ARGUMENTS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
@@ -17,9 +15,6 @@ _ARGUMENTS = (
 
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="needs Chromium: apt-get install chromium"
-)
-needs_axe = pytest.mark.skipif(
-    not AXE.is_file(), reason="needs axe-core: npm install axe-core, or its file in AXE_CORE"
 )
 
 
@@ -58,8 +53,7 @@ def serious_barriers(browser, address: str, **options) -> list[list[str]]:
     """What axe-core finds on a page and calls serious or critical."""
     with opened_page(browser, bypass_csp=True, **options) as page:
         page.goto(address)
-        page.wait_for_load_state("networkidle")
-        page.evaluate(AXE.read_text(encoding="utf-8"))
+        page.evaluate(files("axe_playwright_python").joinpath("axe.min.js").read_text("utf-8"))
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
     return [
         [one["id"], one["impact"], one["nodes"][0]["html"][:200]]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import duckdb
 import uvicorn
+from fastapi import FastAPI
 
 from pipelines.serving.app import listening, make_app
 from pipelines.serving.catalog_file import catalog_of
@@ -48,15 +49,21 @@ def catalog_with_marks() -> tuple[str, str, str]:
 def served() -> Iterator[Served]:
     """Serve it while the block runs."""
     file, veiled, hidden = catalog_with_marks()
+    with serving(make_app(str(finished_run()), file)) as url:
+        yield Served(url, veiled, hidden)
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Address of an application that is served while the block runs."""
     listener = listening("127.0.0.1", 0)
-    app = make_app(str(finished_run()), file)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", veiled, hidden)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

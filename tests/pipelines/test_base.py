@@ -20,7 +20,8 @@ from pipelines.explain import explain
 from pipelines.local_engine import LocalEngine
 from pipelines.recipe import load_recipe
 from pipelines.report.page import write_page
-from pipelines.runner import RecipeRun, open_manifest, read_run
+from pipelines.run_record import open_manifest, read_run
+from pipelines.runner import RecipeRun
 from pipelines.stage_runner import Silent
 from pipelines.verbs.run import run_recipe
 from pipelines.verify import verify

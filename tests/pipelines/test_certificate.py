@@ -37,7 +37,26 @@ def test_certify__a_lower_threshold_lists_the_nearest():
     assert {row["kept"] for row in one["list"]} <= set(manifest)
     scores = [row["similarity"] for row in one["list"]]
     assert scores == sorted(scores, reverse=True)
-    assert "4 of its images has an image" in markdown(found)
+    assert one["list"] == one["scores"]
+    assert "4 have an image above cosine -1" in markdown(found)
+
+
+def test_certify__every_image_has_its_nearest_and_the_digest_covers_all():
+    work = WorkFolder(str(finished_run()))
+    found = certify(str(finished_run()), LocalEngine(1))
+    (one,) = found["benchmarks"]
+    assert {row["image"] for row in one["scores"]} == set(vectors_by_id(work, "bench"))
+    assert one["list"] == []
+    assert found["content_digest"] in one["statement"]
+    again = certify(str(finished_run()), LocalEngine(1))["benchmarks"][0]
+    assert again["digest"] == one["digest"]
+    assert (
+        certify(str(finished_run()), LocalEngine(1), 0.1)["benchmarks"][0]["digest"]
+        != one["digest"]
+    )
+    page = markdown(found)
+    assert one["digest"] in page
+    assert "| 0.3 to 0.4 | " in page
 
 
 def test_nearest__ties_and_nothing():
@@ -55,7 +74,7 @@ def test_certify__no_run(tmp_path):
 def test_print_certificate__file_and_verdict(tmp_path, capsys):
     out = tmp_path / "certificate.md"
     assert audit.print_certificate(str(finished_run()), str(out), None, LocalEngine(1), False)
-    assert "no image has an image of the set above" in out.read_text()
+    assert "none has an image above cosine" in out.read_text()
     assert "bench" in capsys.readouterr().out
     assert not audit.print_certificate(str(finished_run()), None, -1.0, LocalEngine(1), True)
     assert json.loads(capsys.readouterr().out)["threshold"] == -1.0

@@ -13,7 +13,7 @@ import pytest
 
 from curation.dataset import Dataset
 from pipelines.funnel import adds_up, funnel
-from pipelines.runner import open_manifest, read_run
+from pipelines.run_record import open_manifest, read_run
 
 PORT = 18731
 CURATE = [sys.executable, "-c", "from pipelines.cli import main; main()"]

@@ -2,20 +2,24 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from curation.dataset import Dataset
 from curation.errors import ConfigError
+from embedder.images import encode_jpeg, resize
 from pipelines import forget as forgetting
 from pipelines.explain import explain
 from pipelines.forget import JOURNAL, forget
+from pipelines.local_engine import LocalEngine
 from pipelines.report.page import write_page
-from pipelines.runner import read_run
+from pipelines.run_record import read_run
 from pipelines.seal import write_seal
 from pipelines.serving.catalog_file import catalog_of
 from pipelines.verbs import audit
+from pipelines.verbs.run import run_recipe
 from pipelines.verify import verify
-from tests.pipelines.audited_run import copied_run, finished_run
+from tests.pipelines.audited_run import copied_run, finished_run, picture, write_files
 from tests.pipelines.test_explain import id_of
 
 
@@ -145,3 +149,45 @@ def test_forget__sorted_lists_of_the_server_go_too(work):
     assert defects(work) == []
     forget(str(work), "ids", [id_of("03.jpg")])
     assert not file.exists()
+
+
+LATER = """
+name: later
+pool:
+  - ingest: {images: "${images}"}
+  - canonicalize
+  - exact_dedup
+  - select
+"""
+
+
+def build(folder, work, base=None):
+    """`curate run` in this process; reasons of the pool's dropped rows, and the sources kept."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(LATER.replace("${images}", str(folder / "images")))
+    run_recipe(str(recipe), str(work), LocalEngine(1), [], True, base and str(base))
+    record = read_run(str(work))
+    fallen = {reason for entry in record.pool for reason in entry.record.dropped}
+    kept = Dataset.open(str(work / "manifest")).read(["source"])["source"].to_pylist()
+    return fallen, {source.rpartition("/")[2] for source in kept}
+
+
+def test_forget__later_builds_keep_it_out(tmp_path):
+    """In the same work folder and in one with it as a base: by id, by bytes, by look."""
+    rng = np.random.default_rng(5)
+    pixels = [picture(rng) for _ in range(4)]
+    files = {f"{n}.jpg": encode_jpeg(one) for n, one in enumerate(pixels)}
+    write_files(tmp_path / "images", files)
+    first = tmp_path / "first"
+    assert build(tmp_path, first)[1] == {"0.jpg", "1.jpg", "2.jpg", "3.jpg"}
+    forget(str(first), "ids", [id_of("0.jpg")])
+    assert build(tmp_path, first) == (set(), {"1.jpg", "2.jpg", "3.jpg"})  # nothing to do
+    (tmp_path / "images" / "elsewhere.jpg").write_bytes(files["0.jpg"])
+    (tmp_path / "images" / "smaller.jpg").write_bytes(encode_jpeg(resize(pixels[0], 80, 80), 70))
+    (tmp_path / "images" / "new.jpg").write_bytes(encode_jpeg(picture(rng)))
+    based = build(tmp_path, tmp_path / "second", first)
+    assert based == ({"forgotten", "blocklist:forgotten", "in_base"}, {"new.jpg"})
+    again = build(tmp_path, first)
+    expected = {"1.jpg", "2.jpg", "3.jpg", "new.jpg"}
+    assert again == ({"forgotten", "blocklist:forgotten"}, expected)
+    assert defects(first) == defects(tmp_path / "second") == []

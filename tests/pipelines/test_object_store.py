@@ -3,6 +3,7 @@
 import gc
 import os
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,12 +12,21 @@ from small_pictures import picture
 
 from curation import storage
 from curation.dataset import Dataset, open_foreign, write_dataset
-from curation.errors import StorageError
+from curation.errors import ConfigError, StorageError
 from embedder.images import encode_jpeg
+from pipelines.calibration.app import add_lab
+from pipelines.calibration.judgements import Judgements
+from pipelines.calibration.lab import Lab
+from pipelines.calibration.questions import Kind, draw
 from pipelines.local_engine import LocalEngine
 from pipelines.recipe import load_recipe
 from pipelines.runner import RecipeRun
+from pipelines.serving.app import make_app
+from pipelines.serving.catalog_file import catalog_of
 from pipelines.stage_runner import Silent
+from pipelines.work_folder import WorkFolder
+from tests.pipelines.audited_run import finished_run
+from tests.pipelines.served_run import serving
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -127,6 +137,32 @@ def test_run_stages__on_an_object_store_they_make_what_they_make_on_a_disk(bucke
             record = RecipeRun(checked, work, LocalEngine(), Silent()).run()
         digests.append(Dataset.open(f"{work}/{record.manifest}").manifest.content_digest)
     assert digests[0] == digests[1]
+
+
+@pytest.mark.slow
+def test_serve_and_calibrate__a_run_in_a_bucket(bucket, tmp_path):
+    """Rows, lives, pictures and answers, with the sorted lists in a local file."""
+    import fsspec
+
+    fs, root = fsspec.core.url_to_fs(bucket)
+    fs.put(str(finished_run()), f"{root}/run", recursive=True)
+    work = WorkFolder(f"{bucket}/run")
+    with pytest.raises(ConfigError, match="is no local folder: name a file for the catalog"):
+        catalog_of(work.path)
+    app = make_app(work.path, catalog_of(work.path, str(tmp_path / "catalog.duckdb")))
+    catalog = app.state.audit.catalog
+    sample = draw(catalog, work, Kind.dedup, 2, 3, np.random.default_rng(0))
+    answers = Judgements.at(f"{bucket}/answers.parquet")
+    add_lab(app, Lab(work, catalog, sample, answers, 0))
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        row = client.get("/api/images?stage=kept&flow=pool").json()["rows"][0]
+        life = client.get(f"/images/pool/{row['id']}")
+        assert "in the set" in life.text
+        assert client.get(f"/pictures/pool/{row['id']}").content[:2] == b"\xff\xd8"
+        assert client.get("/calibrate").status_code == 200
+        assert client.post("/calibrate/0/yes").status_code == 303
+    assert list(answers.read().values()) == [True]
+    assert not storage.exists(f"{bucket}/run/_catalog.duckdb")
 
 
 def test_write__a_bucket_without_write_permission_is_one_line(bucket, monkeypatch):

@@ -11,7 +11,7 @@ from embedder.images import decode, encode_jpeg, resize
 from pipelines.cluster import Cluster, read_cluster
 from pipelines.events import read_events
 from pipelines.planner import Sample, plan_stages
-from pipelines.runner import RunRecord, StageEntry
+from pipelines.run_record import RunRecord, StageEntry
 
 RECIPE = """
 name: small

@@ -10,7 +10,6 @@ from pipelines.funnel import FunnelRow
 from pipelines.report import charts
 from pipelines.report.groups import groups_of
 from pipelines.report.page import planned_seconds, render, write_page
-from pipelines.report.page_tables import parts_of_set
 from pipelines.report.pictures import MAX_SIDE, Pictures, thumbnail
 from pipelines.report.units import percent, size
 from pipelines.work_folder import WorkFolder
@@ -129,12 +128,6 @@ def test_thumbnail__is_small_and_survives_rubbish():
     assert data != thumbnail(image, [])[0]
 
 
-def test_parts_of_set__shares_add_up():
-    parts = parts_of_set(WorkFolder(str(finished_run())))
-    assert sum(part["share"] for part in parts) == pytest.approx(1)
-    assert {part["part"] for part in parts} == {"seeds", "taken"}
-
-
 def test_funnel_chart__tiny_shares_and_hostile_reasons():
     rows = [FunnelRow("pool", "<b>", 10**9, 0, {"<i>": 10**9 - 1}, 1)]
     chart = charts.funnel_chart(rows, 900)
@@ -198,3 +191,13 @@ def test_planned_seconds__scale_with_the_rows_that_came(tmp_path):
     assert planned_seconds(folder) == {"embed": pytest.approx(10 * rows / 280)}
     text = render(folder)
     assert "planned</th>" in text
+
+
+def test_render__failed_shards_are_shown_with_their_cause(monkeypatch):
+    cause = "OSError: <b>disk</b>"
+    failed = [{"flow": "pool", "stage": "embed", "shard": 7, "cause": cause}]
+    monkeypatch.setattr("pipelines.stats.failed_shards", lambda work: failed)
+    text = render(WorkFolder(str(finished_run())))
+    assert "Shards that failed, and were let go" in text
+    assert "OSError: &lt;b&gt;disk&lt;/b&gt;" in text
+    assert cause not in text

@@ -45,8 +45,22 @@ def test_look_for__unknown_picture(tmp_path):
     assert len(found["nearest"]) == 5
 
 
+def test_look_for__says_which_filter_would_drop_it(tmp_path):
+    """The filters of the run are asked in their order, to the first that drops the file."""
+    path = tmp_path / "mine.jpg"
+    pixels = np.full((64, 64, 3), 200, np.uint8)
+    pixels[:16, :16] = 204
+    path.write_bytes(encode_jpeg(pixels))
+    found = look_for(path, str(finished_run()))
+    assert found["verdict"] == "not in the set; it would be dropped by quality: blank"
+    assert [(row["stage"], row["keep"]) for row in found["verdicts"]] == [
+        ("canonicalize", True),
+        ("quality", False),
+    ]
+
+
 def test_look_for__wrong_input(tmp_path):
-    with pytest.raises(ImageError):
+    with pytest.raises(ImageError, match=r"not_an_image: .*recipe\.yaml: begins with"):
         look_for(finished_run() / "recipe.yaml", str(finished_run()))
     with pytest.raises(DatasetError, match=r"no run\.json"):
         look_for(finished_run() / "images" / "00.jpg", str(tmp_path))

@@ -1,6 +1,9 @@
 """Every parameter of the server's own OpenAPI, fuzzed: no 500, and answers as it promises."""
 
+from urllib.parse import quote
+
 import httpx
+import pyarrow.parquet as pq
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, seed, settings
@@ -13,7 +16,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from pipelines.serving.catalog import Catalog
-from tests.pipelines.served_run import catalog_with_marks, served
+from tests.pipelines.served_run import catalog_with_marks, served, serving
+from tests.pipelines.test_calibrate import app_with_lab
 
 CHECKS = [
     *(not_a_server_error, content_type_conformance),
@@ -40,6 +44,25 @@ def test_api__any_parameters(url):
     assert len(strategies) == 2 * 14 - 1
     for strategy in strategies:
         _call(strategy)
+
+
+def test_lab__any_parameters(tmp_path):
+    """Its page, and the one route that writes: answers are rows, and nothing else."""
+    answers = tmp_path / "answers.parquet"
+    with serving(app_with_lab(tmp_path, str(answers))) as url:
+        schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        found = [one.ok() for one in schema.get_all_operations()]
+        mine = [one for one in found if one.path.startswith("/calibrate")]
+        assert [one.method for one in mine] == ["get", "post"]
+        for operation in mine:
+            for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+                _call(operation.as_strategy(generation_mode=mode))
+        for number in ("0", "-1", "1e3", "0%2f..%2f..", "999999999", "\u0660"):
+            for answer in ("yes", "maybe", "..%2fyes", "yes\x00"):
+                status = httpx.post(f"{url}/calibrate/{quote(number)}/{quote(answer)}").status_code
+                assert status == 303 if (number, answer) == ("0", "yes") else status in (404, 422)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.parquet", "catalog.duckdb"]
+    assert set(pq.read_table(answers)["positive"].to_pylist()) <= {True, False, None}
 
 
 def _call(strategy):

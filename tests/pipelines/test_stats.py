@@ -21,7 +21,9 @@ def test_stats_of__run_adds_up():
     assert dropped["duplicate_bytes"] == dropped["leak:bench"] == dropped["blank"] == 1
     assert sum(row["rows"] for row in found["duplicates"]) == 27
     assert {row["component_size"]: row["components"] for row in found["duplicates"]}[2] == 1
-    assert found["seed_sets"][0]["hits"] == 18
+    (seeds,) = found["seed_sets"]
+    assert (seeds["hits"], seeds["sources"]) == (18, 3)
+    assert seeds["images"] == found["manifest"]["rows"] - 3
     assert found["manifest"]["rows"] == 17
 
 
@@ -42,6 +44,17 @@ def test_stats_of__data_set_counts_columns():
         "taken": 3,
     }
     assert "values" not in columns["id"]
+
+
+def test_stats_of__parts_and_balance_of_the_set():
+    found = stats_of(str(finished_run()))
+    assert [(row["part"], row["n"]) for row in found["parts"]] == [("seeds", 14), ("taken", 3)]
+    assert sum(row["share"] for row in found["parts"]) == pytest.approx(1)
+    told = {row["by"]: row for row in found["manifest"]["balance"]}
+    assert (told["source_set"]["groups"], told["source_set"]["largest"]) == (2, 14)
+    assert told["source_set"]["gini"] == pytest.approx(balance([14, 3])["gini"])
+    assert (told["seed_set"]["groups"], told["seed_set"]["entropy"]) == (1, 1.0)
+    assert found["failed_shards"] == []
 
 
 def test_stats_of__foreign_parquet_without_ids(tmp_path):

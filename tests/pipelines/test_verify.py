@@ -6,15 +6,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation import storage
+from curation import merkle, storage
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
-from curation.errors import DatasetError, StorageError
+from curation.errors import ConfigError, DatasetError, StorageError
 from curation.ledger import read_receipt
 from curation.schema import schema_of
-from pipelines.runner import read_run
+from pipelines.run_record import read_run
 from pipelines.seal import write_seal
 from pipelines.verbs import audit
-from pipelines.verify import verify
+from pipelines.verify import prove_shard, verify
 from tests.pipelines.audited_run import copied_run, finished_run
 
 
@@ -192,6 +192,40 @@ def test_verify__foreign_parquet(tmp_path):
     (tmp_path / "a.parquet").write_bytes(data)
     with pytest.raises(StorageError, match="not a readable Parquet file"):
         verify(str(tmp_path))
+
+
+def test_prove_shard__leads_to_the_files_digest_without_the_other_shards(tmp_path, capsys):
+    work = copied_run(tmp_path)
+    packed = folder_of(work, "pack") / "packed"
+    digest = Dataset.open(str(packed)).manifest.files_digest
+    first, last = sorted(packed.glob("*.parquet"))
+    last.unlink()
+    proof = prove_shard(str(packed), first.name)
+    assert proof.defects == []
+    assert first.with_suffix(".tar").name in proof.leaf
+    found = merkle.root_of_path(proof.leaf, proof.number, proof.shards, proof.path)
+    assert found == proof.files_digest == digest
+    assert audit.print_proof(str(packed), first.name, True)
+    assert json.loads(capsys.readouterr().out)["path"] == proof.path
+    assert not audit.print_proof(str(packed), last.name, False)
+    assert "is missing" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="has no shard 'x'; there are: shard-00000"):
+        prove_shard(str(packed), "x")
+
+
+def test_prove_shard__damaged_tar_and_edited_manifest(tmp_path):
+    work = copied_run(tmp_path)
+    packed = folder_of(work, "pack") / "packed"
+    tar = min(packed.glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    (defect,) = prove_shard(str(packed), "shard-00000.parquet").defects
+    assert f"{tar.name}: its bytes are not those" in defect
+    manifest = packed / "_manifest.json"
+    record = json.loads(manifest.read_text())
+    record["shards"][1]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(record, indent=1) + "\n")
+    defects = prove_shard(str(packed), "shard-00000.parquet").defects
+    assert "_manifest.json: files digest does not follow from its shards" in defects
 
 
 def test_verify__nothing_there(tmp_path):

@@ -1,0 +1,74 @@
+"""What a run of a recipe did, and where everything lies: `run.json` in its work folder."""
+
+from curation import storage
+from curation.config import Settings, parse_settings
+from curation.dataset import Dataset
+from curation.errors import DatasetError
+from curation.ledger import StageRecord
+
+RUN_FILE = "run.json"
+POOL = "pool"
+
+
+class StageEntry(Settings):
+    """One finished stage of a flow."""
+
+    stage: str
+    """Name of the stage."""
+    folder: str
+    """Its folder, relative to the work folder."""
+    record: StageRecord
+    """What it did."""
+
+
+class RunRecord(Settings):
+    """What a run of a recipe did, and where everything lies, relative to the work folder."""
+
+    recipe: str
+    """Name of the recipe."""
+    recipe_file: str
+    """Where it was read from."""
+    seed: int
+    """Seed of the run."""
+    pool: tuple[StageEntry, ...]
+    """Stages of the pool, in order."""
+    sets: dict[str, tuple[StageEntry, ...]] = {}
+    """Stages of each benchmark and seed set."""
+    roles: dict[str, tuple[str, ...]] = {}
+    """Stages that name each set."""
+    as_is: tuple[str, ...] = ()
+    """Sets taken as they are: they join the pool at the union."""
+    manifest: str | None = None
+    """The published manifest."""
+    packed: str | None = None
+    """The packed shards."""
+    versions: dict[str, str] = {}
+    """Versions of what computes."""
+    base: str | None = None
+    """Work folder of the earlier run whose rows this one does not take again."""
+    base_digest: str = ""
+    """Digest of what that run and those before it did."""
+    stamp: str = ""
+    """Digest of recipe, versions and the stamps of all files read: the same, nothing to do."""
+
+
+def read_run(work: str) -> RunRecord:
+    """The record of a finished run.
+
+    Raises:
+        DatasetError: no run has finished there.
+    """
+    path = storage.join(work, RUN_FILE)
+    if not storage.exists(path):
+        raise DatasetError(
+            f"{work}: no finished run there (no {RUN_FILE}); run `curate run RECIPE --work {work}`"
+        )
+    return parse_settings(RunRecord, storage.read_json(path), path)
+
+
+def open_manifest(work: str) -> Dataset:
+    """The published manifest of a run."""
+    record = read_run(work)
+    if record.manifest is None:
+        raise DatasetError(f"{work}: the recipe '{record.recipe}' has no 'select', so no manifest")
+    return Dataset.open(storage.join(work, record.manifest))
