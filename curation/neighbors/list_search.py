@@ -29,7 +29,11 @@ _MEAN_LISTS = 1024
 """Lists of a query at most, on average; also no more than a quarter of all."""
 _MOST_LISTS = 1 << 13
 _ROWS_HELD = 1 << 15
-_SAMPLED = 256
+_QUERIES_HELD = 1 << 16
+"""Queries up to which all are held ready, in every worker."""
+_CANDIDATES_WRITTEN = 1 << 18
+"""Candidates of a partition that are written as they are; more are thinned out first."""
+_SAMPLED = 512
 
 
 @dataclass(frozen=True)
@@ -241,26 +245,38 @@ class _Look(Work):
         visited, visitors = self.visits.of(item)
         return _Lists(starts, np.searchsorted(visited, numbers), visitors)
 
+    def prepared_queries(self) -> Any:
+        """All queries ready for products, where they are few; None where they are many."""
+        queries = self.of.search.queries
+        if queries.num_rows > _QUERIES_HELD:
+            return None
+        parts = [queries.vectors(partition) for partition in range(queries.num_partitions)]
+        return self.of.search.products.prepare(np.concatenate(parts))
+
     def blocks(
-        self, item: int, lists: _Lists, chunk: range
+        self, item: int, lists: _Lists, chunk: range, prepared: Any
     ) -> Iterator[tuple[np.ndarray, Any, Any, int]]:
-        """Of each list: its queries' positions, both sides prepared, its first row's position."""
+        """Of each list: its queries' positions, both sides prepared, its first row's position.
+
+        prepared: of all queries, or None.
+        """
         search, products = self.of.search, self.of.search.products
         first, stop = lists.bounds[chunk.start], lists.bounds[chunk.stop]
-        visitors, places = np.unique(lists.visitors[first:stop], return_inverse=True)
-        prepared = products.prepare(search.queries.gather("vectors", visitors))
+        visitors = places = lists.visitors[first:stop]
+        if prepared is None:
+            visited, places = np.unique(visitors, return_inverse=True)
+            prepared = products.prepare(search.queries.gather("vectors", visited))
         start = int(lists.starts[chunk.start])
         rows = search.rows.vectors(item)[start : int(lists.starts[chunk.stop])]
         residents = products.prepare(rows)
         for number in chunk:
-            own = slice(int(lists.bounds[number]), int(lists.bounds[number + 1]))
+            own = slice(int(lists.bounds[number] - first), int(lists.bounds[number + 1] - first))
             here = slice(int(lists.starts[number]) - start, int(lists.starts[number + 1]) - start)
             if own.start == own.stop or here.start == here.stop:
                 continue
-            mine = places[own.start - first : own.stop - first]
-            queries = products.rows(prepared, mine)
+            queries = products.rows(prepared, places[own])
             position = search.rows.starts[item] + start + here.start
-            yield visitors[mine], queries, residents[here], position
+            yield visitors[own], queries, residents[here], position
 
 
 @dataclass(frozen=True)
@@ -281,13 +297,16 @@ class _SetFloors(_Look):
             floors[known] = np.frombuffer(data, np.float32, count, 8 * count)
         return floors
 
+    def open(self) -> Any:
+        return self.prepared_queries()
+
     def __call__(self, item: int, opened: Any) -> Done:
         lists, search = self.lists(item), self.of.search
 
         def of_chunk(chunk: range) -> list[tuple[np.ndarray, np.ndarray]]:
             return [
                 (own, search.products.kth_highest(queries, rows, search.k))
-                for own, queries, rows, _ in self.blocks(item, lists, chunk)
+                for own, queries, rows, _ in self.blocks(item, lists, chunk, opened)
                 if len(rows) >= search.k
             ]
 
@@ -305,22 +324,24 @@ class _LookInLists(_Look):
 
     floors: _SetFloors
 
-    def open(self) -> np.ndarray:
-        return self.floors.all()
+    def open(self) -> tuple[np.ndarray, Any]:
+        return self.floors.all(), self.prepared_queries()
 
-    def __call__(self, item: int, opened: np.ndarray) -> Done:
+    def __call__(self, item: int, opened: tuple[np.ndarray, Any]) -> Done:
         lists, search = self.lists(item), self.of.search
+        surely, prepared = opened
 
         def of_chunk(chunk: range) -> Found:
             parts = []
-            for own, queries, rows, start in self.blocks(item, lists, chunk):
-                found = nearest_in(search.products, queries, rows, search.k, opened[own])
+            for own, queries, rows, start in self.blocks(item, lists, chunk, prepared):
+                found = nearest_in(search.products, queries, rows, search.k, surely[own])
                 parts.append(Found(own[found.queries], found.positions + start, found.scores))
             return Found.joined(parts)
 
         parts = list(in_threads(of_chunk, lists.chunks(), self.of.threads))
-        band = search.products.band(search.rows.width)
-        found = Found.joined(parts).possible_of_any(search.k, band)
+        found = Found.joined(parts)
+        if len(found.queries) > _CANDIDATES_WRITTEN:
+            found = found.possible_of_any(search.k, search.products.band(search.rows.width))
         path = search.looked_path(item)
         found.write(path, search.queries)
         return Done([path], {"candidates": len(found.queries)})

@@ -15,11 +15,13 @@ from curation.neighbors.pairs import ranks_within
 from curation.neighbors.products import FLOAT32, Products
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.threads import side_by_side
 from curation.neighbors.vectors import exact_similarities
 from curation.stage import Engine
 
 _QUERIES = 1 << 10
 _TILE = 1 << 13
+_PAIRS = 1 << 15
 _CROWD = 64
 """Candidates a query, beyond four times k, from which on they are thinned out exactly."""
 
@@ -236,11 +238,14 @@ class _Rank(Work):
 def exactly_nearest(search: Search, found: Found) -> Found:
     """The k nearest of the candidates, scored exactly, sorted by query and rank."""
     exact = np.empty(len(found.queries), np.float32)
-    for start in range(0, len(exact), 1 << 15):
-        some = slice(start, start + (1 << 15))
+
+    def score(start: int) -> None:
+        some = slice(start, start + _PAIRS)
         queries = search.queries.gather("vectors", found.queries[some])
         rows = search.rows.gather("vectors", found.positions[some])
         exact[some] = exact_similarities(queries, rows)
+
+    side_by_side(score, range(0, len(exact), _PAIRS))
     ids = search.rows.gather("ids", found.positions).view(">u8")  # (H, 2)
     order = np.lexsort((ids[:, 1], ids[:, 0], -exact, found.queries))
     best = Found(found.queries, found.positions, exact).take(order)
