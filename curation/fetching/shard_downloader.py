@@ -221,8 +221,9 @@ def _host_of(url: str) -> str:
 def load_downloader() -> Callable[..., Any]:
     """img2dataset's Downloader class, without the rest of the package.
 
-    Its `__init__` imports torch, wandb, cv2 and albumentations (0.8 GB, 7 s, and a look for updates
-    on the network): a placeholder stands in for the package while its one module is imported.
+    Its `__init__` imports torch, cv2 and albumentations (0.8 GB, 7 s, and a look for updates on the
+    network), its logger wandb (1 s a worker): empty modules stand in for the package and for wandb
+    while the one module is imported.
     """
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # should anything import it all the same
     os.environ.setdefault("WANDB_MODE", "disabled")
@@ -232,10 +233,19 @@ def load_downloader() -> Callable[..., Any]:
             raise StageError("img2dataset is not installed; run: pip install img2dataset")
         placeholder = types.ModuleType("img2dataset")
         placeholder.__path__ = list(spec.submodule_search_locations)
-        sys.modules["img2dataset"] = placeholder
-        try:
+        with _standing_in(placeholder, types.ModuleType("wandb")):
             import_module("img2dataset.downloader")
-        finally:
-            del sys.modules["img2dataset"]
     module = sys.modules.get("img2dataset.downloader") or import_module("img2dataset.downloader")
     return cast("Callable[..., Any]", cast("Any", module).Downloader)
+
+
+@contextlib.contextmanager
+def _standing_in(*modules: types.ModuleType) -> Iterator[None]:
+    """Have modules imported that stand in for those of the same names, unless these are there."""
+    mine = [module.__name__ for module in modules if module.__name__ not in sys.modules]
+    sys.modules.update({one.__name__: one for one in modules if one.__name__ in mine})
+    try:
+        yield
+    finally:
+        for name in mine:
+            del sys.modules[name]

@@ -101,7 +101,7 @@ def refuse(*args): raise AssertionError(f"connects to {args}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from curation.fetching.shard_downloader import load_downloader
 assert load_downloader() is load_downloader()
-heavy = {"torch", "albumentations", "cv2", "webdataset", "img2dataset"} & set(sys.modules)
+heavy = {"torch", "albumentations", "cv2", "webdataset", "img2dataset", "wandb"} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
