@@ -71,7 +71,7 @@ def photos(kind: str) -> list[bytes]:
 
 @contextlib.contextmanager
 def serving(kind: str, count: int) -> Iterator[str]:
-    """Serve `count` photos by nginx on loopback, one worker; gives the address to put before N.jpg."""
+    """Serve `count` photos by one worker of nginx on loopback; gives the address before N.jpg."""
     if shutil.which("nginx") is None:
         sys.exit("nginx is missing; install it, such as by: apt-get install nginx-light")
     with tempfile.TemporaryDirectory(prefix="bench-nginx-") as folder:
