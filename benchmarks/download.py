@@ -116,7 +116,7 @@ def ours(urls: list[str], folder: Path, args: argparse.Namespace) -> None:
     ]
     pool = Pool.of(write_dataset(str(folder / "urls"), tables, schema))
     stages: tuple[ShardStage, ...] = (
-        Download(allow_private=True, threads=args.threads, per_host=args.threads),
+        Download(allow_private=True, threads=args.threads, per_host=args.processes * args.threads),
         Canonicalize(),
     )
     engine = LocalEngine(args.processes)
