@@ -70,7 +70,10 @@ class Canonicalize(ShardStage):
         return "" if self.blocklists is None else self.blocklists.fingerprint()
 
     def open(self) -> BlockIndex | None:
-        """Read the blocklists."""
+        """Read the blocklists; rows share the cores out, so OpenCV shall not do so again."""
+        import cv2
+
+        cv2.setNumThreads(1)
         return None if self.blocklists is None else self.blocklists.load()
 
     def resources(self) -> Resources:
