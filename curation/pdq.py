@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 
 def pdq(pixels: Pixels) -> tuple[str, int]:
     """PDQ hash (64 hex characters) and its quality, 0 (flat) to 100. pixels: (H, W, 3) sRGB."""
-    samples = _sample(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
+    samples = _sample(np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8))
     basis = _cosines()
     strengths = (basis @ samples @ basis.T).ravel()  # (256,)
     middle = np.partition(strengths, strengths.size // 2 - 1)[strengths.size // 2 - 1]
@@ -41,8 +41,8 @@ def _sample(luminance: Pixels) -> Floats:
         anchor=(_reach(width), _reach(height)),
         borderType=cv2.BORDER_REPLICATE,
     )
-    samples: Floats = blurred[_points(height)[:, None], _points(width)]  # (64, 64)
-    return samples
+    samples = blurred[_points(height)[:, None], _points(width)]  # (64, 64)
+    return np.asarray(samples, np.float32)
 
 
 def _quality(samples: Floats) -> int:
@@ -80,4 +80,4 @@ def _cosines() -> Floats:
     """(16, 64): the lowest frequencies but the constant one."""
     frequencies = np.arange(1, _FREQUENCIES + 1)[:, None]
     angles = np.pi / (2 * _GRID) * frequencies * (2 * np.arange(_GRID) + 1)
-    return (np.sqrt(2 / _GRID) * np.cos(angles)).astype(np.float32)
+    return np.asarray(np.sqrt(2 / _GRID) * np.cos(angles), np.float32)

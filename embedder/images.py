@@ -329,7 +329,7 @@ def _decode_plain_jpeg(file: ImageFile, size: tuple[int, int]) -> Pixels | None:
     fraction = _draft_fraction(file, size)
     least = {"min_height": -(-file.height // fraction), "min_width": -(-file.width // fraction)}
     try:
-        pixels = simplejpeg.decode_jpeg(file.data, space, strict=True, **least)
+        pixels: Pixels = simplejpeg.decode_jpeg(file.data, space, strict=True, **least)
     except ValueError:
         return None
     return pixels if space == "RGB" else pixels[:, :, 0]
