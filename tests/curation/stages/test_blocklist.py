@@ -8,6 +8,7 @@ import pytest
 
 from curation.blocklists import Blocklists, ExactHashes, PdqHashes
 from curation.errors import ConfigError, StorageError
+from curation.pdq import pdq
 from curation.schema import make_id
 from curation.stage import Shard
 from curation.stages.blocklist import Blocklist
