@@ -117,8 +117,23 @@ def schema_of(names: Iterable[str]) -> pa.Schema:
     return pa.schema([(name, _TYPES[name]) for name in names])
 
 
-def binary_column(values: Sequence[bytes | None]) -> pa.Array:
-    """A column of bytes, copied once: Arrow's builder would grow, and copy images again."""
+_VALUES_PER_CHUNK = 64
+
+
+def binary_column(values: list[bytes | None]) -> pa.ChunkedArray:
+    """A column of bytes, taken out of the list piece by piece: images are in memory once.
+
+    Each is copied once; Arrow's builder would grow, and copy them again.
+    """
+    chunks = []
+    for start in range(0, len(values), _VALUES_PER_CHUNK):
+        part = values[start : start + _VALUES_PER_CHUNK]
+        values[start : start + _VALUES_PER_CHUNK] = [None] * len(part)
+        chunks.append(_binary_array(part))
+    return pa.chunked_array(chunks, pa.large_binary())
+
+
+def _binary_array(values: Sequence[bytes | None]) -> pa.Array:
     sizes = [0 if value is None else len(value) for value in values]
     offsets = np.cumsum([0, *sizes], dtype=np.int64)
     valid = pa.array([value is not None for value in values], pa.bool_()).buffers()[1]

@@ -33,9 +33,12 @@ _FILES_PER_PIECE = 10_000
 
 URLS = pa.schema([("url", pa.string()), *schema_of(["alt", "page", "license", "crawled_at"])])
 REFERENCES = pa.schema(
-    [("path", pa.string()), ("file", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
+    [
+        *(("path", pa.string()), ("url", pa.string()), ("file", pa.string())),
+        *(("offset", pa.int64()), ("size", pa.int64())),
+    ]
 )
-INLINE = pa.schema([("path", pa.string()), ("raw", pa.large_binary())])
+INLINE = pa.schema([("path", pa.string()), ("url", pa.string()), ("raw", pa.large_binary())])
 
 
 @dataclass(frozen=True)
@@ -167,17 +170,32 @@ class ImageFiles:
         return pieces
 
     def read(self, piece: Piece) -> pa.Table:
-        """Relative path of each image, and where its bytes are (or the bytes, from Parquet)."""
+        """Path and, where known, URL of each image; where its bytes are, or those of Parquet."""
         if piece.row_group is not None:
             return self._read_inline(piece)
-        if piece.names:
-            paths = [storage.join(piece.file, name) for name in piece.names]
-            rows = [
-                {"path": name, "file": path, "offset": 0, "size": -1}
-                for name, path in zip(piece.names, paths, strict=True)
-            ]
-            return pa.Table.from_pylist(rows, schema=REFERENCES)
-        return pa.Table.from_pylist(list(self._tar_members(piece.file)), schema=REFERENCES)
+        rows = self._files(piece) if piece.names else self._tar_members(piece.file)
+        return pa.Table.from_pylist(list(rows), schema=REFERENCES)
+
+    def _files(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        urls: dict[str, dict[str, str]] = {}
+        for name in piece.names:
+            folder, _, file = name.rpartition("/")
+            if folder not in urls:
+                urls[folder] = self._urls_beside(storage.join(self.path, folder)) if folder else {}
+            path = storage.join(piece.file, name)
+            url = urls[folder].get(_stem(file))
+            yield {"path": name, "url": url, "file": path, "offset": 0, "size": -1}
+
+    def _urls_beside(self, shard: str) -> dict[str, str]:
+        """URL of each key, from the table that img2dataset lays beside a tar or a folder."""
+        table = f"{shard}.parquet"
+        if not storage.exists(table):
+            return {}
+        with storage.open_parquet(table) as opened:
+            if not {"key", "url"} <= set(opened.schema_arrow.names):
+                return {}
+            known = opened.read(columns=["key", "url"])
+        return dict(zip(known["key"].to_pylist(), known["url"].to_pylist(), strict=True))
 
     def _holds_images(self, name: str) -> bool:
         with storage.open_parquet(storage.join(self.path, name)) as opened:
@@ -198,23 +216,29 @@ class ImageFiles:
                     f"{piece.file}: no column of image bytes; one of {', '.join(_BYTE_COLUMNS)} "
                     f"is expected, found: {', '.join(schema.names)}"
                 )
-            key = next((name for name in ("id", "key", "url") if name in schema.names), None)
+            key = next((name for name in ("id", "url", "key") if name in schema.names), None)
             read = [column] if key is None else [key, column]
             table = opened.read_row_group(piece.row_group, columns=read)
         relative = piece.file.removeprefix(self.path).lstrip("/")
-        plain = (f"{relative}#{piece.row_group}.{row}" for row in range(table.num_rows))
-        names = list(plain) if key is None else [str(value) for value in table[key].to_pylist()]
-        return pa.table([names, table[column].cast(pa.large_binary())], schema=INLINE)
+        keys = [None] * table.num_rows if key is None else table[key].to_pylist()
+        names = [
+            f"{relative}#{piece.row_group}.{row}" if value is None else str(value)
+            for row, value in enumerate(keys)
+        ]
+        urls = table["url"].cast(pa.string()) if key == "url" else pa.nulls(len(names), pa.string())
+        return pa.table([names, urls, table[column].cast(pa.large_binary())], schema=INLINE)
 
-    def _tar_members(self, file: str) -> Iterator[dict[str, str | int]]:
+    def _tar_members(self, file: str) -> Iterator[dict[str, Any]]:
+        urls = self._urls_beside(file.removesuffix(".tar"))
         relative = file.removeprefix(self.path).lstrip("/")
         try:
             with storage.open_read(file) as handle, tarfile.open(fileobj=handle) as tar:
                 for member in tar:
                     if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
                         path = f"{relative}/{member.name}"
-                        offset = member.offset_data
-                        yield {"path": path, "file": file, "offset": offset, "size": member.size}
+                        where = {"file": file, "offset": member.offset_data}
+                        url = urls.get(_stem(member.name))
+                        yield {"path": path, "url": url, **where, "size": member.size}
         except tarfile.TarError as error:
             # Killed writers leave such files. Their last image may end early: canonicalize says so.
             logger.warning("%s: ends early or is damaged (%s); read up to there", file, error)
@@ -237,6 +261,10 @@ def read_references(references: pa.Table) -> list[bytes]:
 def _chunks(names: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(names), _FILES_PER_PIECE):
         yield names[start : start + _FILES_PER_PIECE]
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _hidden(name: str) -> bool:

@@ -274,8 +274,17 @@ def write_parquet(path: str, table: pa.Table) -> tuple[int, str]:
             write_statistics=shrinking,
             row_group_size=_ROWS_PER_GROUP,
             bloom_filter_options={name: {"ndv": rows, "fpp": 0.01} for name in looked_up},
+            write_batch_size=_values_at_once(table.schema),
         )
     return sink.num_bytes, sink.sha256.hexdigest()
+
+
+def _values_at_once(schema: pa.Schema) -> int:
+    """How many values go into a page before its size is looked at: of images, few.
+
+    By the default a thousand photos would gather in one page that grows by copying itself.
+    """
+    return 32 if any(pa.types.is_large_binary(field.type) for field in schema) else 1024
 
 
 def _is_dense(kind: pa.DataType) -> bool:

@@ -38,7 +38,7 @@ _ABOUT = {
     "format": "format as downloaded",
     "num_bytes": "bytes as downloaded",
     "sha256": "SHA-256 of the bytes as downloaded",
-    "pixel_hash": "blake2b-128 of the decoded pixels",
+    "pixel_hash": "BLAKE3 of the decoded pixels, 128 bits",
     "phash": "PDQ, 256 bits",
     "seed_set": "seed set that retrieved the image; null for sets taken as they are",
     "rule": "sample: nearest images of a seed; cluster: images of a cluster with seeds",

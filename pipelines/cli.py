@@ -177,6 +177,13 @@ def download(
         str | None,
         typer.Option("--retry-failed", help="Fetch only what failed in this earlier output."),
     ] = None,
+    user_agent: Annotated[
+        str | None,
+        typer.Option("--user-agent", help="Who crawls, and where to reach you: public crawls say."),
+    ] = None,
+    allow_private: Annotated[
+        bool, typer.Option("--allow-private", help="Fetch from loopback and private addresses.")
+    ] = False,
     changes: Changes = None,
     engine: Kind = EngineName.local,
     workers: Workers = None,
@@ -187,7 +194,7 @@ def download(
 
     Examples:
 
-        curate download urls.parquet --out raw --set user_agent="mybot (me@example.org)"
+        curate download urls.parquet --out raw --user-agent "mybot (me@example.org)"
 
         curate download rows --out raw --engine ray --workers 16
 
@@ -196,7 +203,9 @@ def download(
     from pipelines.verbs import stages as verb
 
     runner = _engine(engine, workers, address, max_failed_shards)
-    verb.run_download(rows, out, retry_failed, changes or [], runner)
+    given = {"user_agent": user_agent, "allow_private": allow_private or None}
+    settings = {name: value for name, value in given.items() if value is not None}
+    verb.run_download(rows, out, retry_failed, settings, changes or [], runner)
 
 
 @app.command()

@@ -18,13 +18,14 @@ _SECONDS_BETWEEN_LINES = 60.0
 
 
 def set_up_logging(verbose: bool) -> None:
-    """Send our warnings (or everything) to stderr, one line each."""
+    """Send our warnings and progress (or everything) to stderr, one line each."""
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO if verbose else logging.WARNING,
         format="%(asctime)s %(levelname).1s %(message)s",
         datefmt="%H:%M:%S",
     )
+    logging.getLogger("curation.progress").setLevel(logging.INFO)
 
 
 class ConsoleWatcher:
@@ -165,8 +166,14 @@ def print_rows(names: Sequence[str], rows: Iterable[Sequence[object]], title: st
     """Print a plain table."""
     table = Table(*names, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
+        table.add_row(*(_shown(value) for value in row))
     Console().print(table)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.1f}" if isinstance(value, float) else str(value)
 
 
 def print_json(value: Any) -> None:

@@ -7,6 +7,7 @@ headers, and its writer seam keeps the bytes in memory: our ledger commits, or n
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import tempfile
@@ -32,6 +33,9 @@ from embedder.images import Limits, read_header
 
 _TICKET = "curate-ticket"
 _MAX_BACK_OFF_S = 60.0
+_SECONDS_BETWEEN_LINES = 30.0
+
+progress = logging.getLogger("curation.progress")
 
 
 @dataclass
@@ -48,6 +52,29 @@ class Outcome:
     """Seconds since the epoch."""
     seconds: float = 0.0
     """Of the last attempt."""
+
+
+class _Progress:
+    """Says twice a minute how far a shard is: ten thousand rows take a while."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._began = self._spoke = time.monotonic()
+        self._done = self._failed = 0
+
+    def advance(self, failed: bool) -> None:
+        """Count a row that ended; only one thread calls this."""
+        self._done += 1
+        self._failed += failed
+        now = time.monotonic()
+        if now - self._spoke < _SECONDS_BETWEEN_LINES or self._done == self._total:
+            return
+        self._spoke = now
+        rate = self._done / (now - self._began)
+        progress.info(
+            "download: %d of %d rows of this shard, %.0f rows/s, %d failed, %.0f s left",
+            *(self._done, self._total, rate, self._failed, (self._total - self._done) / rate),
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +151,7 @@ class _Tickets:
         self._rows: dict[str, int] = {}  # which row a ticket became
         self._previous: Any = None
         self.outcomes = [Outcome() for _ in urls]
+        self._progress = _Progress(len(urls))
         self.failure: Exception | None = None
 
     @contextlib.contextmanager
@@ -185,6 +213,7 @@ class _Tickets:
         outcome.reason = meta["error_message"]
         outcome.body = body
         outcome.num_bytes = None if body is None else len(body)
+        self._progress.advance(body is None)
 
     def close(self) -> None:
         """Nothing is left open."""
@@ -221,8 +250,9 @@ def _host_of(url: str) -> str:
 def load_downloader() -> Callable[..., Any]:
     """img2dataset's Downloader class, without the rest of the package.
 
-    Its `__init__` imports torch, wandb, cv2 and albumentations (0.8 GB, 7 s, and a look for updates
-    on the network): a placeholder stands in for the package while its one module is imported.
+    Its `__init__` imports torch, cv2 and albumentations (0.8 GB, 7 s, and a look for updates on the
+    network), its logger wandb (1 s a worker): empty modules stand in for the package and for wandb
+    while the one module is imported.
     """
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # should anything import it all the same
     os.environ.setdefault("WANDB_MODE", "disabled")
@@ -232,10 +262,19 @@ def load_downloader() -> Callable[..., Any]:
             raise StageError("img2dataset is not installed; run: pip install img2dataset")
         placeholder = types.ModuleType("img2dataset")
         placeholder.__path__ = list(spec.submodule_search_locations)
-        sys.modules["img2dataset"] = placeholder
-        try:
+        with _standing_in(placeholder, types.ModuleType("wandb")):
             import_module("img2dataset.downloader")
-        finally:
-            del sys.modules["img2dataset"]
     module = sys.modules.get("img2dataset.downloader") or import_module("img2dataset.downloader")
     return cast("Callable[..., Any]", cast("Any", module).Downloader)
+
+
+@contextlib.contextmanager
+def _standing_in(*modules: types.ModuleType) -> Iterator[None]:
+    """Have modules imported that stand in for those of the same names, unless these are there."""
+    mine = [module.__name__ for module in modules if module.__name__ not in sys.modules]
+    sys.modules.update({one.__name__: one for one in modules if one.__name__ in mine})
+    try:
+        yield
+    finally:
+        for name in mine:
+            del sys.modules[name]

@@ -6,17 +6,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from blake3 import blake3
 from pydantic import Field
 
 from curation.blocklists import BlockIndex, Blocklists, RowHashes, md5_of, reject_listed
+from curation.pdq import pdq
 from curation.schema import IMAGE_COLUMNS, SOURCE_COLUMNS, binary_column, column_type, schema_of
 from curation.stage import Resources, Shard, ShardStage, reject
 from embedder.errors import ImageError
 from embedder.images import REASONS, Limits, Pixels, canonicalize
-
-_PDQ_SIZE = (256, 256)
-"""PDQ blurs before it samples 64 x 64 points. A quarter of the pixels, after a step down with a
-Gauss filter, cost a tenth of the time and move 8 of 256 bits, as a resize to 512 does."""
 
 
 class Canonicalize(ShardStage):
@@ -25,7 +23,7 @@ class Canonicalize(ShardStage):
     A JPEG that needs none of this keeps its coded pixels bit for bit.
     """
 
-    version = 2
+    version = 3
 
     max_side: int = Field(512, ge=16)
     """Longest side of the stored image, in pixels; larger ones are shrunk."""
@@ -72,7 +70,10 @@ class Canonicalize(ShardStage):
         return "" if self.blocklists is None else self.blocklists.fingerprint()
 
     def open(self) -> BlockIndex | None:
-        """Read the blocklists."""
+        """Read the blocklists; rows share the cores out, so OpenCV shall not do so again."""
+        import cv2
+
+        cv2.setNumThreads(1)
         return None if self.blocklists is None else self.blocklists.load()
 
     def resources(self) -> Resources:
@@ -127,7 +128,7 @@ def _drop_listed(shard: Shard, images: list[dict[str, Any]], index: BlockIndex) 
 
 def _image_columns(data: bytes, max_side: int, quality: int, limits: Limits) -> dict[str, Any]:
     image = canonicalize(data, max_side, quality, limits)
-    phash, phash_quality = perceptual_hash(image.pixels)
+    phash, phash_quality = pdq(image.pixels)
     return {
         "image": image.data,
         "width": image.width,
@@ -144,18 +145,7 @@ def _image_columns(data: bytes, max_side: int, quality: int, limits: Limits) -> 
 
 
 def pixel_hash(pixels: Pixels) -> str:
-    """32 hex characters of blake2b-128 over the size and the pixels: equal for equal pictures."""
-    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    """32 hex characters of BLAKE3 over the size and the pixels: equal for equal pictures."""
+    digest = blake3(repr(pixels.shape).encode())
     digest.update(np.ascontiguousarray(pixels).data)
-    return digest.hexdigest()
-
-
-def perceptual_hash(pixels: Pixels) -> tuple[str, int]:
-    """PDQ hash (64 hex characters) and its quality, 0 (flat) to 100."""
-    import cv2
-    import pdqhash
-
-    luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    small = cv2.pyrDown(cv2.resize(luma, _PDQ_SIZE, interpolation=cv2.INTER_LINEAR))
-    bits, quality = pdqhash.compute(cv2.merge([small, small, small]))
-    return np.packbits(bits.astype(bool)).tobytes().hex(), int(quality)
+    return digest.hexdigest(length=16)

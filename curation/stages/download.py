@@ -133,12 +133,12 @@ class Download(ShardStage):
         _reject_failures(shard, outcomes)
 
 
-def _take_bodies(outcomes: list[Outcome]) -> pa.Array:
+def _take_bodies(outcomes: list[Outcome]) -> pa.ChunkedArray:
     """The bodies as a column, taken out of the outcomes: a shard is in memory once, not twice."""
-    column = binary_column([outcome.body for outcome in outcomes])
+    bodies = [outcome.body for outcome in outcomes]
     for outcome in outcomes:
         outcome.body = None
-    return column
+    return binary_column(bodies)
 
 
 def _reject_failures(shard: Shard, outcomes: list[Outcome]) -> None:

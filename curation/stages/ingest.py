@@ -48,6 +48,8 @@ _URL_COLUMNS = ("source", "alt", "page", "license", "crawled_at")
 class Ingest(DatasetStage):
     """Where rows come from: give `urls`, `archives` or `images`."""
 
+    version = 2
+
     urls: str | None = None
     """A list of URLs or a folder of lists: Parquet, CSV, TSV, JSON lines or text."""
     archives: str | None = None
@@ -207,11 +209,15 @@ class _ByIdRange(Mapper[Piece]):
         ).append_column("bad", pa.array(bad, pa.string()))
 
     def _from_images(self, table: pa.Table) -> pa.Table:
+        """Rows known by the URL that they came from, where that is known, else by their path."""
         paths = table["path"].to_pylist()
-        ids = _ids_of([file_source(self.stage.source_set, path) for path in paths])
-        columns = {name: table[name] for name in table.column_names if name != "path"}
+        urls = [_url_or_none(url) for url in table["url"].to_pylist()]
+        pairs = list(zip(urls, paths, strict=True))
+        ids = _ids_of([url or file_source(self.stage.source_set, path) for url, path in pairs])
+        sources = pa.array([url or path for url, path in pairs], pa.string())
+        columns = {name: table[name] for name in table.column_names if name not in ("path", "url")}
         bad = pa.array([""] * len(paths), pa.string())
-        return pa.table({ID: ids, "source": table["path"], "bad": bad, **columns})
+        return pa.table({ID: ids, "source": sources, "bad": bad, **columns})
 
 
 @dataclass(frozen=True)
@@ -258,6 +264,13 @@ class _WriteShard(Reducer):
         if "raw" in rows.column_names:
             return rows["raw"]
         return pa.array(read_references(rows), pa.large_binary())
+
+
+def _url_or_none(url: str | None) -> str | None:
+    try:
+        return normalise_url(url) if url else None
+    except ValueError:
+        return None
 
 
 def _drawn(ids: pa.ChunkedArray, share: float) -> np.ndarray:

@@ -78,12 +78,17 @@ def run_ingest(settings: Settings, changes: list[str], out: str, engine: Engine)
 
 
 def run_download(
-    rows: str, out: str, retry_failed: str | None, changes: list[str], engine: Engine
+    rows: str,
+    out: str,
+    retry_failed: str | None,
+    settings: Settings,
+    changes: list[str],
+    engine: Engine,
 ) -> None:
     """`curate download`."""
     from curation.fetching.hosts import summarise_hosts
 
-    stage = build("download", changes)
+    stage = build("download", changes, **settings)
     if Dataset.is_finished(rows):
         pool = Pool.of(Dataset.open(rows))
     else:
@@ -96,6 +101,8 @@ def run_download(
 
 def _print_hosts(hosts: pa.Table) -> None:
     """The hosts with the most rows."""
+    if not hosts.num_rows:
+        return
     title = f"by host ({min(_HOSTS_SHOWN, hosts.num_rows)} of {hosts.num_rows:,})"
     columns = (column.to_pylist() for column in hosts.slice(0, _HOSTS_SHOWN).columns)
     console.print_rows(hosts.column_names, list(zip(*columns, strict=True)), title)

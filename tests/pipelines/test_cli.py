@@ -314,7 +314,7 @@ def test_download__then_retries_only_what_failed(tmp_path):
     urls = [f"http://127.0.0.1:18751/{name}" for name in ("a.jpg", "gone.jpg")]
     urls.append("http://127.0.0.1:18752/late.jpg")
     pq.write_table(pa.table({"url": urls}), tmp_path / "urls.parquet")
-    changes = ("--set", "allow_private=true")
+    changes = ("--allow-private",)
     with serve_site(site, tmp_path):
         shown = succeeds("download", tmp_path / "urls.parquet", "--out", tmp_path / "raw", *changes)
     assert "127.0.0.1" in shown

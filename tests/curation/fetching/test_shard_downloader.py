@@ -94,6 +94,15 @@ def test_pause_s__doubles_and_listens_to_the_server():
     assert one.pause_s(7, 1, error) == 60.0
 
 
+def test_download__says_how_far_a_long_shard_is(monkeypatch, caplog):
+    monkeypatch.setattr("curation.fetching.shard_downloader._SECONDS_BETWEEN_LINES", 0.0)
+    with caplog.at_level("INFO", "curation.progress"):
+        downloader(Answers(small, failing("http_404"), small)).download([str(i) for i in range(3)])
+    assert len(caplog.messages) == 2
+    assert "2 of 3 rows" in caplog.messages[-1]
+    assert "s left" in caplog.messages[-1]
+
+
 def test_load_downloader__imports_little_and_calls_nobody():
     script = """
 import socket, sys
@@ -101,7 +110,7 @@ def refuse(*args): raise AssertionError(f"connects to {args}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from curation.fetching.shard_downloader import load_downloader
 assert load_downloader() is load_downloader()
-heavy = {"torch", "albumentations", "cv2", "webdataset", "img2dataset"} & set(sys.modules)
+heavy = {"torch", "albumentations", "cv2", "webdataset", "img2dataset", "wandb"} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -8,10 +8,11 @@ import pytest
 
 from curation.blocklists import Blocklists, ExactHashes, PdqHashes
 from curation.errors import ConfigError, StorageError
+from curation.pdq import pdq
 from curation.schema import make_id
 from curation.stage import Shard
 from curation.stages.blocklist import Blocklist
-from curation.stages.canonicalize import Canonicalize, perceptual_hash
+from curation.stages.canonicalize import Canonicalize
 from embedder.images import encode_jpeg, resize
 
 
@@ -28,7 +29,7 @@ def picture(seed: int, width: int = 200) -> np.ndarray:
 
 def hashes_of(*pictures: np.ndarray) -> dict[str, list]:
     data = [encode_jpeg(one) for one in pictures]
-    phashes = [perceptual_hash(one) for one in pictures]
+    phashes = [pdq(one) for one in pictures]
     return {
         "id": [make_id(str(i)) for i in range(len(data))],
         "sha256": [hashlib.sha256(one).hexdigest() for one in data],

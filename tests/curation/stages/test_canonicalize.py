@@ -3,14 +3,13 @@ import io
 
 import numpy as np
 import pyarrow as pa
-import pytest
 from PIL import Image
 
 from curation.dataset import write_dataset
 from curation.pool import Pool
 from curation.schema import make_id, schema_of
 from curation.stage import StageFolder, StageInputs
-from curation.stages.canonicalize import Canonicalize, perceptual_hash, pixel_hash
+from curation.stages.canonicalize import Canonicalize, pixel_hash
 from pipelines.local_engine import LocalEngine
 from pipelines.stage_runner import Silent, run_stage
 
@@ -81,16 +80,3 @@ def test_pixel_hash__tells_shapes_apart():
     pixels = np.zeros((4, 6, 3), np.uint8)
     assert pixel_hash(pixels) == pixel_hash(pixels.copy())
     assert pixel_hash(pixels) != pixel_hash(pixels.reshape(6, 4, 3))
-
-
-@pytest.mark.parametrize("size", [(512, 384), (90, 200)])
-def test_perceptual_hash__is_near_the_reference(size):
-    import pdqhash
-
-    pixels = np.asarray(picture(*size))
-    reference = pdqhash.compute(pixels)[0].astype(bool)
-    phash, quality = perceptual_hash(pixels)
-    found = np.unpackbits(np.frombuffer(bytes.fromhex(phash), np.uint8)).astype(bool)
-    assert len(phash) == 64
-    assert (found != reference).sum() <= 31
-    assert quality > 50

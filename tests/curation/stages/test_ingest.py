@@ -88,7 +88,7 @@ def test_ingest__reads_text_lists(tmp_path, kind):
     assert alt == ({None} if kind.startswith("txt") else {"x"})
 
 
-def img2dataset_output(folder, kind: str) -> list[bytes]:
+def img2dataset_output(folder, kind: str, host: str = "h") -> list[bytes]:
     """What img2dataset's own writers make of four images, one of which failed."""
     (package,) = importlib.util.find_spec("img2dataset").submodule_search_locations
     spec = importlib.util.spec_from_file_location("img2dataset_writer", f"{package}/writer.py")
@@ -100,13 +100,13 @@ def img2dataset_output(folder, kind: str) -> list[bytes]:
         "parquet": writer.ParquetSampleWriter,
     }
     known = pa.schema([("url", pa.string()), ("key", pa.string()), ("status", pa.string())])
-    folder.mkdir()
+    folder.mkdir(parents=True)
     images = [jpeg(10), jpeg(90), None, jpeg(200)]
     out = classes[kind](0, str(folder), False, 5, known, "jpg")
     for i, image in enumerate(images):
         status = "success" if image else "failed_to_download"
         key = f"0000000{i}"
-        meta = {"url": f"http://h/{i}.jpg", "key": key, "status": status}
+        meta = {"url": f"http://{host}/{i}.jpg", "key": key, "status": status}
         out.write(image, key, None, meta)
     out.close()
     (folder / "00000_stats.json").write_text("{}")
@@ -120,6 +120,16 @@ def test_ingest__reads_what_img2dataset_wrote(tmp_path, kind):
     found = [raw for raw in outputs["raw"].read()["raw"].to_pylist() if raw]
     assert sorted(found) == sorted(images)
     assert record.rows_out == (4 if kind == "parquet" else 3)
+    rows = outputs["rows"].read()
+    assert {f"http://h/{i}.jpg" for i in (0, 1, 3)} <= set(rows["source"].to_pylist())
+    assert make_id("http://h/3.jpg") in rows["id"].to_pylist()
+
+
+def test_ingest__two_outputs_of_img2dataset_keep_their_rows(tmp_path):
+    for name in ("a", "b"):
+        img2dataset_output(tmp_path / "old" / name, "parquet", host=name)
+    record, _ = ingest(tmp_path, images=str(tmp_path / "old"))
+    assert record.rows_out == 8
 
 
 def test_ingest__reads_a_tar_that_ends_early(tmp_path):
