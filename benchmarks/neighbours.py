@@ -152,12 +152,14 @@ def blocks(start: int, stop: int, size: int = 1 << 15) -> Iterator[slice]:
         yield slice(first, min(stop, first + size))
 
 
-def write_pool(rows: np.ndarray, folder: str, name: str) -> VectorSource:
+def write_pool(
+    rows: np.ndarray, folder: str, name: str, rows_per_shard: int = 50_000
+) -> VectorSource:
     kind = pa.list_(pa.float16(), WIDTH)
     schema = pa.schema([("id", pa.string()), ("embedding", kind)])
 
     def tables() -> Iterator[pa.Table]:
-        for some in blocks(0, len(rows), 50_000):
+        for some in blocks(0, len(rows), rows_per_shard):
             flat = pa.array(rows[some].reshape(-1))
             ids = [make_id(f"{name} {row}") for row in range(some.start, some.stop)]
             yield pa.table([ids, pa.FixedSizeListArray.from_arrays(flat, type=kind)], schema=schema)

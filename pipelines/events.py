@@ -108,7 +108,10 @@ class RunObserver:
         if reused:
             self._log.write("stage_reused", stage=stage, rows=record.rows_in)
         else:
-            self._log.write("stage_finished", stage=stage, **self._summary(record, usage))
+            summary = self._summary(record, usage)
+            if stage in self._planned:
+                summary["planned_s"] = round(self._planned[stage], 3)
+            self._log.write("stage_finished", stage=stage, **summary)
         self._watcher.finished(stage, record, reused)
 
     def _summary(self, record: StageRecord, usage: Usage) -> dict[str, Any]:

@@ -6,6 +6,7 @@ compare rows with each other grow faster than their rows; how much, the two samp
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ _ON_DEVICES = frozenset({"embed"})
 _EXHAUSTIVE_ROWS = 50_000
 """Up to so many rows all pairs are compared: time grows by the square at most; by lists beyond."""
 _LEAST_UNCERTAINTY = 0.1
+_SHORT_S = 0.5
+"""Items of less are not worth correcting: their seconds are mostly start."""
 _STATED_RATES = 1.0
 """Uncertainty where the speed of a device is stated, not measured: twice or half."""
 
@@ -33,14 +36,46 @@ class Sample:
     record: RunRecord
     work: str
     usage: tuple[dict[str, Any], ...]
-    """The event `stage_finished` of each stage of the pool, in order."""
+    """The event `stage_finished` of each stage, in the order of `steps`."""
+
+    def steps(self) -> list["Step"]:
+        """The stages of every set, then those of the pool."""
+        flows = [*self.record.sets.items(), ("", self.record.pool)]
+        usage, steps = iter(self.usage), []
+        for name, entries in flows:
+            left = [_bytes_left(entry, self.work) for entry in entries]
+            stages = [entry.stage for entry in entries]
+            for number, entry in enumerate(entries):
+                read = _bytes_read(stages, left, number)
+                steps.append(Step(name, entry, next(usage), left[number], read))
+        return steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a stage did in a sample."""
+
+    set_name: str
+    """Empty for the pool."""
+    entry: StageEntry
+    usage: dict[str, Any]
+    bytes_left: int
+    """Bytes on disk afterwards."""
+    bytes_read: int
+    """Bytes of images that it decodes."""
+
+    @property
+    def name(self) -> str:
+        """The stage, and of a set SET/STAGE."""
+        return f"{self.set_name}/{self.entry.stage}" if self.set_name else self.entry.stage
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage of the pool will take."""
+    """What one stage will take."""
 
     stage: str
+    """Its name; SET/STAGE for a set's."""
     rows: float
     """Rows that reach it."""
     wall_s: float
@@ -62,32 +97,29 @@ class StagePlan:
 def plan_stages(
     small: Sample, large: Sample, images: float, cluster: Cluster | None
 ) -> list[StagePlan]:
-    """Plans of each stage of the pool. Rows of a stage grow with the pool, as in the sample.
+    """Plans of each stage of the sets, which keep their size, and of the pool.
 
+    Rows of a stage grow with its flow, as in the sample.
     cluster: None for this machine with one worker, as the samples ran.
     """
-    scale = images / max(large.record.pool[0].record.rows_in, 1)
-    left = [_bytes_left(entry, large.work) for entry in large.record.pool]
-    return [
-        _plan_stage(small, large, number, scale, left, cluster)
-        for number in range(len(large.record.pool))
-    ]
+    scales = {name: _scale_of_set(entries) for name, entries in large.record.sets.items()}
+    scales[""] = images / max(large.record.pool[0].record.rows_in, 1)
+    pairs = zip(small.steps(), large.steps(), strict=True)
+    return [_plan_step(less, more, scales[more.set_name], cluster) for less, more in pairs]
 
 
-def _plan_stage(
-    small: Sample,
-    large: Sample,
-    number: int,
-    scale: float,
-    left: list[int],
-    cluster: Cluster | None,
-) -> StagePlan:
-    entry, usage = large.record.pool[number], large.usage[number]
-    rows = entry.record.rows_in * scale
-    once, work_s, doubt = _extrapolate(small.usage[number], usage, entry.stage, rows)
+def _scale_of_set(entries: Sequence[StageEntry]) -> float:
+    """Rows of a whole set for each that the sample read."""
+    return 1 / max(float(entries[0].record.figures.get("share_read", 1.0)), 1e-12)
+
+
+def _plan_step(small: Step, large: Step, scale: float, cluster: Cluster | None) -> StagePlan:
+    stage, usage = large.entry.stage, large.usage
+    rows = large.entry.record.rows_in * scale
+    once, work_s, doubt = _extrapolate(small.usage, usage, stage, rows)
     busy = max(1.0, usage["cpu_s"] / max(usage["item_s"], 1e-9))  # cores of one worker
-    network = (left[number] + _bytes_read(large, number, left)) * scale
-    on_devices = cluster is not None and entry.stage in _ON_DEVICES and cluster.devices > 0
+    network = (large.bytes_left + large.bytes_read) * scale
+    on_devices = cluster is not None and stage in _ON_DEVICES and cluster.devices > 0
     compute_s, network_s, device_s = work_s, 0.0, 0.0
     if cluster is not None:
         network_s = network / (1e9 * cluster.network_gb_s * cluster.nodes)
@@ -97,13 +129,13 @@ def _plan_stage(
             compute_s = device_s / cluster.devices
     by_network = network_s > compute_s
     return StagePlan(
-        stage=entry.stage,
+        stage=large.name,
         rows=rows,
         wall_s=once + max(compute_s, network_s),
         core_hours=0.0 if on_devices else (once + work_s * busy) / 3600,
         gpu_hours=device_s / 3600,
         peak_bytes=float(usage["peak_bytes"]),
-        disk_bytes=left[number] * scale,
+        disk_bytes=large.bytes_left * scale,
         network_bytes=network,
         limited_by="network" if by_network else "devices" if on_devices else "cores",
         uncertainty=max(doubt, _STATED_RATES) if on_devices else doubt,
@@ -115,12 +147,12 @@ def _extrapolate(
 ) -> tuple[float, float, float]:
     """Seconds once, seconds of workers for so many rows, and their relative uncertainty."""
     n1, n2 = max(small["rows_in"], 1), max(large["rows_in"], 1)
-    t1, t2 = small["item_s"], large["item_s"]
+    t1, t2, doubt = _undisturbed(small, large)
     mean = t2 / n2
     each = (t2 - t1) / (n2 - n1) if n2 > n1 else mean
     each = min(mean, max(each, 0.3 * mean))
-    once = max(0.0, large["seconds"] - t2) + (t2 - each * n2)
-    doubt = max(_LEAST_UNCERTAINTY, 1 - each / mean if mean else 0.0)
+    once = max(0.0, large["seconds"] - large["item_s"]) + (t2 - each * n2)
+    doubt = max(_LEAST_UNCERTAINTY, doubt, 1 - each / mean if mean else 0.0)
     work_s = each * rows
     if stage in _PAIRWISE and rows > n2:
         most = 1.0 if rows <= _EXHAUSTIVE_ROWS else 0.3
@@ -131,13 +163,28 @@ def _extrapolate(
     return once, work_s, doubt
 
 
-def _bytes_read(large: Sample, number: int, left: list[int]) -> int:
+def _undisturbed(small: dict[str, Any], large: dict[str, Any]) -> tuple[float, float, float]:
+    """Seconds that the items of both samples take where nobody else works, and their doubt.
+
+    Other work on the machine stretches the seconds of the clock, but hardly those of the cores: so
+    the sample that got more cores at a time says how long the other would have taken.
+    """
+    t1, t2 = small["item_s"], large["item_s"]
+    if min(t1, t2) < _SHORT_S:
+        return t1, t2, 0.0
+    got = [one["cpu_s"] / one["item_s"] for one in (small, large)]
+    most = max(got)
+    if most <= 0:
+        return t1, t2, 0.0
+    return small["cpu_s"] / most, large["cpu_s"] / most, 1 - min(got) / most
+
+
+def _bytes_read(stages: Sequence[str], left: Sequence[int], number: int) -> int:
     """Bytes of the images or raw bytes that a stage reads, where it decodes them."""
     reads = {"canonicalize": "download", "pack": "canonicalize", "embed": "canonicalize"}
     reads |= dict.fromkeys(("quality", "nsfw", "faces"), "canonicalize")
-    wanted = reads.get(large.record.pool[number].stage)
-    names = [entry.stage for entry in large.record.pool]
-    return left[names.index(wanted)] if wanted in names else 0
+    wanted = reads.get(stages[number])
+    return left[stages.index(wanted)] if wanted in stages else 0
 
 
 def _bytes_left(entry: StageEntry, work: str) -> int:

@@ -81,7 +81,7 @@ class RayEngine(Engine):
         """
         if not _places(needed):
             raise ConfigError(_too_small(needed, label))
-        if self._pool is None or self._pool.needed != needed:
+        if self._pool is None or not self._pool.serves(needed):
             if self._pool is not None:
                 self._pool.close()
             self._pool = _ActorPool(needed, self._limit)
@@ -153,11 +153,10 @@ def _too_small(needed: Resources, label: str) -> str:
 class _Worker:
     """Runs inside an actor: opens each task with its first item, then works on items."""
 
-    def __init__(self, folder: str, limit_bytes: int) -> None:
+    def __init__(self, folder: str) -> None:
         # Relative paths mean the same as in the driver.
         with contextlib.suppress(OSError):
             os.chdir(folder)
-        self._guard = MemoryGuard(limit_bytes)
         self._key = ""
         self._opened: Any = None
 
@@ -166,8 +165,8 @@ class _Worker:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def run(self, key: str, task: Task[Any, Any], item: Any) -> Any:
-        with self._guard.watching():
+    def run(self, key: str, task: Task[Any, Any], limit_bytes: int, item: Any) -> Any:
+        with MemoryGuard(limit_bytes).watching():
             if self._key != key:
                 self._key, self._opened = "", None  # the last task's model goes first
                 self._opened = task.open()
@@ -217,7 +216,7 @@ class _ActorPool:
         """Give (item, result) as they finish."""
         import ray
 
-        call = (uuid.uuid4().hex, ray.put(task))
+        call = (uuid.uuid4().hex, ray.put(task), 2 * task.resources.memory + _LIBRARIES_BYTES)
         self._looked = float("-inf")
         try:
             while len(backlog) or self._running:
@@ -232,6 +231,17 @@ class _ActorPool:
             self._running.clear()  # what an abandoned map had in flight is nobody's any more
             for actor in self._actors:
                 actor.num_items = 0
+
+    def serves(self, needed: Resources) -> bool:
+        """Whether a task may run here: starting other actors would cost seconds.
+
+        Actors that hold more memory than it needs do, unless fewer of them fit the cluster.
+        """
+        own = self.needed
+        if (own.cpus, own.gpus) != (needed.cpus, needed.gpus) or own.memory < needed.memory:
+            return False
+        most = _places(needed) if self._limit is None else min(self._limit, _places(needed))
+        return own.memory == needed.memory or _places(own) >= most
 
     def close(self) -> None:
         """Stop the actors and free their resources."""
@@ -256,8 +266,7 @@ class _ActorPool:
             logger.warning("no worker finds its place: others hold the Ray cluster's cores")
 
     def _start(self) -> None:
-        limit_bytes = 2 * self.needed.memory + _LIBRARIES_BYTES
-        handle = self._actor_class.remote(str(Path.cwd()), limit_bytes)
+        handle = self._actor_class.remote(str(Path.cwd()))
         actor = _Actor(handle)
         self._actors.append(actor)
         self._starting[handle.node.remote()] = actor
@@ -279,7 +288,7 @@ class _ActorPool:
                 raise EngineError(f"Ray workers cannot start: {text}") from error
             self._replace(actor)
 
-    def _submit(self, call: tuple[str, Any], backlog: Backlog[Any]) -> None:
+    def _submit(self, call: tuple[str, Any, int], backlog: Backlog[Any]) -> None:
         ready = [actor for actor in self._actors if actor.node is not None]
         while ready:
             actor = min(ready, key=lambda one: one.num_items)

@@ -22,7 +22,7 @@ from curation.stages.ingest import Ingest
 from curation.stages.select import MANIFEST_COLUMNS
 from pipelines.recipe import CheckedRecipe
 from pipelines.run_record import POOL, RUN_FILE, RunRecord, StageEntry, read_run
-from pipelines.stage_runner import Watcher, run_stage, stage_key
+from pipelines.stage_runner import OfSet, Watcher, run_stage, stage_key
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,10 @@ class RecipeRun:
         stamp = _stamp(self._checked, self._base.digest if self._base else "")
         found = _finished_before(self._work, stamp)
         if found is not None:
-            for entry in (*(e for flow in found.sets.values() for e in flow), *found.pool):
+            for name, flow in found.sets.items():
+                for entry in flow:
+                    OfSet(self._watcher, name).finished(entry.stage, entry.record, True)
+            for entry in found.pool:
                 self._watcher.finished(entry.stage, entry.record, True)
             return found
         return self._publish(self._run_flows(), stamp)
@@ -108,7 +111,8 @@ class RecipeRun:
         folder = StageFolder(storage.join(self._work, "work", where, name), stage.name())
         if "raw" in stage.needs() and read_stage(folder) is None:
             self._fetch_again_if_deleted(flow)
-        record, outputs = run_stage(stage, inputs, folder, self._engine, self._watcher, key=key)
+        watcher = self._watcher if where == POOL else OfSet(self._watcher, flow.pool.name)
+        record, outputs = run_stage(stage, inputs, folder, self._engine, watcher, key=key)
         self._settle(flow, stage, folder, record, outputs)
 
     def _settle(

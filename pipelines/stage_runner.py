@@ -202,6 +202,26 @@ def _check_same(folder: StageFolder, key: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class OfSet:
+    """Tells another watcher of the stages that a set passes, as `SET/STAGE`."""
+
+    watcher: Watcher
+    set_name: str
+
+    def started(self, stage: str, total: int, done: int) -> None:
+        """Tell of it under the set's name."""
+        self.watcher.started(f"{self.set_name}/{stage}", total, done)
+
+    def advanced(self, stage: str, receipt: Receipt) -> None:
+        """Tell of it under the set's name."""
+        self.watcher.advanced(f"{self.set_name}/{stage}", receipt)
+
+    def finished(self, stage: str, record: StageRecord, reused: bool) -> None:
+        """Tell of it under the set's name."""
+        self.watcher.finished(f"{self.set_name}/{stage}", record, reused)
+
+
 class Silent:
     """A watcher that says nothing."""
 
@@ -215,4 +235,4 @@ class Silent:
         """Say nothing."""
 
 
-__all__ = ["DECISIONS", "Silent", "Watcher", "run_stage", "stage_key"]
+__all__ = ["DECISIONS", "OfSet", "Silent", "Watcher", "run_stage", "stage_key"]

@@ -6,6 +6,7 @@ from typing import Any
 from curation import storage
 from curation.errors import DatasetError
 from pipelines.events import read_events
+from pipelines.forecast import Forecast
 
 _SILENT_S = 300.0
 """After so long without an event a run is taken for dead, or for busy with one long item."""
@@ -23,20 +24,22 @@ def status_of(work: str, now: float | None = None) -> dict[str, Any]:
         raise DatasetError(f"{work}: {found}; start one with `curate run RECIPE --work {work}`")
     now = time.time() if now is None else now
     status: dict[str, Any] = {"state": "running", "stages": []}
+    status["forecast"] = forecast = Forecast(events[0].get("planned"))
     for event in events:
         _HANDLERS.get(event["event"], _ignore)(status, event)
     status["silent_s"] = round(now - events[-1]["time"], 1)
     if status["state"] == "running" and status["silent_s"] > _SILENT_S:
         status["state"] = "silent"
     if status["state"] == "running":
-        status["left_s"] = _left_s(status, now)
-    status.pop("planned", None)
+        status["left_s"] = _left_s(status, forecast, now)
+    if forecast.pace is not None:
+        status["times_planned"] = round(forecast.pace, 3)
+    del status["forecast"]
     return status
 
 
 def _run_started(status: dict[str, Any], event: dict[str, Any]) -> None:
     status |= {"recipe": event["recipe"], "began": event["time"]}
-    status["planned"] = event.get("planned") or {}
 
 
 def _stage_started(status: dict[str, Any], event: dict[str, Any]) -> None:
@@ -58,6 +61,11 @@ def _step(status: dict[str, Any], event: dict[str, Any]) -> None:
 def _stage_finished(status: dict[str, Any], event: dict[str, Any]) -> None:
     status["stages"].append({k: v for k, v in event.items() if k not in ("time", "event")})
     status["stage"] = None
+    status["forecast"].finished(event["stage"], event["seconds"])
+
+
+def _stage_reused(status: dict[str, Any], event: dict[str, Any]) -> None:
+    status["forecast"].finished(event["stage"], 0.0, reused=True)
 
 
 def _run_finished(status: dict[str, Any], event: dict[str, Any]) -> None:
@@ -78,27 +86,21 @@ _HANDLERS = {
     "shard": _shard,
     "step": _step,
     "stage_finished": _stage_finished,
+    "stage_reused": _stage_reused,
     "run_finished": _run_finished,
     "run_failed": _run_failed,
 }
 
 
-def _left_s(status: dict[str, Any], now: float) -> float | None:
-    """Seconds left: of the whole run by its plan, at the pace so far; else of this stage's shards.
-
-    None where nothing is known.
-    """
-    planned: dict[str, float] = status.get("planned") or {}
-    in_stage = now - status["stage_began"] if status.get("stage") else 0.0
-    if planned:
-        over = [stage for stage in status["stages"] if stage["stage"] in planned]
-        expected = sum(planned[stage["stage"]] for stage in over)
-        pace = sum(stage["seconds"] for stage in over) / expected if expected else 1.0
-        behind = {stage["stage"] for stage in over}
-        ahead = sum(seconds for stage, seconds in planned.items() if stage not in behind)
-        return round(max(0.0, ahead * pace - in_stage), 1)
-    done: int = status.get("done", 0) - status.get("done_before", 0)
-    if not status.get("stage") or not status["total"] or not done:
-        return None
-    remaining: int = status["total"] - status["done"]
-    return round(in_stage / done * remaining, 1)
+def _left_s(status: dict[str, Any], forecast: Forecast, now: float) -> float | None:
+    """Seconds left of the whole run where it has a plan, else of its stage's shards."""
+    stage = status.get("stage")
+    since_s, share = 0.0, 0.0
+    if stage:
+        since_s = now - status["stage_began"]
+        waiting = status["total"] - status["done_before"]
+        share = (status["done"] - status["done_before"]) / waiting if waiting else 0.0
+    left_s = forecast.left_of_run(stage, since_s, share)
+    if left_s is None and stage:
+        left_s = forecast.left_of_step(stage, since_s, share)
+    return None if left_s is None else round(left_s, 1)

@@ -4,7 +4,6 @@ Few rows are compared all with all, which is exact. More are arranged into lists
 compared with those of the lists that they visit; then recall is measured and reported.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from curation.neighbors.train import Budget, train_router
 from curation.neighbors.vectors import VectorSource, check_spaces, check_widths
 from curation.pool import Pool
 from curation.stage import Engine, StageInputs
+from embedder.encoder import available_cpus
 
 SEARCHED = 256
 """Sampled rows a list for a pool that is searched: each query gains by lists that fit closely."""
@@ -181,7 +181,7 @@ def search_in(
 
 def threads_of(engine: Engine) -> int:
     """Threads of one worker, so that all workers together use the machine once."""
-    return max(1, (os.cpu_count() or 1) // max(1, engine.workers))
+    return max(1, available_cpus() // max(1, engine.workers))
 
 
 def _set_of(inputs: StageInputs, name: str) -> Pool:

@@ -28,6 +28,9 @@ from curation.stage import Engine, Resources
 
 _SPLIT_ROWS = 1 << 16
 """Rows that one task of the first pass reads at least, so that files are few."""
+_LEAST_SPLIT_ROWS = 1 << 13
+_TASKS = 16
+"""So many at least, where rows suffice: what a few workers need to be busy alike."""
 
 _ATTRIBUTES = ("original_width", "original_height", "num_bytes")
 
@@ -161,16 +164,20 @@ def read_bad_rows(folder: str, set_number: int, shard: int) -> np.ndarray:
 
 def groups_of_shards(sources: Sequence[VectorSource]) -> tuple[tuple[int, int, int], ...]:
     """(set, first shard, end): runs of shards that one task reads."""
-    return tuple(group for number, one in enumerate(sources) for group in _groups(number, one))
+    rows = sum(source.pool.num_rows for source in sources)
+    least = int(np.clip(rows // _TASKS, _LEAST_SPLIT_ROWS, _SPLIT_ROWS))
+    return tuple(
+        group for number, one in enumerate(sources) for group in _groups(number, one, least)
+    )
 
 
-def _groups(number: int, source: VectorSource) -> list[tuple[int, int, int]]:
-    """Runs of shards that hold at least `_SPLIT_ROWS` rows together, the last one fewer."""
+def _groups(number: int, source: VectorSource, least: int) -> list[tuple[int, int, int]]:
+    """Runs of shards that hold at least so many rows together, the last one fewer."""
     groups, first, held = [], 0, 0
     rows = source.pool.shard_rows()
     for shard, count in enumerate(rows):
         held += int(count)
-        if held >= _SPLIT_ROWS or shard == len(rows) - 1:
+        if held >= least or shard == len(rows) - 1:
             groups.append((number, first, shard + 1))
             first, held = shard + 1, 0
     return groups

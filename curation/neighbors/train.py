@@ -30,6 +30,9 @@ _ROWS_ASKED = 1 << 12
 """Sampled rows that say how many lists lie within a gap."""
 _COUNTED_PER_LIST = 64
 _ROWS_PER_PARTITION = 1 << 16
+_LEAST_PER_PARTITION = 1 << 13
+_PARTITIONS = 16
+"""So many at least, where rows suffice: what a few workers need to be busy alike."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,8 @@ class _TrainCoarse(Work):
     def __call__(self, item: int, opened: Any) -> Done:
         rows = self._sample()
         rng = np.random.default_rng(self.training.seed)
-        threads = os.cpu_count() or 1  # the other workers wait for the lists
+        # The other workers wait for the lists, so that their cores are free where they are here.
+        threads = min(os.cpu_count() or 1, self.training.workers * self.training.threads)
         coarse = Coarse.trained(rows, self.training.num_lists, rng, threads)
         coarse.write(self.training.coarse_path)
         budget, few = self.training.budget, rows[: _COUNTED_PER_LIST * coarse.num_lists]
@@ -219,7 +223,9 @@ class _TrainCoarse(Work):
         """As many rows as can be sorted in one worker's memory: they are held some six times."""
         per_row = 6 * self.width * np.dtype(self.training.dtype).itemsize
         fits = self.training.budget.memory // (self.training.workers * per_row)
-        return int(np.clip(self.training.num_rows >> 11, _ROWS_PER_PARTITION, max(1, fits)))
+        few = self.training.num_rows // _PARTITIONS
+        wanted = int(np.clip(few, _LEAST_PER_PARTITION, _ROWS_PER_PARTITION))
+        return int(np.clip(self.training.num_rows >> 11, wanted, max(1, fits)))
 
     def _sample(self) -> np.ndarray:
         """(S, D) sampled rows in the order of their hashes."""

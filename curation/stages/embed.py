@@ -14,6 +14,9 @@ from embedder.encoder import Encoder, embed_images, load_encoder
 from embedder.errors import ImageError
 from embedder.images import Pixels, blur_boxes, decode
 
+_SHARD_BYTES = 2 << 30
+"""Of a shard's images and vectors, and of the pictures that are being decoded."""
+
 
 class Embed(ShardStage):
     """One side-car of unit vectors an encoder, named by the keys of `encoders`."""
@@ -28,6 +31,10 @@ class Embed(ShardStage):
     """Share of a GPU that one worker takes on a Ray cluster."""
     allow_hub: bool = False
     """Whether weights that are not on this machine may be fetched from a hub."""
+    compile: bool = False
+    """Whether torch compiles the encoders: minutes at first in each worker, then often faster."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images a forward pass takes; null: on a GPU as many as its memory holds, on a CPU 8."""
 
     reasons = ("unreadable", "bad_vector")
     on_sets = True
@@ -58,7 +65,9 @@ class Embed(ShardStage):
 
     def resources(self) -> Resources:
         """What one shard's task needs."""
-        return Resources(cpus=1, gpus=self.gpus, memory=2 << 30)
+        held = [encoder.memory for encoder in self._loaded().values()]
+        models = sum(one.loading + one.batch for one in held)
+        return Resources(cpus=1, gpus=self.gpus, memory=_SHARD_BYTES + models)
 
     def open(self) -> dict[str, Encoder]:
         """Load the encoders."""
@@ -77,15 +86,35 @@ class Embed(ShardStage):
 
     def _loaded(self) -> dict[str, Encoder]:
         return {
-            name: _load(encoder, self.device, self.allow_hub)
+            name: _load(
+                encoder, self.device, self.allow_hub, self.compile, self.batch_size, self._share()
+            )
             for name, encoder in self.encoders.items()
         }
 
+    def _share(self) -> float:
+        """Share of a GPU's memory for each encoder, where several workers or encoders use it."""
+        return min(1.0, self.gpus or 1.0) / len(self.encoders)
+
 
 @cache
-def _load(name: str, device: str, allow_hub: bool) -> Encoder:
+def _load(
+    name: str,
+    device: str,
+    allow_hub: bool,
+    compile: bool,
+    batch_size: int | None,
+    device_share: float,
+) -> Encoder:
     """An encoder is asked for its space and its width again and again: open it once a process."""
-    return load_encoder(name, device=device, allow_hub=allow_hub)
+    return load_encoder(
+        name,
+        device=device,
+        allow_hub=allow_hub,
+        compile=compile,
+        batch_size=batch_size,
+        device_share=device_share,
+    )
 
 
 def _reader(shard: Shard, row: int, unreadable: np.ndarray) -> Callable[[], Pixels]:

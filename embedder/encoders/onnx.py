@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from embedder.encoder import LoadOptions, Thresholds
+from embedder.encoder import EncoderMemory, LoadOptions, Thresholds
 from embedder.encoders.torch_trunk import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -31,6 +31,8 @@ from embedder.images import Pixels
 from embedder.whitening import unit_rows
 
 DEFAULT_BATCH_SIZE = 8
+_BYTES_PER_INPUT = 64
+"""What a session holds for each number of its input, roughly: 16 copies in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,7 @@ class OnnxEncoder:
     batch_size: int
     preprocessing: Preprocessing
     session: Any
+    memory: EncoderMemory
     licence: str = "that of the file"
     thresholds: Thresholds | None = None
     precision: str = "float32"
@@ -82,7 +85,8 @@ def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
         )
     weights = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     space = digest_of(weights=weights, preprocessing=asdict(preprocessing))
-    return OnnxEncoder(name, space, width, batch, preprocessing, session)
+    memory = EncoderMemory(2 * path.stat().st_size, _BYTES_PER_INPUT * batch * 3 * size * size)
+    return OnnxEncoder(name, space, width, batch, preprocessing, session, memory)
 
 
 def _open_session(path: Path, options: LoadOptions) -> Any:

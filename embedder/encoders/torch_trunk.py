@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from embedder.encoder import LoadOptions, Thresholds
+from embedder.encoder import EncoderMemory, LoadOptions, Thresholds
+from embedder.encoders.lane import CPU_BATCH_SIZE, Lane, largest_batch
 from embedder.errors import EncoderError
 from embedder.images import Pixels, center_crop, resize, resize_short_side
 from embedder.whitening import unit_rows
@@ -28,6 +29,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 ResizeKind = Literal["squash", "short_side"]
+
+_ACTIVATIONS_HELD = 4
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,17 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
+    compiled: bool = False
+    """Whether torch compiles the module: other sums, so another space."""
+    batch_size: int | None = None
+    """Images a forward pass takes; None for what suits the device."""
+    share: float = 1.0
+    """Share of the device's memory that may be filled."""
 
     @property
     def precision(self) -> str:
         """float32, bfloat16 or float16."""
         return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def batch_size(self) -> int:
-        """Images a forward pass takes, fixed for each kind of device."""
-        return 256 if self.device.type == "cuda" else 8
 
 
 def place(options: LoadOptions) -> Placement:
@@ -83,16 +87,23 @@ def place(options: LoadOptions) -> Placement:
         raise EncoderError(f"unknown device {wanted!r}; known are auto, cpu, cuda, cuda:N")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise EncoderError(f"device {wanted!r}: torch sees no CUDA device here")
-    precision = options.precision
-    if precision == "auto":
-        precision = "bfloat16" if _gains_by_bfloat16(wanted) else "float32"
-    return Placement(torch.device(wanted), getattr(torch, precision))
+    precision = _fastest_precision(wanted) if options.precision == "auto" else options.precision
+    return Placement(
+        torch.device(wanted),
+        getattr(torch, precision),
+        options.compile,
+        options.batch_size,
+        options.device_share,
+    )
 
 
-def _gains_by_bfloat16(device: str) -> bool:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_capability() >= (8, 0)
-    return _cpu_multiplies_bfloat16()
+def _fastest_precision(device: str) -> str:
+    if not device.startswith("cuda"):
+        return "bfloat16" if _cpu_multiplies_bfloat16() else "float32"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return "bfloat16"
+    return "float16" if capability >= (7, 0) else "float32"
 
 
 @lru_cache(maxsize=1)
@@ -134,18 +145,37 @@ class TorchTrunk:
         self._input_dtype = torch.float32 if casts_itself else placement.dtype
         if not casts_itself:  # as a whole: autocast would cast the weights anew for every batch
             self._module.to(placement.dtype)
+        if is_convolutional(module):
+            self._module.to(memory_format=torch.channels_last)
+        self.num_weights = sum(one.numel() for one in module.parameters())
+        if placement.compiled:
+            self._module.compile(dynamic=False)
         self.preprocessing = preprocessing
         self.placement = placement
-        self.key = digest_of(
-            weights=weights, preprocessing=asdict(preprocessing), precision=placement.precision
-        )
+        self._lane = Lane.to(placement.device)
+        parts: dict[str, Any] = {"precision": placement.precision}
+        parts |= {"compiled": True} if placement.compiled else {}
+        self.key = digest_of(weights=weights, preprocessing=asdict(preprocessing), **parts)
         self._mean = 255 * torch.tensor(preprocessing.mean, device=placement.device)[:, None, None]
         self._std = 255 * torch.tensor(preprocessing.std, device=placement.device)[:, None, None]
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
-        """B, fixed."""
-        return self.placement.batch_size
+        """B, fixed: as given, else as many as the device's memory holds."""
+        if self.placement.batch_size is not None:
+            return self.placement.batch_size
+        room = self._lane.room_bytes(self.placement.share)
+        return CPU_BATCH_SIZE if room is None else largest_batch(self._peak_bytes, room)
+
+    @cached_property
+    def num_activation_bytes(self) -> int:
+        """Most bytes that a batch takes on its way through the module, roughly.
+
+        What a forward pass holds at once is a few of its largest intermediate results: the factor
+        covers the modules tried (EfficientNet, ResNet, ViT; a test holds it against the truth).
+        """
+        largest = _largest_output(self._module, lambda: self.run_empty(1))
+        return _ACTIVATIONS_HELD * self.batch_size * largest
 
     def preprocess(self, pixels: Pixels) -> Pixels:
         """(H, W, 3) uint8 to (size, size, 3) uint8."""
@@ -153,16 +183,22 @@ class TorchTrunk:
 
     def features(self, batch: NDArray[Any]) -> Tensor:
         """(B, size, size, 3) uint8 to the module's output, in float32 and on its device."""
-        with one_thread(), torch.inference_mode():
-            images = self._to_device(torch.from_numpy(batch)).permute(0, 3, 1, 2)
+        moved = self._lane.moved(torch.from_numpy(batch))
+        with self._lane.turn(), one_thread(), torch.inference_mode():
+            images = self._lane.arrived(moved).permute(0, 3, 1, 2)
             inputs = ((images.float() - self._mean) / self._std).to(self._input_dtype)
             output: Tensor = self._module(inputs)
             return output.float()
 
-    def _to_device(self, batch: Tensor) -> Tensor:
-        if self.placement.device.type == "cpu":
-            return batch
-        return batch.pin_memory().to(self.placement.device, non_blocking=True)
+    def run_empty(self, count: int) -> Tensor:
+        """Features of so many black images, without compiling anything for them."""
+        side = self.preprocessing.size
+        with torch.compiler.set_stance("force_eager"):
+            return self.features(np.zeros((count, side, side, 3), np.uint8))
+
+    def _peak_bytes(self, count: int) -> int | None:
+        """Device memory that a batch of so many takes; None where it does not fit."""
+        return self._lane.peak_bytes(lambda: self.run_empty(count))
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +230,11 @@ class TrunkEncoder:
         """B, fixed."""
         return self.trunk.batch_size
 
+    @property
+    def memory(self) -> EncoderMemory:
+        """What it holds in the memory of the host: weights come from files in float32."""
+        return EncoderMemory(8 * self.trunk.num_weights, self.trunk.num_activation_bytes)
+
     def preprocess(self, pixels: Pixels) -> Pixels:
         """(H, W, 3) uint8 to (size, size, 3) uint8."""
         return self.trunk.preprocess(pixels)
@@ -205,6 +246,30 @@ class TrunkEncoder:
     def encode(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """(B, size, size, 3) uint8 to (B, D) unit rows."""
         return self.head(self.trunk.features(batch))
+
+
+def is_convolutional(module: nn.Module) -> bool:
+    """Whether most of it is convolutions; a transformer has one, that of its patches."""
+    kinds = [getattr(m, "original_name", type(m).__name__) for m in module.modules()]
+    return sum(kind.startswith("Conv2d") for kind in kinds) > 1
+
+
+def _largest_output(module: nn.Module, run: Callable[[], object]) -> int:
+    """Bytes of the largest result of any module inside."""
+    largest = 0
+
+    def look(_: nn.Module, inputs: object, output: object) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel() * max(4, output.element_size()))
+
+    hooks = [part.register_forward_hook(look) for part in module.modules()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest
 
 
 def digest_of(**parts: Any) -> str:
@@ -239,7 +304,7 @@ def output_width(name: str, trunk: TorchTrunk) -> int:
     """
     side = trunk.preprocessing.size
     try:
-        output = trunk.features(np.zeros((1, side, side, 3), np.uint8))
+        output = trunk.run_empty(1)
     except (RuntimeError, AttributeError) as error:
         first = str(error).strip().splitlines()[-1]
         raise EncoderError(f"encoder {name!r} fails on a {side}x{side} image: {first}") from error

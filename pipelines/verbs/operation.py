@@ -17,8 +17,9 @@ def print_status(work: str, as_json: bool) -> None:
         return
     stages = status.pop("stages")
     if stages:
-        shown = (*_COLUMNS, "retries", "peak_bytes")
-        console.print_rows(shown, [[stage[name] for name in shown] for stage in stages])
+        planned = ("planned_s",) if any("planned_s" in stage for stage in stages) else ()
+        shown = (*_COLUMNS, "retries", "peak_bytes", *planned)
+        console.print_rows(shown, [[stage.get(name, "") for name in shown] for stage in stages])
     console.print_pairs(_shown(status), title=work)
 
 
@@ -30,6 +31,7 @@ def _shown(status: dict[str, Any]) -> dict[str, Any]:
         pairs["step"] = status.get("step")
         pairs["rows/s"] = status.get("rows_per_s")
     pairs["time left"] = None if status.get("left_s") is None else f"{status['left_s']:,.0f} s"
+    pairs["times the plan so far"] = status.get("times_planned")
     pairs["seconds"] = status.get("seconds")
     pairs["error"] = status.get("error")
     pairs["last heard of"] = f"{status['silent_s']:,.0f} s ago"

@@ -55,7 +55,7 @@ def _measure(recipe: str, work: str, rows: int, changes: list[str]) -> Sample:
         engine = observer.observe(LocalEngine())
         record = RecipeRun(checked, work, engine, observer).run()
     finished = [one for one in read_events(work) if one["event"] == "stage_finished"]
-    return Sample(record, work, tuple(finished[-len(record.pool) :]))  # those of sets come first
+    return Sample(record, work, tuple(finished))
 
 
 def _totals(stages: list[StagePlan]) -> dict[str, Any]:

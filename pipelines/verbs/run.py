@@ -61,9 +61,9 @@ def run_recipe(
         raise ConfigError(f"--base {base}: is --work itself, or rests on it; choose a new folder")
     checked = _without_forgotten(checked, work, earlier)
     storage.make_folder(work)
-    watcher = console.ConsoleWatcher(quiet=as_json)
     log = EventLog(work)
     with _logged(log, checked, limits) as planned:
+        watcher = console.ConsoleWatcher(quiet=as_json, planned=planned)
         check = _disk_check(work, limits.max_disk)
         observer = RunObserver(log, watcher, planned, check)
         _reopen_failed(work, engine.max_failed_shards)
