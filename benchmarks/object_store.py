@@ -118,11 +118,13 @@ class Steps(Engine):
 
     @property
     def workers(self) -> int:
+        """Those of the engine."""
         return self._engine.workers
 
     def map(
         self, task: Task[Item, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:
+        """Run it there."""
         observed, began = ObservedEngine(self._engine, lambda *_: None), time.perf_counter()
         yield from observed.map(task, items, label)
         print(row(label, time.perf_counter() - began, observed.take_usage(), task), flush=True)

@@ -315,8 +315,8 @@ class _Pass:
         """Embed any number of inputs in batches of the fixed size; the last one is padded."""
         parts = []
         for start in range(0, len(inputs), self.batch_size):
-            batch = inputs[start : start + self.batch_size]
-            padded = np.stack([*batch, *batch[-1:] * (self.batch_size - len(batch))])
+            batch = list(inputs[start : start + self.batch_size])
+            padded = np.stack(batch + batch[-1:] * (self.batch_size - len(batch)))
             parts.append([rows[: len(batch)] for rows in self.run(padded)])
         return [np.concatenate(rows).astype(np.float16) for rows in zip(*parts, strict=True)]
 

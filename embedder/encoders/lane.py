@@ -58,7 +58,7 @@ class CudaLane(Lane):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device)
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
 
     def moved(self, batch: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ class TrunkEncoder:
 
 def is_convolutional(module: nn.Module) -> bool:
     """Whether most of it is convolutions; a transformer has one, that of its patches."""
-    kinds = [getattr(m, "original_name", type(m).__name__) for m in module.modules()]
+    kinds = [str(getattr(m, "original_name", type(m).__name__)) for m in module.modules()]
     return sum(kind.startswith("Conv2d") for kind in kinds) > 1
 
 

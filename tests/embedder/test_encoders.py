@@ -1,6 +1,8 @@
 """The encoders' models: their own libraries' results, and the guarantee of equal bits."""
 
 import os
+import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +12,18 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from skimage.data import astronaut, chelsea, coffee, rocket
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedder.checkpoint import save_backbone
 from embedder.encoder import Encoder, LoadOptions, embed_images, load_encoder
 from embedder.encoders.lite import load_trunk
 from embedder.encoders.lite_network import gem, load_lite_network
+from embedder.encoders.torch_trunk import is_convolutional
 from embedder.errors import EncoderError
+from embedder.images import decode
 from embedder.vit import VisionTransformer, vit_config
 
 
@@ -110,32 +116,155 @@ def test_space__tells_encoders_and_precisions_apart(lite: list[Encoder]) -> None
     assert bf16.space != other.space
 
 
+def photos(folder: Path) -> list[np.ndarray]:
+    """Fifty photos of many sizes."""
+    return [decode(path.read_bytes()) for path in sorted((folder / "photos").glob("*.jpg"))[:50]]
+
+
 def test_open_clip__equals_the_library() -> None:
-    encoder = load_encoder("open_clip:RN50/random", precision="float32")
+    check_open_clip("RN50", pictures(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["RN50", "ViT-B-32"])
+def test_open_clip__equals_the_library_on_photos(model: str, shared_data: Path) -> None:
+    check_open_clip(model, photos(shared_data))
+
+
+def check_open_clip(name: str, images: list[np.ndarray]) -> None:
+    encoder = load_encoder(f"open_clip:{name}/random", precision="float32")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, _, transform = open_clip.create_model_and_transforms("RN50", load_weights=False)
-    check_agreement(encoder, model.eval().encode_image, transform)
+        model, _, transform = open_clip.create_model_and_transforms(name, load_weights=False)
+    check_agreement(encoder, model.eval().encode_image, transform, images)
 
 
 def test_timm__equals_the_library() -> None:
-    encoder = load_encoder("timm:resnet10t:random", precision="float32")
+    check_timm("resnet10t", pictures(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet50", "vit_small_patch16_224", "convnext_tiny"])
+def test_timm__equals_the_library_on_photos(model: str, shared_data: Path) -> None:
+    check_timm(model, photos(shared_data))
+
+
+def check_timm(name: str, images: list[np.ndarray]) -> None:
+    encoder = load_encoder(f"timm:{name}:random", precision="float32")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model("resnet10t", num_classes=0).eval()
+        model = timm.create_model(name, num_classes=0).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    check_agreement(encoder, model, transform)
+    check_agreement(encoder, model, transform, images)
 
 
-def check_agreement(encoder: Encoder, forward: object, transform: object) -> None:
-    images = pictures(3)
+def check_agreement(
+    encoder: Encoder, forward: object, transform: object, images: list[np.ndarray]
+) -> None:
     assert callable(forward)
     assert callable(transform)
+    for start in range(0, len(images), 10):
+        some = images[start : start + 10]
+        with torch.inference_mode():
+            expected = forward(torch.stack([transform(Image.fromarray(p)) for p in some]))
+        expected = nn.functional.normalize(expected.float()).numpy()
+        inputs = np.stack([encoder.preprocess(p) for p in some])
+        assert np.abs(encoder.encode(inputs) - expected).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_dinov2__equals_timm_given_the_same_weights(tmp_path: Path, shared_data: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("vit_small_patch14_dinov2", num_classes=0).eval()
+    path = tmp_path / "timm.safetensors"
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+    encoder = load_encoder(f"dinov2:vits14:{path}", precision="float32", image_size=518)
+    inputs = np.stack([encoder.preprocess(p) for p in photos(shared_data)[:10]])
+    images = (torch.from_numpy(inputs).permute(0, 3, 1, 2) / 255 - mean()) / std()
     with torch.inference_mode():
-        expected = forward(torch.stack([transform(Image.fromarray(p)) for p in images]))
-    expected = nn.functional.normalize(expected.float()).numpy()
-    inputs = np.stack([encoder.preprocess(p) for p in images])
+        expected = nn.functional.normalize(model(images)).numpy()
     assert np.abs(encoder.encode(inputs) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name", ["lite-copy", "timm:resnet10t:random", "dinov2:vits14:random", "open_clip:RN50/random"]
+)
+def test_memory__covers_what_a_batch_takes(name: str) -> None:
+    encoder = load_encoder(name)
+    batch = np.zeros((encoder.batch_size, *encoder.preprocess(pictures(1)[0]).shape), np.uint8)
+    taken = 0
+
+    class Held(TorchDispatchMode):
+        """Sizes of what is alive, added up as it is made."""
+
+        alive: dict[int, int] = {}
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for one in [result] if isinstance(result, torch.Tensor) else []:
+                storage = one.untyped_storage()
+                key = storage.data_ptr()
+                self.alive[key] = storage.nbytes()
+                weakref.finalize(one, self.alive.pop, key, 0)
+            nonlocal taken
+            taken = max(taken, sum(self.alive.values()))
+            return result
+
+    with Held():
+        encoder.encode(batch)
+    assert taken / 2 < encoder.memory.batch
+    assert encoder.memory.batch < 20 * taken
+
+
+def test_convolutions__are_laid_out_channels_last() -> None:
+    assert not is_convolutional(VisionTransformer(vit_config("vitt14", image_size=56)))
+    encoder = load_encoder("timm:resnet10t:random")
+    weights = [p for p in encoder.trunk._module.parameters() if p.ndim == 4 and p.shape[2] > 1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
+def test_batch_size__can_be_set_and_fills_the_last_batch() -> None:
+    (few,), (many,) = (
+        embed_images([load_encoder("lite-semantic", batch_size=size)], pictures(5))
+        for size in (2, 4)
+    )
+    assert np.abs(few - many).max() < 1e-2
+
+
+def test_compile__is_another_space_and_refused_where_torch_cannot() -> None:
+    plain = load_encoder("timm:resnet10t:random")
+    compiled = load_encoder("timm:resnet10t:random", compile=True)  # nothing is compiled yet
+    assert plain.space != compiled.space
+    with pytest.raises(EncoderError, match="torch compiles no such file"):
+        load_encoder("sscd:x.pt", compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["lite-semantic", "timm:resnet10t:random", "dinov2:vits14:random"])
+@pytest.mark.filterwarnings("ignore")
+def test_compile__gives_the_same_vectors_up_to_rounding(name: str) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    images = pictures(3)
+    plain, compiled = (
+        embed_images([load_encoder(name, precision="float32", compile=c)], images)[0]
+        for c in (False, True)
+    )
+    assert np.abs(plain.astype(np.float32) - compiled).max() < 2e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["lite-semantic", "timm:resnet50:random", "dinov2:vits14:random"])
+def test_gpu__gives_the_vectors_of_the_cpu(name: str) -> None:
+    images = pictures(40)
+    on_cpu = load_encoder(name, device="cpu", precision="float32")
+    on_gpu = load_encoder(name, device="cuda")
+    assert on_gpu.batch_size == load_encoder(name, device="cuda").batch_size >= 32
+    (expected,), (found,) = (embed_images([one], images, threads=4) for one in (on_cpu, on_gpu))
+    cosines = (expected.astype(np.float32) * found).sum(axis=1)
+    assert cosines.min() > 0.99
 
 
 def test_dinov2__reads_a_checkpoint(tmp_path: Path) -> None:

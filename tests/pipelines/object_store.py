@@ -51,8 +51,19 @@ def become_reader(monkeypatch, endpoint: str) -> None:
     policy = {"Version": "2012-10-17", "Statement": [statement]}
     iam.put_user_policy(UserName="reader", PolicyName="read", PolicyDocument=json.dumps(policy))
     key = iam.create_access_key(UserName="reader")["AccessKey"]
-    request = urllib.request.Request(
-        f"{endpoint}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"}, method="POST"
-    )
-    urllib.request.urlopen(request).close()
+    _ask_who_one_is(endpoint, after=0)
     use_credentials(monkeypatch, key["AccessKeyId"], key["SecretAccessKey"])
+
+
+def become_owner(monkeypatch, endpoint: str) -> None:
+    """Be who may do everything again."""
+    _ask_who_one_is(endpoint, after=1 << 30)
+    use_credentials(monkeypatch, "any", "any")
+
+
+def _ask_who_one_is(endpoint: str, after: int) -> None:
+    """Let the server check permissions after so many requests."""
+    headers = {"Content-Type": "text/plain"}
+    url = f"{endpoint}/moto-api/reset-auth"
+    request = urllib.request.Request(url, str(after).encode(), headers, method="POST")
+    urllib.request.urlopen(request).close()

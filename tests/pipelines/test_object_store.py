@@ -7,8 +7,9 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from object_store import become_reader, served_bucket
+from object_store import become_owner, become_reader, served_bucket
 from small_pictures import picture
+from test_cli import fails, succeeds
 
 from curation import storage
 from curation.dataset import Dataset, open_foreign, write_dataset
@@ -172,3 +173,16 @@ def test_write__a_bucket_without_write_permission_is_one_line(bucket, monkeypatc
     assert storage.exists(f"{bucket}/readable/_manifest.json")
     with pytest.raises(StorageError, match=r"readable/new.parquet: .*Access ?Denied"):
         storage.write_parquet(f"{bucket}/readable/new.parquet", table)
+
+
+def test_verb__into_a_bucket_without_write_permission_is_one_line_and_goes_on_with_it(
+    bucket, monkeypatch, tmp_path
+):
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    (tmp_path / "1.jpg").write_bytes(encode_jpeg(picture(1, 64)))
+    words = ("ingest", "--images", tmp_path, "--out", f"{bucket}/rows")
+    become_reader(monkeypatch, endpoint)
+    assert "Access Denied" in fails(1, *words)
+    become_owner(monkeypatch, endpoint)
+    succeeds(*words)
+    assert Dataset.open(f"{bucket}/rows").num_rows == 1

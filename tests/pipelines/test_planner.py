@@ -69,6 +69,31 @@ def test_plan_stages__tells_what_a_stage_costs_once_from_what_a_row_costs(tmp_pa
     assert embed.uncertainty == 1.0  # a stated rate
 
 
+def test_plan_stages__sets_keep_their_size_and_the_pool_grows(tmp_path):
+    def with_set(rows: int, item_s: float) -> Sample:
+        pool, val = (sample_of(tmp_path, ("ingest", rows, item_s)) for _ in range(2))
+        (entry,) = val.record.pool
+        entry = entry.replace(record=entry.record.replace(figures={"share_read": 0.25}))
+        record = pool.record.replace(sets={"val": (entry,)})
+        return Sample(record, str(tmp_path), val.usage + pool.usage)
+
+    val, pool = plan_stages(with_set(100, 0.1), with_set(400, 0.4), 1e6, None)
+    assert (val.stage, pool.stage) == ("val/ingest", "ingest")
+    assert (val.rows, pool.rows) == (1600, 1e6)
+    assert val.wall_s == pytest.approx(1 + 1.6)
+
+
+def test_plan_stages__other_work_on_the_machine_does_not_count(tmp_path):
+    def disturbed(rows: int, item_s: float, cpu_s: float) -> Sample:
+        sample = sample_of(tmp_path, ("embed", rows, item_s))
+        return Sample(sample.record, sample.work, ({**sample.usage[0], "cpu_s": cpu_s},))
+
+    alone = plan_stages(disturbed(100, 1, 2), disturbed(400, 4, 8), 10_000, None)[0]
+    stretched = plan_stages(disturbed(100, 1, 2), disturbed(400, 12, 8), 10_000, None)[0]
+    assert alone.wall_s == pytest.approx(stretched.wall_s) == pytest.approx(1 + 100)
+    assert stretched.uncertainty == pytest.approx(2 / 3)
+
+
 def test_plan_stages__what_compares_pairs_grows_faster_than_its_rows(tmp_path):
     small = sample_of(tmp_path, ("near_dedup", 250, 0.1))
     large = sample_of(tmp_path, ("near_dedup", 1000, 1.6))
