@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -69,6 +70,17 @@ def private_bytes() -> int:
         return 0
     resident, shared = map(int, _STATM.read_text().split()[1:3])
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back() -> None:
+    """Give to the system what the last task freed: allocators keep it, and it would count here."""
+    import pyarrow as pa
+
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU library's
+    if trim is not None:
+        trim(0)
 
 
 def _raise_in(thread: int) -> None:

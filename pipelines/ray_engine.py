@@ -14,7 +14,7 @@ from typing import Any
 from curation.errors import ConfigError, EngineError
 from curation.stage import Engine, Item, Resources, Result, Task
 from pipelines.attempts import Attempts, Backlog, describe
-from pipelines.memory_guard import MemoryGuard, MemoryLimitError
+from pipelines.memory_guard import MemoryGuard, MemoryLimitError, give_back
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +169,7 @@ class _Worker:
         with MemoryGuard(limit_bytes).watching():
             if self._key != key:
                 self._key, self._opened = "", None  # the last task's model goes first
+                give_back()
                 self._opened = task.open()
                 self._key = key
             return task(item, self._opened)
