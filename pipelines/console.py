@@ -131,7 +131,7 @@ class ConsoleWatcher:
 
 
 class _TimeLeft(ProgressColumn):
-    """Shows a watcher's `time_left`, and counts down between shards."""
+    """Shows a watcher's `time_left`, drawn anew as time goes."""
 
     def __init__(self, watcher: ConsoleWatcher) -> None:
         super().__init__()

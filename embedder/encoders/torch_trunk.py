@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedder.encoder import EncoderMemory, LoadOptions, Thresholds
 from embedder.encoders.lane import CPU_BATCH_SIZE, Lane, largest_batch
@@ -174,8 +175,9 @@ class TorchTrunk:
         What a forward pass holds at once is a few of its largest intermediate results: the factor
         covers the modules tried (EfficientNet, ResNet, ViT; a test holds it against the truth).
         """
-        largest = _largest_output(self._module, lambda: self.run_empty(1))
-        return _ACTIVATIONS_HELD * self.batch_size * largest
+        with _Largest() as largest:
+            self.run_empty(1)
+        return _ACTIVATIONS_HELD * self.batch_size * largest.num_bytes
 
     def preprocess(self, pixels: Pixels) -> Pixels:
         """(H, W, 3) uint8 to (size, size, 3) uint8."""
@@ -254,22 +256,22 @@ def is_convolutional(module: nn.Module) -> bool:
     return sum(kind.startswith("Conv2d") for kind in kinds) > 1
 
 
-def _largest_output(module: nn.Module, run: Callable[[], object]) -> int:
-    """Bytes of the largest result of any module inside."""
-    largest = 0
+class _Largest(TorchDispatchMode):
+    """Notes the bytes of the largest result of any operation, in float32 at least."""
 
-    def look(_: nn.Module, inputs: object, output: object) -> None:
-        nonlocal largest
-        if isinstance(output, Tensor):
-            largest = max(largest, output.numel() * max(4, output.element_size()))
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
 
-    hooks = [part.register_forward_hook(look) for part in module.modules()]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return largest
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, and look at what it gives."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            size = result.numel() * max(4, result.element_size())
+            self.num_bytes = max(self.num_bytes, size)
+        return result
 
 
 def digest_of(**parts: Any) -> str:

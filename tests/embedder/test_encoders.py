@@ -187,9 +187,7 @@ def test_dinov2__equals_timm_given_the_same_weights(tmp_path: Path, shared_data:
     assert np.abs(encoder.encode(inputs) - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize(
-    "name", ["lite-copy", "timm:resnet10t:random", "dinov2:vits14:random", "open_clip:RN50/random"]
-)
+@pytest.mark.parametrize("name", ["lite-copy", "timm:resnet10t:random", "dinov2:vits14:random"])
 def test_memory__covers_what_a_batch_takes(name: str) -> None:
     encoder = load_encoder(name)
     batch = np.zeros((encoder.batch_size, *encoder.preprocess(pictures(1)[0]).shape), np.uint8)
@@ -305,6 +303,7 @@ class ToyModel(nn.Module):
 def test_sscd__a_torchscript_file(tmp_path: Path) -> None:
     torch.jit.trace(ToyModel(), torch.zeros(1, 3, 320, 320)).save(tmp_path / "a:b.torchscript.pt")
     encoder = load_encoder(f"sscd:{tmp_path / 'a:b.torchscript.pt'}", precision="float32")
+    assert encoder.memory.batch > 0
     assert encoder.width == 8
     assert encoder.thresholds is not None
     assert (encoder.thresholds.dedup, encoder.thresholds.leak) == (0.6, 0.45)
