@@ -187,6 +187,7 @@ def _groups(number: int, source: VectorSource, least: int) -> list[tuple[int, in
 class _Split(Work):
     """First pass: rows of some shards, grouped by partition."""
 
+    resources = Resources(memory=3 << 29)
     plan: Plan
 
     def open(self) -> Any:
