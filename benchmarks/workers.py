@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"  # a worker's share of the cores, read when torch is loaded
 
 import torch
@@ -87,7 +88,10 @@ def engines(kind: str) -> tuple[Engine, Engine]:
     """With one and with two workers."""
     if kind == "local":
         return LocalEngine(1), LocalEngine(2)
-    _ = RayEngine(3).workers  # one Ray with room for both
+    import ray
+
+    # One Ray with room for both, whatever the machine's memory: it is only counted.
+    ray.init(num_cpus=3, _memory=64 << 30, include_dashboard=False, log_to_driver=False)
     return RayEngine(1), RayEngine(2)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -236,13 +237,17 @@ class _ActorPool:
     def serves(self, needed: Resources) -> bool:
         """Whether a task may run here: starting other actors would cost seconds.
 
-        Actors that hold more memory than it needs do, unless fewer of them fit the cluster.
+        Actors that hold more memory than it needs do, unless fewer of them fit the cluster, or
+        some still wait for their place.
         """
         own = self.needed
+        if own == needed:
+            return True
         if (own.cpus, own.gpus) != (needed.cpus, needed.gpus) or own.memory < needed.memory:
             return False
-        most = _places(needed) if self._limit is None else min(self._limit, _places(needed))
-        return own.memory == needed.memory or _places(own) >= most
+        most = min(_places(needed), self._limit or sys.maxsize)
+        placed = sum(actor.node is not None for actor in self._actors)
+        return _places(own) >= most and placed >= min(most, len(self._actors))
 
     def close(self) -> None:
         """Stop the actors and free their resources."""
