@@ -11,6 +11,7 @@ the others wait for, and its core-seconds are in the last line.
 """
 
 import argparse
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -95,7 +96,15 @@ def shards(rows: int, count: int) -> Iterator[tuple[list[str], np.ndarray]]:
         yield [make_id(f"{kind} {shard} {row}") for row, kind in enumerate(kinds)], before
 
 
-def write_pool(rows: int, count: int) -> Pool:
+def written(rows: int, count: int) -> Pool:
+    """The vectors, written by another process: what that holds is not the driver's."""
+    writer = multiprocessing.get_context("spawn").Process(target=write_pool, args=(rows, count))
+    writer.start()
+    writer.join()
+    return Pool("pool", {"copy": Dataset.open(f"{BUCKET}/vectors")})
+
+
+def write_pool(rows: int, count: int) -> None:
     kind = pa.list_(pa.float16(), WIDTH)
     schema = pa.schema([("id", pa.string()), ("embedding", kind)])
     tables = (
@@ -105,9 +114,7 @@ def write_pool(rows: int, count: int) -> Pool:
         )
         for ids, vectors in shards(rows, count)
     )
-    folder = f"{BUCKET}/vectors"
-    write_dataset(folder, tables, schema, {"space": "made"})
-    return Pool("pool", {"copy": Dataset.open(folder)})
+    write_dataset(f"{BUCKET}/vectors", tables, schema, {"space": "made"})
 
 
 class Steps(Engine):
@@ -162,7 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     with served_bucket() as server:
         began = time.perf_counter()
-        pool = write_pool(args.rows, args.shards)
+        pool = written(args.rows, args.shards)
         print(f"wrote {args.rows:,} rows in {time.perf_counter() - began:.0f} s", flush=True)
         stage = NearDedup(
             embeddings="copy",

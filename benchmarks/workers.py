@@ -1,12 +1,11 @@
 """Two workers against one for canonicalize, embed and near_dedup, and what two cores gain at all.
 
-    python benchmarks/workers.py [--engine ray] [--stage NAME …] [--images 384] [--rows 120000]
+    python benchmarks/workers.py [--engine ray] [--stage NAME …] [--images 1536] [--rows 120000]
 
 One row a stage: rows/s of one and of two workers, each with one thread, the gain, the gain of two
 threads over one on a bare matrix product in the same rounds, and their ratio (asked for: at least
 0.85). Rounds are interleaved and the best of five counts. near_dedup joins made vectors, see
-benchmarks/neighbours.py, and canonicalize takes eight times the images, so that what a stage costs
-once counts little; workers are started before the clock is.
+benchmarks/neighbours.py; workers are started before the clock is.
 """
 
 import argparse
@@ -78,9 +77,9 @@ def work_of(name: str, options: argparse.Namespace, folder: str) -> tuple[Stage,
         rows = generate(options.rows)[0]
         pool = write_pool(rows, f"{folder}/vectors", "pool", options.rows // SHARDS).pool
         return NearDedup(embeddings="copy", threshold=0.6, max_component_share=1), pool
-    if name == "canonicalize":
-        return Canonicalize(threads=1), images(8 * options.images, folder)
     pool = images(options.images, folder)
+    if name == "canonicalize":
+        return Canonicalize(threads=1), pool
     return Embed(), run(Canonicalize(), pool, f"{folder}/canonical", LocalEngine())
 
 
@@ -118,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=("local", "ray"), default="ray")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--images", type=int, default=384)
+    parser.add_argument("--images", type=int, default=1536)
     parser.add_argument("--rows", type=int, default=120_000)
     options = parser.parse_args()
     pair = engines(options.engine)
