@@ -5,9 +5,9 @@
 The vectors (512 float16, a tenth of them copies of rows of the shard before at cosine 0.80 to 0.95)
 lie in moto's server, a process of its own, and so does the scratch. One row a step: items, seconds
 of the clock and of the cores, the memory that its tasks ask for and what the largest worker held at
-its peak, libraries included (up to 0.9 GB: torch, pyarrow, Ray). Then the driver's peak (asked for: below
-1 GB), and how many of the copies were found. The server is one Python process: mostly it is what
-the others wait for, and its core-seconds are in the last line.
+its peak, libraries included (up to 0.9 GB: torch, pyarrow, Ray). Then the driver's peak (asked for:
+below 1 GB), and how many of the copies were found. The server is one Python process, which others
+often wait for: its core-seconds are in the last line.
 """
 
 import argparse
