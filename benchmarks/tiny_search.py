@@ -1,11 +1,11 @@
 """The search behind configs/pretrain/tiny.yaml: candidates of equal CPU time, compared by k-NN.
 
-`python benchmarks/tiny_search.py NAME… --cpu-s 360` trains each named candidate (a set of changes to
-the config in this file) on Imagenette at 64 px with one thread for about so much CPU time, all
-schedules stretched to fit, and prints a line of JSON: steps, samples, leave-one-out k-NN (20) of the
-teacher on the training images (the test images choose nothing; 9,469 queries leave a standard
-error of half a point), and the DINO loss as a share of log K. `baselines` prints what raw pixels
-and untrained networks reach.
+`python benchmarks/tiny_search.py NAME… --cpu-s 180` trains each named candidate (a set of changes
+to the settings in this file) on Imagenette at 64 px with one thread for about so much CPU time,
+all schedules stretched to fit, and prints a line of JSON: steps, samples, leave-one-out k-NN (20)
+of the teacher on the training images (the test images choose nothing; 9,469 queries leave a
+standard error of half a point), and the DINO loss as a share of log K. `baselines` prints what
+raw pixels and untrained networks reach, and `RUN` (a run's folder) what its backbone reaches.
 """
 
 import argparse
@@ -172,62 +172,82 @@ def leave_one_out(backbone: Path) -> float:
 
 
 def baselines() -> list[dict[str, Any]]:
-    """k-NN (20) of raw pixels and of untrained networks, by gallery."""
+    """k-NN (20) of raw pixels and of untrained networks with LayerScale 1."""
     import torch
 
     from curation.config import parse_settings
     from pretrain.building import build_method
     from pretrain.config import PretrainConfig
-    from pretrain.evaluation.knn import (
-        center_crop,
-        class_tokens,
-        knn_classify,
-        labeled_folder,
-        load,
-    )
+    from pretrain.evaluation.knn import center_crop, load
 
-    def pixels(files: list[Any]) -> torch.Tensor:
+    def pixels(files: list[Any]) -> Any:
         crops = [torch.from_numpy(center_crop(load(file), 64).copy()) for file in files]
         flat = torch.stack(crops).flatten(1).float()
         return flat - flat.mean(0)
 
-    rows = []
+    rows = [{"name": "pixels", **test_accuracy(pixels)}]
+    for name, seed in itertools.product(("sketch", "small"), range(3)):
+        config = parse_settings(PretrainConfig, settings(CANDIDATES[name], 10, seed), "search")
+        network = build_method(config).teacher.backbone
+        rows.append({"name": f"untrained {name}", "seed": seed, **test_accuracy(of(network))})
+    return rows
+
+
+def of(network: Any) -> Callable[[list[Any]], Any]:
+    """Describe image files by a backbone's class tokens."""
+    import torch
+
+    from pretrain.evaluation.knn import class_tokens
+
+    def describe(files: list[Any]) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return class_tokens(network, files, 64)
+
+    return describe
+
+
+def test_accuracy(describe: Callable[[list[Any]], Any]) -> dict[str, float]:
+    """k-NN (20), in percent, of the 500 test images among two sets of training images."""
+    import torch
+
+    from pretrain.evaluation.knn import knn_classify, labeled_folder
+
     test = labeled_folder(TEST)
+    asked = describe([file for file, _ in test])
+    found = {}
     for gallery, folder in GALLERIES.items():
         images = labeled_folder(folder)
         names = sorted({label for _, label in images})
-        labels = torch.tensor([names.index(label) for _, label in images])
-        truth = torch.tensor([names.index(label) for _, label in test])
-
-        def accuracy(describe: Any) -> float:
-            parts = [describe([file for file, _ in part]) for part in (images, test)]
-            guess = knn_classify(parts[0], labels, parts[1], k=(20,))[20]
-            return round(100 * (guess == truth).float().mean().item(), 1)
-
-        rows.append({"name": "pixels", "gallery": gallery, "knn": accuracy(pixels)})
-        for name in ("sketch", "small"):
-            found = []
-            for seed in range(3):
-                values = settings(CANDIDATES[name], 10, seed)
-                config = parse_settings(PretrainConfig, values, "search")
-                net = build_method(config).teacher.backbone
-                with torch.autocast("cpu", torch.bfloat16):
-                    found.append(accuracy(lambda files: class_tokens(net, files, 64)))
-            rows.append({"name": f"untrained {name}", "gallery": gallery, "knn": found})
-    return rows
+        labels, truth = (
+            torch.tensor([names.index(label) for _, label in part]) for part in (images, test)
+        )
+        bank = describe([file for file, _ in images])
+        guess = knn_classify(bank, labels, asked, k=(20,))[20]
+        found[f"knn, {gallery}"] = round(100 * (guess == truth).float().mean().item(), 1)
+    return found
 
 
 def main() -> None:
     sys.path[0] = str(ROOT)  # this file's folder would make it the package `pretrain`
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", help=f"baselines, or of {', '.join(CANDIDATES)}")
+    parser.add_argument("names", nargs="+", help=f"baselines, a run, or of {', '.join(CANDIDATES)}")
     parser.add_argument("--cpu-s", type=float, default=180)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for name in options.names:
-        rows = baselines() if name == "baselines" else [search(name, options.cpu_s, options.seed)]
-        for row in rows:
+        for row in rows_of(name, options):
             print(json.dumps(row), flush=True)
+
+
+def rows_of(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    from embedder.checkpoint import load_backbone
+
+    if name == "baselines":
+        return baselines()
+    if name in CANDIDATES:
+        return [search(name, options.cpu_s, options.seed)]
+    network = load_backbone(Path(name) / "backbone.safetensors")
+    return [{"name": name, **test_accuracy(of(network))}]
 
 
 if __name__ == "__main__":

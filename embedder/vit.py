@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from embedder import cached
+
 Layout = tuple[tuple[int, int], ...]
 """(images, tokens per image) of each packed group."""
 
@@ -148,9 +150,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, gamma: Tensor | None) -> Tensor:
         """Map packed tokens (T, D) to (T, D), times gamma (D,)."""
-        parts = self.qkv(x).split([images * tokens for images, tokens in layout])  # G x (BN, 3D)
+        qkv = linear(x, self.qkv.weight, self.qkv.bias)  # (T, 3D)
+        parts = qkv.split([images * tokens for images, tokens in layout])
         mixed = [self._mix(part, *shape) for part, shape in zip(parts, layout, strict=True)]
-        return scaled_linear(mixed[0] if len(mixed) == 1 else torch.cat(mixed), self.proj, gamma)
+        packed = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        return linear(packed, *scaled(self.proj, gamma))
 
     def class_weights(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """Give the softmax weights (B, H, N) of the class tokens of packed images (T, D)."""
@@ -187,7 +191,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, gamma: Tensor | None) -> Tensor:
         """Map (T, D) to (T, D), times gamma (D,)."""
-        return scaled_linear(F.gelu(self.fc1(x)), self.fc2, gamma)
+        weight, bias = scaled(self.fc2, gamma)
+        if cached.pays(x, self.fc1.out_features):
+            return cached.mlp(x, self.fc1.weight, self.fc1.bias, weight, bias)
+        return F.linear(F.gelu(self.fc1(x)), weight, bias)
 
 
 class SwiGLU(nn.Module):
@@ -202,7 +209,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor, gamma: Tensor | None) -> Tensor:
         """Map (T, D) to (T, D), times gamma (D,)."""
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return scaled_linear(F.silu(gate) * value, self.w3, gamma)
+        return F.linear(F.silu(gate) * value, *scaled(self.w3, gamma))
 
 
 class LayerScale(nn.Module):
@@ -213,14 +220,20 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), init))
 
 
-def scaled_linear(x: Tensor, layer: nn.Linear, gamma: Tensor | None) -> Tensor:
-    """Give gamma * layer(x).
+def scaled(layer: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Give weight and bias of gamma * layer(x).
 
     Scaling the D x D weight instead of the T x D result spares several passes over all tokens.
     """
     if gamma is None:
-        return layer(x)  # type: ignore[no-any-return]
-    return F.linear(x, layer.weight * gamma[:, None], layer.bias * gamma)
+        return layer.weight, layer.bias
+    return layer.weight * gamma[:, None], layer.bias * gamma
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Give x @ weight.T + bias of tokens (T, D)."""
+    widest = max(weight.shape)
+    return cached.linear(x, weight, bias) if cached.pays(x, widest) else F.linear(x, weight, bias)
 
 
 class Block(nn.Module):

@@ -103,8 +103,8 @@ class LossSettings(Settings):
     max_logit_bytes: int = Field(default=2**31, gt=0)
     """Memory that cached teacher outputs may take; beyond it they are computed anew, block by
     block."""
-    block_rows: int = Field(default=256, gt=0)
-    """Rows of prototypes' scores that exist at once in the cross-entropies."""
+    block_rows: int = Field(default=1024, gt=0)
+    """Rows whose scores exist at once in the cross-entropies, for some prototypes at a time."""
 
 
 class TeacherSettings(Settings):

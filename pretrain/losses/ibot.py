@@ -21,7 +21,7 @@ def ibot_loss(
     mask_weights: Tensor,
     crops: int,
     temperature: float,
-    block_rows: int = 256,
+    block_rows: int = 1024,
 ) -> Tensor:
     """Hold masked patches (M rows) against the teacher's, whose rows begin at `first_row`.
 
