@@ -4,13 +4,17 @@ Legend: M rows, D width, b bottleneck, K prototypes.
 """
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import HeadSettings
+
+BLOCK_VALUES = 2**20
+"""Weights of a block: 4 MiB in float32."""
 
 
 class Projected(NamedTuple):
@@ -38,10 +42,46 @@ class WeightNormed(nn.Module):
         nn.init.uniform_(self.weight_v, -bound, bound)
         nn.init.ones_(self.weight_g)
 
-    def forward(self) -> Tensor:
-        """Give the matrix (K, b)."""
-        lengths: Tensor = self.weight_v.norm(dim=1, keepdim=True)  # (K, 1)
-        return self.weight_v * (self.weight_g / lengths)
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Give the matrix (K, b), in the dtype of the weights or another."""
+        matrix: Tensor = _WeightNorm.apply(
+            self.weight_v, self.weight_g, dtype or self.weight_v.dtype
+        )
+        return matrix
+
+
+class _WeightNorm(torch.autograd.Function):
+    """w = g v / |v|, in blocks of rows: the matrix is as large as a small backbone.
+
+    dg = dw.v / |v|;  dv = g / |v| * (dw - v (dw.v) / |v|^2)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+        matrix = torch.empty_like(v, dtype=dtype)
+        lengths = torch.empty_like(g)
+        for rows in _row_blocks(v):
+            lengths[rows] = v[rows].norm(dim=1, keepdim=True)
+            matrix[rows] = v[rows] * (g[rows] / lengths[rows])
+        ctx.save_for_backward(v, g, lengths)
+        return matrix
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        v, g, lengths = ctx.saved_tensors
+        dv, dg = torch.empty_like(v), torch.empty_like(g)
+        for rows in _row_blocks(v):
+            unit = v[rows] / lengths[rows]
+            dw = grads[0][rows].to(v.dtype)
+            dg[rows] = along = (dw * unit).sum(1, keepdim=True)
+            dv[rows] = dw.addcmul(unit, along, value=-1).mul_(g[rows] / lengths[rows])
+        return dv, dg, None
+
+
+def _row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Cut rows so that a block stays in a CPU's cache; elsewhere all are one block."""
+    size = len(matrix) if matrix.device.type != "cpu" else BLOCK_VALUES // matrix.shape[1]
+    return (slice(start, start + size) for start in range(0, len(matrix), size))
 
 
 class PrototypeHead(nn.Module):
@@ -72,11 +112,11 @@ class PrototypeHead(nn.Module):
         x = self.mlp(x)  # (M, b)
         # Fresh heads give values near 1e-3, whose squares vanish in float16.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        prototypes = self.last_layer()
-        if torch.is_autocast_enabled(x.device.type):
+        device, dtype = x.device.type, None
+        if torch.is_autocast_enabled(device):
             # Once here rather than in every product: the matrix is as large as the backbone.
-            prototypes = prototypes.to(torch.get_autocast_dtype(x.device.type))
-        return Projected(F.normalize(x, dim=-1, eps=1e-12), prototypes)
+            dtype = torch.get_autocast_dtype(device)
+        return Projected(F.normalize(x, dim=-1, eps=1e-12), self.last_layer(dtype))
 
     def logits(self, x: Tensor) -> Tensor:
         """Give the logits (M, K) of tokens (M, D) whole: for tests and small inputs."""

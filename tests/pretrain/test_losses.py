@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.heads import Projected
+from pretrain import heads
+from pretrain.heads import Projected, WeightNormed
 from pretrain.losses.cross_entropy import cross_entropy
 from pretrain.losses.dino import dino_global_loss, dino_local_loss
 from pretrain.losses.koleo import koleo_loss
@@ -106,3 +107,17 @@ def test_sinkhorn_targets__autocast_leaves_the_sums_alone() -> None:
     with torch.autocast("cpu", torch.float16):
         rows = sinkhorn_targets(outputs, 0.04).rows(torch.arange(20))
     torch.testing.assert_close(rows, expected, rtol=0.1, atol=1e-3)
+
+
+def test_weight_normed__gradients_are_autograd_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "BLOCK_VALUES", 12)  # 2 rows a block
+    layer = WeightNormed(6, 9).double()
+    torch.nn.init.uniform_(layer.weight_g, 0.5, 2.0)
+    pull = torch.linspace(-1, 1, 54).double().view(9, 6)
+    leaves = [layer.weight_v, layer.weight_g]
+    expected = layer.weight_v * (layer.weight_g / layer.weight_v.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(layer(), expected)
+    wanted = torch.autograd.grad(expected, leaves, pull)
+    for got, want in zip(torch.autograd.grad(layer(), leaves, pull), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    assert layer(torch.bfloat16).dtype == torch.bfloat16
