@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_VALUES = 2**21
-"""Values of the widest matrix of a block: 4 MiB in bfloat16."""
+BLOCK_VALUES = 2**22
+"""Values of the widest matrix of a block: 8 MiB in bfloat16."""
 
 
 def pays(x: Tensor, widest: int) -> bool:

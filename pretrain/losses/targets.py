@@ -18,8 +18,8 @@ from torch import Tensor
 from pretrain.heads import Projected
 
 ALL = slice(None)
-CACHED_SCORES = 2**20
-"""Scores of a block on a CPU: 4 MiB in float32, so that it stays in the cache."""
+CACHED_SCORES = 2**22
+"""Scores of a block on a CPU: 16 MiB in float32, so that it stays in the last cache."""
 SCORES = 2**26
 """Scores of a block elsewhere."""
 
