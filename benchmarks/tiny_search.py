@@ -240,14 +240,41 @@ def main() -> None:
 
 
 def rows_of(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    from embedder.checkpoint import load_backbone
-
     if name == "baselines":
         return baselines()
     if name in CANDIDATES:
         return [search(name, options.cpu_s, options.seed)]
-    network = load_backbone(Path(name) / "backbone.safetensors")
-    return [{"name": name, **test_accuracy(of(network))}]
+    return [measure_run(Path(name))]
+
+
+def measure_run(run: Path) -> dict[str, Any]:
+    """k-NN of the teacher in a run's last checkpoint, finished or not, and its last losses."""
+    from curation.config import parse_settings
+    from embedder.vit import VisionTransformer
+    from pretrain.checkpoint import load_into, read_about, saved_steps
+    from pretrain.config import PretrainConfig
+    from pretrain.run_log import read_lines
+
+    step = saved_steps(run)[-1]
+    config = parse_settings(PretrainConfig, read_about(run, step)["config"], str(run))
+    network = VisionTransformer(config.vit())
+    weights = network.state_dict()
+    load_into(run, step, {f"method.teacher.backbone.{name}": x for name, x in weights.items()})
+    window = [line for line in read_lines(run / "log.jsonl") if step - 50 < line["step"] <= step]
+    means = {
+        name: sum(line[name] for line in window) / len(window)
+        for name in ("dino_global_crops_loss", "dino_local_crops_loss", "ibot_loss", "koleo_loss")
+        if name in window[-1]
+    }
+    dino = means["dino_global_crops_loss"] + means["dino_local_crops_loss"]
+    return {
+        "name": run.name,
+        "step": step,
+        "steps": config.optim.steps,
+        **test_accuracy(of(network)),
+        "dino_share": round(dino / math.log(config.loss.dino_head.prototypes), 3),
+        **{name: round(value, 3) for name, value in means.items()},
+    }
 
 
 if __name__ == "__main__":

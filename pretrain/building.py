@@ -108,9 +108,12 @@ def refuse_other_model(saved: dict[str, Any], config: PretrainConfig, out: Path)
             raise _changed(out, key, before, now)
     for section in ("model", "crops", "loss"):
         for key, value in ours[section].items():
-            if value != saved[section].get(key):
+            if key not in _OF_THE_MACHINE and value != saved[section].get(key):
                 raise _changed(out, f"{section}.{key}", saved[section].get(key), value)
 
+
+_OF_THE_MACHINE = ("block_rows", "max_logit_bytes")
+"""Settings of those sections that change how much is held at once, and nothing else."""
 
 _DECISIVE: dict[str, Any] = {
     "teacher_run": None,

@@ -1,0 +1,59 @@
+"""Wrong input to `curate pretrain` ends in one line with the remedy, before the first step."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from curation.errors import CurateError
+from embedder.checkpoint import save_backbone
+from embedder.vit import VisionTransformer, vit_config
+from pipelines.cli import app
+from tests.pretrain.small_runs import small_config, write_folder, write_shards
+
+Case = Callable[[Path], list[str]]
+
+
+def set_(change: str) -> Case:
+    return lambda folder: ["--set", change]
+
+
+def empty_manifest(folder: Path) -> list[str]:
+    packed = write_shards(folder / "packed", [[]])  # one shard without rows
+    return ["--data", str(packed)]
+
+
+def weights(**shape: int) -> Case:
+    def case(folder: Path) -> list[str]:
+        config = {"width": 24, "depth": 2, "heads": 3, "image_size": 56, **shape}
+        save_backbone(VisionTransformer(vit_config("vits14", **config)), folder / "w.safetensors")
+        return ["--set", f"init={folder / 'w.safetensors'}"]
+
+    return case
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        (set_("crops.global_size=50"), r"crops\.global_size 50 .* multiple of the patch 14.* 56"),
+        (set_("optim.stps=3"), r"optim\.stps.*did you mean 'steps'"),
+        (empty_manifest, r"packed: holds no images; want packed shards"),
+        (weights(width=48), r"w\.safetensors.*weights do not fit"),
+        (weights(depth=3), r"w\.safetensors.*weights do not fit"),
+    ],
+    ids=["crop", "key", "manifest", "width", "depth"],
+)
+def test_pretrain__refuses_before_the_first_step(tmp_path: Path, case: Case, says: str) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(small_config().model_dump(mode="json")))
+    images = write_folder(tmp_path / "images", 4)
+    out = tmp_path / "out"
+    command = ["pretrain", str(config), "--data", str(images), "--out", str(out), *case(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, CurateError)
+    with pytest.raises(CurateError, match=f"(?s){says}"):
+        raise result.exception
+    assert not (out / "log.jsonl").exists()
+    assert not (out / "checkpoints").exists()
