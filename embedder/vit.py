@@ -151,7 +151,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, gamma: Tensor | None) -> Tensor:
         """Map packed tokens (T, D) to (T, D), times gamma (D,)."""
         qkv = linear(x, self.qkv.weight, self.qkv.bias)  # (T, 3D)
-        parts = qkv.split([images * tokens for images, tokens in layout])
+        sizes = [images * tokens for images, tokens in layout]
+        parts: tuple[Tensor, ...] = torch.split(qkv, sizes)
         mixed = [self._mix(part, *shape) for part, shape in zip(parts, layout, strict=True)]
         packed = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         return linear(packed, *scaled(self.proj, gamma))
