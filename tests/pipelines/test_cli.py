@@ -164,20 +164,18 @@ def test_cluster__then_balance(tmp_path):
     assert "column" in fails(1, "balance", rows, "--target", 5, "--out", tmp_path / "x")
 
 
-@pytest.mark.parametrize(
-    ("levels", "said"),
-    [
-        ("x", "numbers that fall"),
-        ("3x", "numbers that fall"),
-        ("4,10", "must be positive and fall"),
-        ("8,8", "must be positive and fall"),
-        ("40,5x2", "only the lowest level"),
-        ("31,4", "ask for fewer clusters than rows"),
-    ],
-)
-def test_cluster__wrong_levels_are_named_and_the_folder_stays_free(tmp_path, levels, said):
+def test_cluster__wrong_levels_are_named_and_the_folder_stays_free(tmp_path):
     rows = vectors(tmp_path / "e", 30, 8)
-    assert said in fails(2, "cluster", rows, "--levels", levels, "--out", tmp_path / "c")
+    wrong = {
+        "x": "numbers that fall",
+        "3x": "numbers that fall",
+        "4,10": "must be positive and fall",
+        "8,8": "must be positive and fall",
+        "40,5x2": "only the lowest level",
+        "31,4": "ask for fewer clusters than rows",
+    }
+    for levels, said in wrong.items():
+        assert said in fails(2, "cluster", rows, "--levels", levels, "--out", tmp_path / "c")
     succeeds("cluster", rows, "--levels", "10,4", "--out", tmp_path / "c")
 
 
