@@ -111,7 +111,7 @@ class RowReader:
             source = self._partition(partition)
             rows = positions[where] - self._files.starts[partition]
             first, last = int(where[0]), int(where[-1])
-            if last - first == len(where) - 1:
+            if last - first == len(where) - 1 and bool((where[1:] > where[:-1]).all()):
                 run = found[first : last + 1]
                 np.take(source, rows, axis=0, out=run, mode="clip")  # clip: without a buffer
             else:

@@ -27,7 +27,7 @@ _LONGEST = 2048
 """Rows a list up to which there is one level of them."""
 _MOST_LISTS = 1 << 18
 _ROWS_ASKED = 1 << 12
-"""Sampled rows that say how many lists lie within a gap."""
+"""Sampled rows, held out from training, that say how many lists lie within a gap."""
 _COUNTED_PER_LIST = 64
 _ROWS_PER_PARTITION = 1 << 16
 _LEAST_PER_PARTITION = 1 << 13
@@ -199,7 +199,9 @@ class _TrainCoarse(Work):
         return Resources(memory=self.training.budget.memory)
 
     def __call__(self, item: int, opened: Any) -> Done:
-        rows = self._sample()
+        sample = self._sample()
+        held = min(_ROWS_ASKED, len(sample) // 8)
+        asked, rows = sample[:held], sample[held:]  # those trained on lie too near their lists
         rng = np.random.default_rng(self.training.seed)
         # The other workers wait for the lists, so that their cores are free where they are here.
         threads = min(os.cpu_count() or 1, self.training.workers * self.training.threads)
@@ -214,7 +216,7 @@ class _TrainCoarse(Work):
             "width": self.width,
             "groups": len(coarse.groups),
             "lists": coarse.num_lists,
-            "gap": coarse.gap_of_visits(rows[:_ROWS_ASKED], budget.mean_visits, every),
+            "gap": coarse.gap_of_visits(asked, budget.mean_visits, every),
             "list_starts": split_evenly(expected, self._rows_per_partition()),
         }
         return Done([self.training.coarse_path], facts)

@@ -5,6 +5,7 @@ from curation.neighbors import list_join
 from curation.neighbors.layout import Comparison
 from curation.neighbors.list_join import pieces
 from curation.neighbors.recall import shares_met
+from curation.neighbors.row_files import RowFiles, RowReader, write_array
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.near_dedup import NearDedup
@@ -175,3 +176,11 @@ def test_shares_met__rows_with_many_pairs_weigh_more_and_widen_the_error():
     by_hand = np.sqrt((8 - 10 * 9 / 12) ** 2 + (1 - 9 / 12) ** 2 + (9 / 12) ** 2) / 12
     assert errors[1] == pytest.approx(by_hand)
     assert (shares_met(np.array([[4, 0], [5, 0]]))[1] == 0).all()
+
+
+def test_row_reader__gives_rows_in_the_order_asked(tmp_path):
+    rows = np.arange(40, dtype=np.float16).reshape(20, 2)
+    write_array(str(tmp_path / "vectors-000000.bin"), rows)
+    files = RowFiles(str(tmp_path), 2, "float16", (0, 20), (0, 1))
+    for asked in ([4, 5, 6], [2, 9, 5, 11], [7, 3, 3, 0], [0, 3, 1, 2, 8]):
+        assert RowReader(files).gather(np.array(asked)).tolist() == rows[asked].tolist()
