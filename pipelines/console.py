@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curation.ledger import Receipt, StageRecord
-from pipelines.forecast import Forecast
+from pipelines.forecast import Forecast, share_done
 from pipelines.funnel import FunnelRow
 
 _SECONDS_BETWEEN_LINES = 60.0
@@ -117,8 +117,7 @@ class ConsoleWatcher:
     def time_left(self) -> str:
         """Time left of the stage and, where there is a plan, of the run; empty if unknown."""
         since_s = time.monotonic() - self._began
-        waiting = self._total - self._before
-        share = (self._done - self._before) / waiting if waiting else 0.0
+        share = share_done(self._total, self._before, self._done)
         of_stage = self._forecast.left_of_step(self._stage, since_s, share)
         of_run = self._forecast.left_of_run(self._stage, since_s, share)
         pace = self._forecast.pace

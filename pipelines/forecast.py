@@ -47,3 +47,17 @@ class Forecast:
         here = (self.left_of_step(step, since_s, share) if step else None) or 0.0
         others = sum(seconds for name, seconds in self._ahead.items() if name != step)
         return here + others * (self.pace or 1.0)
+
+
+def share_done(total: int, before: int, done: int) -> float:
+    """Share of the shards that waited when a step began, or went on, which are done since.
+
+    before: shards that were done then; done: those that are done now.
+    """
+    waiting = total - before
+    return (done - before) / waiting if waiting else 0.0
+
+
+def step_name(set_name: str, stage: str) -> str:
+    """The stage, and of a set SET/STAGE. set_name: empty for the pool."""
+    return f"{set_name}/{stage}" if set_name else stage

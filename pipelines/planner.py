@@ -14,6 +14,7 @@ from curation import storage
 from curation.dataset import Dataset
 from curation.errors import ConfigError
 from pipelines.cluster import Cluster
+from pipelines.forecast import step_name
 from pipelines.run_record import RunRecord, StageEntry
 
 PLAN_FILE = "plan.json"
@@ -67,7 +68,7 @@ class Step:
     @property
     def name(self) -> str:
         """The stage, and of a set SET/STAGE."""
-        return f"{self.set_name}/{self.entry.stage}" if self.set_name else self.entry.stage
+        return step_name(self.set_name, self.entry.stage)
 
 
 @dataclass(frozen=True)

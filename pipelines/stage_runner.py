@@ -34,6 +34,7 @@ from curation.stage import (
     StageInputs,
     Task,
 )
+from pipelines.forecast import step_name
 
 logger = logging.getLogger(__name__)
 
@@ -211,15 +212,15 @@ class OfSet:
 
     def started(self, stage: str, total: int, done: int) -> None:
         """Tell of it under the set's name."""
-        self.watcher.started(f"{self.set_name}/{stage}", total, done)
+        self.watcher.started(step_name(self.set_name, stage), total, done)
 
     def advanced(self, stage: str, receipt: Receipt) -> None:
         """Tell of it under the set's name."""
-        self.watcher.advanced(f"{self.set_name}/{stage}", receipt)
+        self.watcher.advanced(step_name(self.set_name, stage), receipt)
 
     def finished(self, stage: str, record: StageRecord, reused: bool) -> None:
         """Tell of it under the set's name."""
-        self.watcher.finished(f"{self.set_name}/{stage}", record, reused)
+        self.watcher.finished(step_name(self.set_name, stage), record, reused)
 
 
 class Silent:

@@ -6,7 +6,7 @@ from typing import Any
 from curation import storage
 from curation.errors import DatasetError
 from pipelines.events import read_events
-from pipelines.forecast import Forecast
+from pipelines.forecast import Forecast, share_done
 
 _SILENT_S = 300.0
 """After so long without an event a run is taken for dead, or for busy with one long item."""
@@ -98,8 +98,7 @@ def _left_s(status: dict[str, Any], forecast: Forecast, now: float) -> float | N
     since_s, share = 0.0, 0.0
     if stage:
         since_s = now - status["stage_began"]
-        waiting = status["total"] - status["done_before"]
-        share = (status["done"] - status["done_before"]) / waiting if waiting else 0.0
+        share = share_done(status["total"], status["done_before"], status["done"])
     left_s = forecast.left_of_run(stage, since_s, share)
     if left_s is None and stage:
         left_s = forecast.left_of_step(stage, since_s, share)

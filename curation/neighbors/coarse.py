@@ -19,7 +19,7 @@ from curation.neighbors.quantized import (
     quantize_centroids,
     quantize_rows,
 )
-from curation.neighbors.routes import Reach, Routes
+from curation.neighbors.routes import Reach, Routes, bounds_of
 from curation.neighbors.row_files import map_array, write_array
 from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import unit_rows
@@ -113,8 +113,7 @@ class Coarse:
 
     def gap_of_visits(self, vectors: np.ndarray, mean: float, reach: Reach) -> float:
         """The gap within which rows visit so many of the lists within reach on average."""
-        gaps = np.sort(self.route(vectors, reach).gaps)
-        return float(gaps[min(len(gaps) - 1, int(mean * len(vectors)))]) if len(gaps) else 0.0
+        return self.route(vectors, reach).gap_at(int(mean * len(vectors)))
 
     def _route(self, rows: np.ndarray, reach: Reach, length: float) -> Routes:
         """Routes of rows of 8-bit integers: (N, D)."""
@@ -127,15 +126,16 @@ class Coarse:
         if owner is not None:
             slot, inside = np.divmod(columns, scores.shape[1] // owner.shape[1])
             lists = self.list_starts[owner[who, slot]] + inside
-        _, firsts = np.unique(who[below == 0], return_index=True)
-        homes = np.flatnonzero(below == 0)[firsts]  # (N,)
+        nearest = np.flatnonzero(below == 0)
+        _, firsts = np.unique(who[nearest], return_index=True)
+        homes = nearest[firsts]  # (N,)
         gaps = (below / lengths[who]).astype(np.float16)
         visits = gaps <= limit  # as it will be asked, and not as it was computed
         visits[homes] = False
         counts = np.bincount(who[visits], minlength=len(rows))
         return Routes(
             lists[homes].astype(np.int32),
-            np.concatenate([[0], np.cumsum(counts)]),
+            bounds_of(counts),
             lists[visits].astype(np.int32),
             gaps[visits],
         )

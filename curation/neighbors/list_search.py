@@ -192,7 +192,7 @@ class _Measure(Work):
         vectors = of.search.queries.gather("vectors", known)
         routes = opened.route(vectors, of.reach(np.inf), of.threads)
         most = min(_MEAN_LISTS, 16 + of.router.num_lists // 4) * len(known)
-        gaps = gap_steps(float(np.sort(routes.gaps)[:most].max(initial=0)))
+        gaps = gap_steps(routes.gap_at(most - 1))
         steps = np.searchsorted(gaps, routes.gaps_to(numbers, lists))
         cells = np.bincount(
             numbers * (len(gaps) + 1) + steps, minlength=len(known) * (len(gaps) + 1)

@@ -349,10 +349,10 @@ def _as_lists(bounds: np.ndarray, values: np.ndarray) -> pa.Array:
 def _routes_of(rows: pa.Table) -> Routes:
     """What `_as_lists` packed."""
     visits, gaps = (_one_chunk(rows[name]) for name in ("visits", "gaps"))
-    counts = np.diff(np.asarray(visits.offsets))
+    offsets = np.asarray(visits.offsets)
     return Routes(
         np.asarray(rows["list"]),
-        np.concatenate([[0], np.cumsum(counts)]),
+        offsets - offsets[0],
         np.asarray(visits.flatten()),
         np.asarray(gaps.flatten()),
     )

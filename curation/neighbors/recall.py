@@ -176,6 +176,19 @@ class _Pick(Work):
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """The sampled rows, in the order of their positions."""
+
+    positions: np.ndarray
+    """(Q,) int64."""
+    raw: np.ndarray
+    """(Q, D) vectors as stored."""
+    prepared: Any
+    """The same, ready for products."""
+    routes: Routes
+
+
+@dataclass(frozen=True)
 class _Compare(Work):
     """Sampled rows against all rows of one partition: the gap that each pair needs.
 
@@ -188,12 +201,16 @@ class _Compare(Work):
     reach: float
     threads: int
 
-    def __call__(self, item: int, opened: Any) -> Done:
-        files, queries = self.pick.files, self.pick.positions()
-        raw = files.gather("vectors", queries)
-        prepared = self.products.prepare(raw)
+    def open(self) -> "_Asked":
+        """What every partition is asked about."""
+        positions = self.pick.positions()
+        raw = self.pick.files.gather("vectors", positions)
+        return _Asked(positions, raw, self.products.prepare(raw), self.pick.routes())
+
+    def __call__(self, item: int, opened: "_Asked") -> Done:
+        files, queries, of_queries = self.pick.files, opened.positions, opened.routes
         routes = Routes.read(files.path("routes", item), files.size(item))
-        of_queries, gaps = self.pick.routes(), gap_steps(self.reach)
+        gaps = gap_steps(self.reach)
         first = np.asarray(files.rows(item)["first"])
         uniques = np.flatnonzero(first == np.arange(len(first)))
         copies = np.bincount(first, minlength=len(first))
@@ -204,7 +221,7 @@ class _Compare(Work):
 
         def of_block(start: int) -> tuple[np.ndarray, np.ndarray]:
             rows = uniques[start : start + _TILE]
-            a, b = self._pairs(raw, prepared, vectors[rows])
+            a, b = self._pairs(opened, vectors[rows])
             return a, rows[b]
 
         blocks = range(0, len(uniques), _TILE)
@@ -229,16 +246,14 @@ class _Compare(Work):
             total += map_array(self.path(partition), "int32", 0, total.shape)
         return total
 
-    def _pairs(
-        self, raw: np.ndarray, prepared: Any, block: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs(self, asked: "_Asked", block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of queries and rows of a block above the threshold."""
         band = self.products.band(block.shape[1])
         others = self.products.prepare(block)
-        a, b, scores = self.products.above(prepared, others, self.threshold - band)
+        a, b, scores = self.products.above(asked.prepared, others, self.threshold - band)
         true = scores > self.threshold + band
         near = np.flatnonzero(~true)
-        exact = exact_similarities(raw[a[near]], block[b[near]])
+        exact = exact_similarities(asked.raw[a[near]], block[b[near]])
         true[near] = exact > np.float32(self.threshold)
         return a[true], b[true]
 

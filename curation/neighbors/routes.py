@@ -55,7 +55,7 @@ class Routes:
             np.concatenate([getattr(part, name) for part in parts])
             for name in ("own", "lists", "gaps")
         )
-        return cls(own, np.concatenate([[0], np.cumsum(counts)]), lists, gaps)
+        return cls(own, bounds_of(counts), lists, gaps)
 
     def __len__(self) -> int:
         return len(self.own)
@@ -68,7 +68,7 @@ class Routes:
     def take(self, rows: np.ndarray) -> "Routes":
         """Some of the rows, in any order."""
         counts = self.bounds[rows + 1] - self.bounds[rows]
-        bounds = np.concatenate([[0], np.cumsum(counts)])
+        bounds = bounds_of(counts)
         visits = np.arange(bounds[-1]) + np.repeat(self.bounds[rows] - bounds[:-1], counts)
         return Routes(self.own[rows], bounds, self.lists[visits], self.gaps[visits])
 
@@ -76,6 +76,11 @@ class Routes:
         """Visits no farther than a gap: numbers of their rows (V,) int64, and lists (V,) int32."""
         near = self.gaps <= np.float16(gap)
         return self.visitors[near], self.lists[near]
+
+    def gap_at(self, count: int) -> float:
+        """The gap of the visit with so many nearer ones before it, or of the last; 0 of none."""
+        gaps = np.sort(self.gaps)
+        return float(gaps[min(count, len(gaps) - 1)]) if len(gaps) else 0.0
 
     def gaps_to(self, rows: np.ndarray, lists: np.ndarray) -> np.ndarray:
         """(H,) float16: how far each row visits a list: 0 its own, infinity where it does not."""
@@ -110,6 +115,11 @@ class Routes:
         lists = np.asarray(map_array(path, "int32", head, (count,)))
         gaps = np.asarray(map_array(path, "float16", head + 4 * count, (count,)))
         return cls(own, bounds, lists, gaps)
+
+
+def bounds_of(counts: np.ndarray) -> np.ndarray:
+    """(N + 1,) int64: where each row's visits begin, then their number. counts: (N,)."""
+    return np.concatenate([[0], np.cumsum(counts)])
 
 
 def _keys(rows: np.ndarray, lists: np.ndarray) -> np.ndarray:
