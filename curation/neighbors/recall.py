@@ -24,6 +24,8 @@ from curation.stage import Engine
 _QUERIES = 1 << 11
 _TILE = 1 << 13
 _FEWEST_PAIRS = 50
+_ERRORS = 1.645
+"""Standard errors within which 19 of 20 measurements lie on one side."""
 _STEPS = 256
 """Gaps that are tried."""
 
@@ -71,7 +73,7 @@ def measure_recall(
     threads: int,
     apart: str | None = None,
 ) -> Recall:
-    """Choose the smallest gap whose recall on a sample is surely (one error) what was asked.
+    """Choose the smallest gap whose recall on a sample is what was asked, 19 times in 20.
 
     reach: the largest gap of a visit. apart: file of the rows not compared with each other; none
     of them is sampled.
@@ -107,12 +109,12 @@ def lists_within(routes: Routes, gap: float) -> float:
 
 
 def first_enough(needed: np.ndarray, target: float) -> tuple[int, float, float]:
-    """The first step whose share is surely (one error) the target, else the last; both numbers.
+    """The first step whose share is the target 19 times in 20, else the last; both numbers.
 
     needed: as in `shares_met`.
     """
     met, errors = shares_met(needed)
-    enough = np.flatnonzero(met - errors >= target)
+    enough = np.flatnonzero(met - _ERRORS * errors >= target)
     step = int(enough[0]) if len(enough) else len(met) - 1
     return step, float(met[step]), float(errors[step])
 

@@ -75,6 +75,11 @@ class Found:
         """Some of the candidates, by mask or number."""
         return Found(self.queries[which], self.positions[which], self.scores[which])
 
+    def between(self, first: int, stop: int) -> "Found":
+        """Those of some queries, of candidates that are sorted by query."""
+        bounds = np.searchsorted(self.queries, [first, stop])
+        return self.take(np.arange(*bounds))
+
     def ranks(self) -> np.ndarray:
         """(H,) int64: 0, 1, … inside each run of one query."""
         return ranks_within(self.queries)
@@ -97,6 +102,12 @@ class Found:
         kth = self.ranks() == k - 1
         floors[self.queries[kth]] = self.scores[kth]
         return floors
+
+    def surely(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Queries with at least k candidates (Q,) int64, and the score of the k-th (Q,)."""
+        order = np.argsort(_nearest_first(self.queries, self.scores))
+        kth = order[ranks_within(self.queries[order]) == k - 1]
+        return self.queries[kth], self.scores[kth]
 
     def possible_of_any(self, k: int, band: float) -> "Found":
         """The same, for queries of any number."""
@@ -178,23 +189,31 @@ class _Look(Work):
 
 
 def nearest_in(
-    products: Products, queries: Any, rows: Any, k: int, floor: np.ndarray | None = None
+    products: Products,
+    queries: Any,
+    rows: Any,
+    k: int,
+    floor: np.ndarray | None = None,
+    *,
+    roughly: bool = False,
 ) -> Found:
     """What may be among the k nearest rows of each query; numbers instead of positions.
 
     queries: (Q, D), rows: (N, D), both prepared. floor: (Q,) float32, what the k-th nearest
-    surely reaches, known from other rows, -inf where nothing is known.
+    surely reaches, known from other rows, -inf where nothing is known. roughly: as if products
+    were exact.
     """
-    slack = np.float32(2 * products.band(rows.shape[1]))
+    slack = np.float32(0 if roughly else 2 * products.band(rows.shape[1]))
     found = Found.joined([])
     floor = np.full(len(queries), -np.inf, np.float32) if floor is None else floor.copy()
     for first in range(0, len(rows), _TILE):
         block = rows[first : first + _TILE]
+        cosines = products.scores(queries, block)
         unknown = np.flatnonzero(np.isneginf(floor))
         if len(unknown) and len(block) >= k:
-            floor[unknown] = products.kth_highest(products.rows(queries, unknown), block, k)
+            floor[unknown] = products.kth_highest(products.rows(cosines, unknown), k)
         bound = np.nextafter(floor - slack, np.float32(-np.inf))
-        a, b, scores = products.above(queries, block, bound)
+        a, b, scores = products.higher(cosines, bound)
         part = Found(a, b + first, scores)
         if len(rows) <= _TILE:
             return part
@@ -220,16 +239,21 @@ class _Rank(Work):
     """`Look` tasks that met each partition of queries."""
 
     def __call__(self, item: int, opened: Any) -> Done:
-        search = self.search
+        search, start = self.search, self.search.queries.starts[item]
         paths = [search.looked_path(one) for one in self.items[item]]
-        found = Found.joined([Found.read(path, item, search.queries) for path in paths])
+        looked = [Found.read(path, item, search.queries) for path in paths]
         band = search.products.band(search.rows.width)
-        found = exactly_nearest(search, found.possible_of_any(search.k, band))
         shape = (search.queries.size(item), search.k)
         positions, similarities = np.full(shape, -1, np.int64), np.full(shape, np.nan, np.float32)
-        rows, ranks = found.queries - search.queries.starts[item], found.ranks()
-        positions[rows, ranks] = found.positions
-        similarities[rows, ranks] = found.scores
+
+        def rank(first: int) -> None:
+            found = Found.joined([part.between(first, first + _QUERIES) for part in looked])
+            found = exactly_nearest(search, found.possible_of_any(search.k, band))
+            rows, ranks = found.queries - start, found.ranks()
+            positions[rows, ranks] = found.positions
+            similarities[rows, ranks] = found.scores
+
+        side_by_side(rank, range(start, start + shape[0], _QUERIES))
         write_array(search.ranked_path("positions", item), positions)
         write_array(search.ranked_path("similarities", item), similarities)
         return Done([search.ranked_path(kind, item) for kind in ("positions", "similarities")])
@@ -246,7 +270,19 @@ def exactly_nearest(search: Search, found: Found) -> Found:
         exact[some] = exact_similarities(queries, rows)
 
     side_by_side(score, range(0, len(exact), _PAIRS))
-    ids = search.rows.gather("ids", found.positions).view(">u8")  # (H, 2)
-    order = np.lexsort((ids[:, 1], ids[:, 0], -exact, found.queries))
-    best = Found(found.queries, found.positions, exact).take(order)
+    scored = Found(found.queries, found.positions, exact)
+    best = scored.take(_ranked(scored, search.rows))
     return best.take(best.ranks() < search.k)
+
+
+def _ranked(found: Found, rows: RowFiles) -> np.ndarray:
+    """(H,) int64: an order by query, then by falling score, then by id."""
+    keys = _nearest_first(found.queries, found.scores)
+    order = np.argsort(keys, kind="stable")
+    same = np.append(np.diff(keys[order]) == 0, False)  # as the one that follows
+    tied = np.flatnonzero(same | np.roll(same, 1))
+    if len(tied):  # few: only their ids are read
+        among = order[tied]
+        ids = rows.gather("ids", found.positions[among]).view(">u8")  # (T, 2)
+        order[tied] = among[np.lexsort((ids[:, 1], ids[:, 0], keys[among]))]
+    return order
