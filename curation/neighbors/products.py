@@ -132,7 +132,8 @@ def _places(found: Any) -> np.ndarray:
 def _padded(rows: Any) -> Any:
     import torch
 
-    more = -len(rows) % (32 if len(rows) <= 256 else 128)
+    step = 32 if len(rows) <= 128 else 64 if len(rows) <= 1024 else 128
+    more = -len(rows) % step
     return torch.nn.functional.pad(rows, (0, 0, 0, more)) if more else rows
 
 
