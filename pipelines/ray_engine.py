@@ -8,14 +8,14 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from curation.errors import ConfigError, EngineError
 from curation.stage import Engine, Item, Resources, Result, Task
 from pipelines.attempts import Attempts, Backlog, describe
-from pipelines.memory_guard import MemoryGuard, MemoryLimitError, give_back
+from pipelines.memory_guard import MemoryGuard, MemoryLimitError, give_back, private_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,11 @@ class RayEngine(Engine):
         """
         if not _places(needed):
             raise ConfigError(_too_small(needed, label))
-        if self._pool is None or not self._pool.serves(needed):
+        booked = _booked(needed)
+        if self._pool is None or not self._pool.serves(booked):
             if self._pool is not None:
                 self._pool.close()
-            self._pool = _ActorPool(needed, self._limit)
+            self._pool = _ActorPool(booked, self._limit)
         return self._pool
 
 
@@ -138,6 +139,19 @@ def _fits(node: dict[str, float], needed: Resources) -> int:
     return min([*most, *([] if memory is None else [memory])])
 
 
+def _booked(needed: Resources) -> Resources:
+    """What an actor books: its cores' share of the memory, where a task needs less.
+
+    Then tasks that need less or more run in the same processes: each new one costs seconds.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitting = [node for node in nodes if _fits(node, needed) and node.get("CPU")]
+    shares = [node.get("memory", 0) / node["CPU"] * needed.cpus for node in fitting]
+    return replace(needed, memory=max(needed.memory, int(min(shares, default=0))))
+
+
 def _too_small(needed: Resources, label: str) -> str:
     import ray
 
@@ -170,7 +184,8 @@ class _Worker:
         with MemoryGuard(limit_bytes).watching():
             if self._key != key:
                 self._key, self._opened = "", None  # the last task's model goes first
-                give_back()
+                if private_bytes() > limit_bytes // 2:  # a tenth of a second, in every worker
+                    give_back()
                 self._opened = task.open()
                 self._key = key
             return task(item, self._opened)

@@ -65,7 +65,7 @@ class Preprocessing:
 
     def _long_enough(self, side: int, pixels: Pixels) -> int:
         """A side's length where the shorter one gets `resize_to`; a strip is squashed."""
-        return min(self.resize_to * side // min(pixels.shape[:2]), _LONGEST * self.resize_to)
+        return int(min(self.resize_to * side // min(pixels.shape[:2]), _LONGEST * self.resize_to))
 
 
 @dataclass(frozen=True)
