@@ -99,7 +99,7 @@ class _Timed(Task[Any, tuple[Any, Usage]]):
 
     def __call__(self, item: Any, opened: list[Any]) -> tuple[Any, Usage]:
         open_s, opened[1] = opened[1], 0.0  # once
-        _forget_peak()
+        forget_peak()
         began, cpu_began = time.perf_counter(), time.process_time()
         result = self.task(item, opened[0])
         item_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
@@ -108,7 +108,7 @@ class _Timed(Task[Any, tuple[Any, Usage]]):
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held (on Linux since `_forget_peak`)."""
+    """Most memory that this process has held (on Linux since `forget_peak`)."""
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -116,7 +116,8 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
+    """Let `peak_bytes` begin anew, where the system offers that."""
     with contextlib.suppress(OSError):
         descriptor = os.open(_CLEAR_REFS, os.O_WRONLY)
         try:
