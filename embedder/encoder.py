@@ -7,10 +7,12 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -74,6 +76,10 @@ class Encoder(Protocol):
     @property
     def memory(self) -> "EncoderMemory":
         """What it holds in the memory of the host."""
+
+    @property
+    def device(self) -> str:
+        """Where it multiplies: cpu, or cuda:N."""
 
     def preprocess(self, pixels: Pixels) -> NDArray[Any]:
         """(H, W, 3) uint8 to an input: of one shape for most encoders."""
@@ -294,14 +300,47 @@ ImageSource = Pixels | Callable[[], Pixels]
 """Pixels, or what makes them: called in a worker thread, so decoding there runs in parallel."""
 
 
+class BusyClock:
+    """Seconds in which a device was at work on batches; work for half of its lanes counts half.
+
+    A GPU has one lane: those who hand it batches wait there for what it gives. A CPU has as many
+    as threads are to compute.
+    """
+
+    def __init__(self, lanes: int) -> None:
+        self.seconds = 0.0
+        self._lanes, self._taken = lanes, 0
+        self._since, self._lock = time.perf_counter(), threading.Lock()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Take a lane."""
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            self.seconds += min(self._taken, self._lanes) / self._lanes * (now - self._since)
+            self._since = now
+            self._taken += more
+
+
 def embed_images(
-    encoders: Sequence[Encoder], images: Iterable[ImageSource], threads: int | None = None
+    encoders: Sequence[Encoder],
+    images: Iterable[ImageSource],
+    threads: int | None = None,
+    busy: BusyClock | None = None,
 ) -> list[NDArray[np.float16]]:
     """Embed images with several encoders in one pass; one (N, D) array of unit rows for each.
 
     A row's bits depend on its image alone: not on `threads`, its position, its batch mates or N.
+    busy: counts the seconds of the encoders, without those of decoding.
     """
-    passes = _share_passes(encoders)
+    passes = _share_passes(encoders, (busy or BusyClock(1)).at_work)
     size = max((p.batch_size for p in passes), default=1)
     rows: list[list[NDArray[np.float16]]] = [
         [np.zeros((0, encoder.width), np.float16)] for encoder in encoders
@@ -328,6 +367,7 @@ class _Pass:
     source: Trunk | Encoder
     run: Callable[[NDArray[Any]], list[NDArray[np.float32]]]
     columns: list[int]
+    at_work: Callable[[], AbstractContextManager[None]]
 
     @property
     def batch_size(self) -> int:
@@ -340,7 +380,9 @@ class _Pass:
         for chosen in self._batches(inputs):
             batch = [inputs[i] for i in chosen]
             padded = np.stack(batch + batch[-1:] * (self.batch_size - len(batch)))
-            parts.append([rows[: len(batch)] for rows in self.run(padded)])
+            with self.at_work():
+                found = self.run(padded)
+            parts.append([rows[: len(batch)] for rows in found])
             order += chosen
         back = np.argsort(order)
         joined = (np.concatenate(rows) for rows in zip(*parts, strict=True))
@@ -356,7 +398,9 @@ class _Pass:
                 yield alike[start : start + self.batch_size]
 
 
-def _share_passes(encoders: Sequence[Encoder]) -> list[_Pass]:
+def _share_passes(
+    encoders: Sequence[Encoder], at_work: Callable[[], AbstractContextManager[None]]
+) -> list[_Pass]:
     passes: dict[str, _Pass] = {}
     for column, encoder in enumerate(encoders):
         source = encoder.trunk if isinstance(encoder, SharesTrunk) else encoder
@@ -365,7 +409,7 @@ def _share_passes(encoders: Sequence[Encoder]) -> list[_Pass]:
             passes[key].columns.append(column)
         else:
             columns = [column]
-            passes[key] = _Pass(source, _runner(encoders, columns), columns)
+            passes[key] = _Pass(source, _runner(encoders, columns), columns, at_work)
     return list(passes.values())
 
 

@@ -52,6 +52,11 @@ class OnnxEncoder:
     thresholds: Thresholds | None = None
     precision: str = "float32"
 
+    @property
+    def device(self) -> str:
+        """Where it runs: cpu or cuda."""
+        return "cuda" if self.session.get_providers()[0].startswith("CUDA") else "cpu"
+
     def preprocess(self, pixels: Pixels) -> Pixels:
         """(H, W, 3) uint8 to (size, size, 3) uint8."""
         return self.preprocessing(pixels)

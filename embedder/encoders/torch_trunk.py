@@ -247,6 +247,11 @@ class TrunkEncoder:
         return self.trunk.batch_size
 
     @property
+    def device(self) -> str:
+        """Where it runs: cpu, or cuda:N."""
+        return str(self.trunk.placement.device)
+
+    @property
     def memory(self) -> EncoderMemory:
         """What it holds in the memory of the host: weights come from files in float32."""
         return EncoderMemory(8 * self.trunk.num_weights, self.trunk.num_activation_bytes)

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from embedder.encoder import (
     FAMILIES,
+    BusyClock,
     Thresholds,
     check_encoder,
     embed_images,
@@ -106,6 +108,29 @@ def test_embed_images__a_worker_error_comes_through() -> None:
 
     with pytest.raises(EncoderError, match="this one"):
         embed_images([MeanColour()], [broken])
+
+
+def test_busy_clock__counts_lanes_in_use_and_no_more() -> None:
+    clock, began = BusyClock(2), time.perf_counter()
+    with clock.at_work():
+        time.sleep(0.05)
+        with clock.at_work(), clock.at_work():
+            time.sleep(0.05)
+    took = time.perf_counter() - began
+    time.sleep(0.05)  # nobody is at work
+    with clock.at_work():
+        pass
+    assert 0.075 <= clock.seconds < took
+
+
+def test_embed_images__counts_its_encoders_and_not_decoding() -> None:
+    def slow() -> np.ndarray:
+        time.sleep(0.02)
+        return pictures(1)[0]
+
+    clock = BusyClock(1)
+    embed_images([MeanColour()], [slow] * 8, 1, clock)
+    assert 0 < clock.seconds < 0.08
 
 
 def test_embed_images__keeps_the_torch_threads() -> None:

@@ -83,6 +83,16 @@ def test_run__its_events_tell_what_status_shows(recipe, tmp_path):
     assert "no run has left events" in fails(1, "status", tmp_path)
 
 
+def test_run__the_summary_of_embed_tells_how_busy_the_device_was(recipe, tmp_path):
+    embed = "  - embed: {encoders: {copy: lite-copy}}\n  - select"
+    recipe.write_text(recipe.read_text().replace("  - select", embed))
+    succeeds("run", recipe, "--work", tmp_path / "work")
+    stages = json.loads(succeeds("status", tmp_path / "work", "--json"))["stages"]
+    shares = {stage["stage"]: stage.get("device_busy_share") for stage in stages}
+    assert 0.05 < shares["embed"] <= 1
+    assert shares["canonicalize"] is None
+
+
 def test_status__of_a_run_at_work_tells_its_stage_and_the_time_left(tmp_path):
     log = EventLog(str(tmp_path))
     log.write("run_started", recipe="x", planned={})
