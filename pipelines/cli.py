@@ -103,7 +103,7 @@ def plan(
         int | None, typer.Option("--cores", min=1, help="Cores of a node; none: one worker here.")
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option("--cluster", help="A YAML file of rates, or such as 20x8xV100.")
+        str | None, typer.Option("--cluster", help="A YAML file of rates, or 20x8xV100,cpus=40.")
     ] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="Write it, for `curate run --plan` and the report.")
@@ -127,7 +127,7 @@ def plan(
 
     machines = Cluster(cpus=cores) if cores else None
     if cluster:
-        machines = read_cluster(cluster, cores or 1)
+        machines = read_cluster(cluster, cores)
     stages = verb.make_plan(recipe, images, sample, machines, changes or [])
     verb.print_plan(stages, images, machines, out, json)
 
