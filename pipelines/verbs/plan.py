@@ -78,8 +78,10 @@ def _totals(stages: list[StagePlan]) -> dict[str, Any]:
 
 def _print(stages: list[StagePlan], images: float, cluster: Cluster | None) -> None:
     totals = _totals(stages)
-    titles = ("stage", "rows", "hours", "±", "core-hours", "GPU-hours", "peak GB", "disk GB")
-    titles += ("network GB", "by")
+    titles = (
+        *("stage", "rows", "hours", "±", "core-hours", "GPU-hours"),
+        *("peak GB", "disk GB", "network GB", "by"),
+    )
     console.print_rows(
         titles,
         [
