@@ -273,6 +273,7 @@ def embed(
     allow_hub: Annotated[
         bool, typer.Option("--allow-hub", help="Fetch weights that are not here from a hub.")
     ] = False,
+    changes: Changes = None,
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
@@ -285,10 +286,12 @@ def embed(
         curate embed images --encoder lite-copy --out emb
 
         curate embed photos/ --like emb --out photos-emb
+
+        curate embed images --encoder sscd:FILE --out emb --engine ray --set gpus=1
     """
     from pipelines.verbs import stages as verb
 
-    settings = {"device": device, "allow_hub": allow_hub}
+    settings = {"device": device, "allow_hub": allow_hub, **verb.parse_changes(changes or [])}
     verb.run_embed(
         images, out, encoder, like, settings, _engine(engine, workers, address, max_failed_shards)
     )

@@ -167,14 +167,15 @@ def _shards_of(entries: Sequence[StageEntry]) -> tuple[float, int]:
 
 def _peak_bytes(small: Step, large: Step, rows: float) -> float:
     """Memory of a worker at its peak: grows with the rows of a shard, or up to a stage's bound."""
-    few, more = float(small.usage["peak_bytes"]), float(large.usage["peak_bytes"])
+    peak = float(large.usage["peak_bytes"])
     if large.entry.stage in _PAIRWISE:
         comparison = large.entry.record.settings.get("comparison") or {}
         bound = comparison.get("memory_gb", 0.0) * 2.0**30
-        return max(more, bound) if rows > _EXHAUSTIVE_ROWS else more
+        return max(peak, bound) if rows > _EXHAUSTIVE_ROWS else peak
     added = large.shard.sample - small.shard.sample
-    each = max(0.0, more - few) / added if added > 0 else 0.0
-    return more + each * (min(large.shard.full, rows) - large.shard.sample)
+    grown = large.usage["grown_bytes"] - small.usage["grown_bytes"]
+    each = max(0.0, grown) / added if added > 0 else 0.0
+    return peak + each * (min(large.shard.full, rows) - large.shard.sample)
 
 
 def _extrapolate(

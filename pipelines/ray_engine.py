@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,10 @@ class RayEngine(Engine):
         """
         if not _places(needed):
             raise ConfigError(_too_small(needed, label))
-        booked = _booked(needed)
-        if self._pool is None or not self._pool.serves(booked):
+        if self._pool is None or not self._pool.serves(needed):
             if self._pool is not None:
                 self._pool.close()
-            self._pool = _ActorPool(booked, self._limit)
+            self._pool = _ActorPool(needed, self._limit)
         return self._pool
 
 
@@ -104,7 +103,8 @@ def _connect(workers: int | None, address: str | None) -> None:
             _knock(address)
             ray.init(address=address, **options)
         else:
-            ray.init(num_cpus=workers, include_dashboard=False, **options)
+            # "local": without it Ray would join a cluster that somebody else started here.
+            ray.init(address="local", num_cpus=workers, include_dashboard=False, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray answers at {address or 'this machine'}: {error}; check --address and "
@@ -137,19 +137,6 @@ def _fits(node: dict[str, float], needed: Resources) -> int:
     most = [int(node.get(kind, 0) // amount) for kind, amount in wanted.items() if amount]
     memory = max(1, int(node.get("memory", 0) // needed.memory)) if needed.memory else None
     return min([*most, *([] if memory is None else [memory])])
-
-
-def _booked(needed: Resources) -> Resources:
-    """What an actor books: its cores' share of the memory, where a task needs less.
-
-    Then tasks that need less or more run in the same processes: each new one costs seconds.
-    """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = [node for node in nodes if _fits(node, needed) and node.get("CPU")]
-    shares = [node.get("memory", 0) / node["CPU"] * needed.cpus for node in fitting]
-    return replace(needed, memory=max(needed.memory, int(min(shares, default=0))))
 
 
 def _too_small(needed: Resources, label: str) -> str:
@@ -252,14 +239,17 @@ class _ActorPool:
     def serves(self, needed: Resources) -> bool:
         """Whether a task may run here: starting other actors would cost seconds.
 
-        Actors that hold more memory than it needs do, unless fewer of them fit the cluster, or
-        some still wait for their place.
+        Where it needs more memory than the actors booked, every node must hold as many that do.
+        Where it needs less, no more of them may fit the cluster, and none may still wait for its
+        place.
         """
         own = self.needed
         if own == needed:
             return True
-        if (own.cpus, own.gpus) != (needed.cpus, needed.gpus) or own.memory < needed.memory:
+        if (own.cpus, own.gpus) != (needed.cpus, needed.gpus):
             return False
+        if own.memory < needed.memory:
+            return _places(own) == _places(needed)
         most = min(_places(needed), self._limit or sys.maxsize)
         placed = sum(actor.node is not None for actor in self._actors)
         return _places(own) >= most and placed >= min(most, len(self._actors))

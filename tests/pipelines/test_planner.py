@@ -27,7 +27,8 @@ pool:
 
 def usage_of(stage: str, rows: int, item_s: float, **other: float) -> dict[str, float | str]:
     usage = {"stage": stage, "rows_in": rows, "seconds": item_s + 1, "item_s": item_s}
-    return {**usage, "cpu_s": item_s, "peak_bytes": 1 << 30, **other}
+    memory = {"peak_bytes": 1 << 30, "grown_bytes": 1 << 20}
+    return {**usage, "cpu_s": item_s, **memory, **other}
 
 
 def sample_of(work, *stages: tuple[str, int, float]) -> Sample:
@@ -126,7 +127,9 @@ def test_plan_stages__memory_grows_with_the_rows_of_a_shard_and_not_beyond(tmp_p
         first = sample.record.pool[0]
         record = first.record.replace(settings={"rows_per_shard": 10_000})
         flow = (first.replace(record=record), sample.record.pool[1])
-        usage = tuple({**one, "peak_bytes": peak} for one in sample.usage)
+        usage = tuple(
+            {**one, "peak_bytes": peak, "grown_bytes": peak - 1e9} for one in sample.usage
+        )
         return Sample(sample.record.replace(pool=flow), sample.work, usage)
 
     small, large = measured(200, 1.0e9), measured(1000, 1.8e9)  # 1 MB a row of ingest, 2 of embed
@@ -196,3 +199,5 @@ def test_plan__of_1000_images_predicts_10000_on_the_same_machine(shared_data, tm
     for stage in plan["stages"]:
         if took[stage["stage"]] > 30:
             assert stage["wall_s"] == pytest.approx(took[stage["stage"]], rel=0.35)
+    peaks = [e["peak_bytes"] for e in events if e["event"] == "stage_finished"]
+    assert plan["peak_bytes"] == pytest.approx(max(peaks), rel=0.5)

@@ -1,5 +1,6 @@
 """What only Ray does: a cluster's nodes that die and join, needs and limits, wrong addresses."""
 
+import os
 import sys
 import threading
 import time
@@ -89,6 +90,20 @@ def test_map__needs_that_no_node_meets_are_refused(engine, needed, words):
 
 def test_map__a_stage_that_declares_more_memory_than_there_is_still_runs(engine):
     assert dict(engine.map(Needs(Resources(memory=1 << 50)), [1, 2], "large")) == {1: 1, 2: 2}
+
+
+@dataclass(frozen=True)
+class Process(Needs):
+    def __call__(self, item, opened):
+        return os.getpid()
+
+
+def test_map__a_stage_that_needs_more_or_less_memory_runs_in_the_same_processes(engine):
+    used = [
+        {process for _, process in engine.map(Process(Resources(memory=m << 20)), [1, 2], "same")}
+        for m in (64, 128, 32)
+    ]
+    assert len(set().union(*used)) <= 2  # those of the first stage
 
 
 @dataclass(frozen=True)
