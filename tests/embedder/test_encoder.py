@@ -31,6 +31,7 @@ class MeanColour:
 
     space: str = "00"
     batch_size: int = 4
+    device: str = "cpu"
     name: str = "mean-colour"
     width: int = 3
     thresholds: Thresholds | None = None
