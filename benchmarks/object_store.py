@@ -4,9 +4,9 @@
 
 The vectors (512 float16, a tenth of them copies of rows of the shard before at cosine 0.80 to 0.95)
 lie in moto's server, a process of its own, and so does the scratch. One row a step: items, seconds
-of the clock and of the cores, the memory that its tasks ask for and what the largest worker held at
-its peak, libraries included (up to 0.9 GB: torch, pyarrow, Ray). Then the driver's peak (asked for:
-below 1 GB), and how many of the copies were found. The server is one Python process, which others
+of the clock and of the cores, the memory that its tasks ask for, what the largest worker held at
+its peak, libraries included (up to 0.9 GB: torch, pyarrow, Ray), and the driver's peak (asked for:
+below 1 GB). Then how many of the copies were found. The server is one Python process, which others
 often wait for: its core-seconds are in the last line.
 """
 
@@ -35,11 +35,12 @@ from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import Engine, Item, Result, StageFolder, StageInputs, Task
 from curation.stages.near_dedup import NearDedup
-from pipelines.observed_engine import ObservedEngine, Usage, peak_bytes
+from pipelines.observed_engine import ObservedEngine, Usage, forget_peak, peak_bytes
 from pipelines.ray_engine import RayEngine
 from pipelines.stage_runner import Silent, run_stage
 
 BUCKET = "s3://bucket"
+COLUMNS = ("step", "items", "seconds", "core-seconds", "GB asked", "GB held", "driver GB")
 
 
 @contextmanager
@@ -122,6 +123,7 @@ class Steps(Engine):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.driver_bytes = 0
 
     @property
     def workers(self) -> int:
@@ -135,12 +137,14 @@ class Steps(Engine):
         observed, began = ObservedEngine(self._engine, lambda *_: None), time.perf_counter()
         yield from observed.map(task, items, label)
         print(row(label, time.perf_counter() - began, observed.take_usage(), task), flush=True)
+        self.driver_bytes = max(self.driver_bytes, peak_bytes())
+        forget_peak()
 
 
 def row(label: str, seconds: float, usage: Usage, task: Task[Any, Any]) -> str:
     asked = f"{task.resources.memory / 1e9:.2f}"
     took = f"{seconds:.1f} | {usage.cpu_s:.1f} | {asked} | {usage.peak_bytes / 1e9:.2f}"
-    return f"| {label} | {usage.items} | {took} |"
+    return f"| {label} | {usage.items} | {took} | {peak_bytes() / 1e9:.2f} |"
 
 
 def found_copies(pool: Pool, rows: int, count: int, folder: StageFolder) -> float:
@@ -178,12 +182,10 @@ def main() -> None:
             comparison=Comparison(memory_gb=args.memory_gb),
         )
         folder = StageFolder(storage.join(BUCKET, "out"), stage.name())
-        print("| step | items | seconds | core-seconds | GB asked | GB held |\n|---|" + "---|" * 5)
-        began = time.perf_counter()
-        record, _ = run_stage(
-            stage, StageInputs(pool), folder, Steps(RayEngine(args.workers)), Silent()
-        )
-        seconds, driver = time.perf_counter() - began, peak_bytes()
+        print(f"| {' | '.join(COLUMNS)} |\n|---|" + "---|" * (len(COLUMNS) - 1))
+        began, steps = time.perf_counter(), Steps(RayEngine(args.workers))
+        record, _ = run_stage(stage, StageInputs(pool), folder, steps, Silent())
+        seconds, driver = time.perf_counter() - began, max(steps.driver_bytes, peak_bytes())
         share = found_copies(pool, args.rows, args.shards, folder)
         used = server.cpu_times()
         print(

@@ -1,6 +1,6 @@
 """Two workers against one for canonicalize, embed and near_dedup, and what two cores gain at all.
 
-    python benchmarks/workers.py [--engine ray] [--stage NAME …] [--images 1536] [--rows 120000]
+    python benchmarks/workers.py [--engine ray] [--stage NAME …] [--images 768] [--rows 240000]
 
 One row a stage: rows/s of one and of two workers, each with one thread, the gain, the gain of two
 threads over one on a bare matrix product in the same rounds, and their ratio (asked for: at least
@@ -117,8 +117,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=("local", "ray"), default="ray")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--images", type=int, default=1536)
-    parser.add_argument("--rows", type=int, default=120_000)
+    parser.add_argument("--images", type=int, default=768)
+    parser.add_argument("--rows", type=int, default=240_000)
     options = parser.parse_args()
     pair = engines(options.engine)
     print("| stage | 1 worker rows/s | 2 workers | gain | gain of a matrix product | ratio |")

@@ -23,6 +23,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 DECISIONS = "decisions"
+DEVICE_BUSY_S = "device_busy_s"
+"""Counter of seconds in which a worker's GPU, or its cores as one, computed on batches."""
 
 
 @dataclass(frozen=True)

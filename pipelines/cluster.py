@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -40,26 +41,35 @@ class Cluster(Settings):
         return self.nodes * self.gpus
 
 
-def read_cluster(text: str, cores: int) -> Cluster:
-    """Read a YAML file of rates, or a text such as 20x8xV100 (nodes x devices x kind).
+def read_cluster(text: str, cores: int | None) -> Cluster:
+    """Read a YAML file of rates, or NODESxDEVICESxKIND and rates: 20x8xV100,network_gb_s=3.
 
-    cores: of a node, where the text does not say.
+    cores: of a node, where the text does not say; else one.
 
     Raises:
         ConfigError: it is neither.
     """
     if Path(text).suffix in (".yaml", ".yml"):
         return parse_settings(Cluster, read_yaml(Path(text)), text)
-    match = _TEXT.fullmatch(text)
+    shape, *rates = text.split(",")
+    match = _TEXT.fullmatch(shape)
     kind = match.group(3).upper() if match else ""
     if match is None or kind not in _STATED_GPU_SPEED:
         raise ConfigError(
-            f"--cluster {text}: write NODESxDEVICESxKIND such as 20x8xV100, or a YAML file; "
-            f"kinds: {', '.join(_STATED_GPU_SPEED)}"
+            f"--cluster {text}: write NODESxDEVICESxKIND such as 20x8xV100, and what is known of "
+            f"a node, such as 20x8xV100,cpus=40, or a YAML file; kinds: "
+            f"{', '.join(_STATED_GPU_SPEED)}"
         )
-    return Cluster(
-        nodes=int(match.group(1) or 1),
-        cpus=cores,
-        gpus=int(match.group(2)),
-        gpu_speed=_STATED_GPU_SPEED[kind],
-    )
+    values: dict[str, Any] = {"nodes": int(match.group(1) or 1), "gpus": int(match.group(2))}
+    values |= {"gpu_speed": _STATED_GPU_SPEED[kind], **({"cpus": cores} if cores else {})}
+    for rate in rates:
+        key, _, value = rate.partition("=")
+        values[key.strip()] = _number(value, text)
+    return parse_settings(Cluster, values, f"--cluster {text}")
+
+
+def _number(value: str, text: str) -> float | int:
+    try:
+        return int(value) if value.strip().isdigit() else float(value)
+    except ValueError:
+        raise ConfigError(f"--cluster {text}: {value!r} is no number") from None

@@ -18,7 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from curation.ledger import Receipt, StageRecord
@@ -216,7 +216,8 @@ def print_marks(marks: dict[str, dict[str, Any]]) -> None:
 
 def print_rows(names: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
     """Print a plain table."""
-    table = Table(*names, title=title, title_justify="left")
+    columns = (Column(name, overflow="fold") for name in names)
+    table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(_shown(value) for value in row))
     Console().print(table)

@@ -14,6 +14,7 @@ from typing import Any
 
 from curation import storage
 from curation.ledger import Receipt, StageRecord
+from curation.stage import DEVICE_BUSY_S
 from pipelines.observed_engine import ObservedEngine, Usage
 from pipelines.stage_runner import Watcher
 
@@ -70,6 +71,7 @@ class RunObserver:
         self._log, self._watcher, self._planned, self._check = log, watcher, planned, check
         self._began = self._spoke = time.monotonic()
         self._rows = self._bytes = 0
+        self._device_s = 0.0
         self._step, self._step_done = "", 0
 
     def observe(self, engine: Any) -> ObservedEngine:
@@ -82,6 +84,7 @@ class RunObserver:
         self._check()
         self._began = time.monotonic()
         self._rows = self._bytes = 0
+        self._device_s = 0.0
         planned = {"planned_s": self._planned[stage]} if stage in self._planned else {}
         self._log.write("stage_started", stage=stage, total=total, done=done, **planned)
         self._watcher.started(stage, total, done)
@@ -91,6 +94,7 @@ class RunObserver:
         num_bytes = sum(info.num_bytes for info in receipt.outputs.values())
         self._rows += receipt.rows_in
         self._bytes += num_bytes
+        self._device_s += receipt.counters.get(DEVICE_BUSY_S, 0.0)
         self._log.write(
             "shard",
             stage=stage,
@@ -117,6 +121,9 @@ class RunObserver:
     def _summary(self, record: StageRecord, usage: Usage) -> dict[str, Any]:
         seconds = max(record.seconds, 1e-3)
         workers = self.engine.workers if self.engine and usage.items else 1
+        device = {}
+        if self._device_s:
+            device["device_busy_share"] = _share(self._device_s, usage.item_s)
         return {
             "seconds": record.seconds,
             "rows_in": record.rows_in,
@@ -124,7 +131,8 @@ class RunObserver:
             "rows_per_s": round(record.rows_in / seconds, 1),
             "bytes_per_s": round(self._bytes / seconds),
             "workers": workers,
-            "busy_share": round(usage.item_s / (seconds * workers), 3),
+            "busy_share": _share(usage.item_s, seconds * workers),
+            **device,
             **{name: _rounded(value) for name, value in asdict(usage).items()},
         }
 
@@ -158,6 +166,10 @@ def _parsed(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return event
+
+
+def _share(part: float, whole: float) -> float:
+    return round(part / max(whole, 1e-9), 3)
 
 
 def _rounded(value: float) -> float:

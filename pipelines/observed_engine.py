@@ -31,6 +31,8 @@ class Usage:
     """Seconds of items in which no core worked for them: they waited for disk or network."""
     peak_bytes: int = 0
     """Memory of the largest worker at its peak."""
+    grown_bytes: int = 0
+    """By how much the memory of a worker grew for one item at most."""
     retries: int = 0
     """Failures that were tried again."""
 
@@ -42,6 +44,7 @@ class Usage:
         self.cpu_s += other.cpu_s
         self.wait_s += other.wait_s
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        self.grown_bytes = max(self.grown_bytes, other.grown_bytes)
         self.retries += other.retries
 
 
@@ -99,16 +102,18 @@ class _Timed(Task[Any, tuple[Any, Usage]]):
 
     def __call__(self, item: Any, opened: list[Any]) -> tuple[Any, Usage]:
         open_s, opened[1] = opened[1], 0.0  # once
-        _forget_peak()
+        forget_peak()
+        held = peak_bytes()
         began, cpu_began = time.perf_counter(), time.process_time()
         result = self.task(item, opened[0])
         item_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
         waited = max(0.0, item_s - cpu_s)
-        return result, Usage(1, open_s, item_s, cpu_s, waited, peak_bytes())
+        peak = peak_bytes()
+        return result, Usage(1, open_s, item_s, cpu_s, waited, peak, max(0, peak - held))
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held (on Linux since `_forget_peak`)."""
+    """Most memory that this process has held (on Linux since `forget_peak`)."""
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -116,7 +121,8 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
+    """Let `peak_bytes` begin anew, where the system offers that."""
     with contextlib.suppress(OSError):
         descriptor = os.open(_CLEAR_REFS, os.O_WRONLY)
         try:

@@ -46,10 +46,24 @@ class Sample:
         for name, entries in flows:
             left = [_bytes_left(entry, self.work) for entry in entries]
             stages = [entry.stage for entry in entries]
+            full, num_shards = _shards_of(entries)
             for number, entry in enumerate(entries):
                 read = _bytes_read(stages, left, number)
-                steps.append(Step(name, entry, next(usage), left[number], read))
+                held = entry.record.rows_in / num_shards
+                share = entry.record.rows_in / max(entries[0].record.rows_in, 1)
+                shard = ShardRows(held, max(held, full * share))
+                steps.append(Step(name, entry, next(usage), left[number], read, shard))
         return steps
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """Rows of one shard that reach a stage."""
+
+    sample: float
+    """In the sample."""
+    full: float
+    """Where there are enough rows to fill shards."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class Step:
     """Bytes on disk afterwards."""
     bytes_read: int
     """Bytes of images that it decodes."""
+    shard: ShardRows
 
     @property
     def name(self) -> str:
@@ -84,7 +99,7 @@ class StagePlan:
     core_hours: float
     gpu_hours: float
     peak_bytes: float
-    """Memory of a worker at its peak, as in the sample."""
+    """Memory of a worker at its peak, with shards as full as in the whole job."""
     disk_bytes: float
     """Bytes that it leaves on disk."""
     network_bytes: float
@@ -135,12 +150,32 @@ def _plan_step(small: Step, large: Step, scale: float, cluster: Cluster | None) 
         wall_s=once + max(compute_s, network_s),
         core_hours=0.0 if on_devices else (once + work_s * busy) / 3600,
         gpu_hours=device_s / 3600,
-        peak_bytes=float(usage["peak_bytes"]),
+        peak_bytes=_peak_bytes(small, large, rows),
         disk_bytes=large.bytes_left * scale,
         network_bytes=network,
         limited_by="network" if by_network else "devices" if on_devices else "cores",
         uncertainty=max(doubt, _STATED_RATES) if on_devices else doubt,
     )
+
+
+def _shards_of(entries: Sequence[StageEntry]) -> tuple[float, int]:
+    """Rows of a full shard when they are ingested, and shards of the sample."""
+    first = entries[0].record
+    full = float(first.settings.get("rows_per_shard") or first.rows_in)
+    return full, max(1, math.ceil(first.rows_in / max(full, 1.0)))
+
+
+def _peak_bytes(small: Step, large: Step, rows: float) -> float:
+    """Memory of a worker at its peak: grows with the rows of a shard, or up to a stage's bound."""
+    peak = float(large.usage["peak_bytes"])
+    if large.entry.stage in _PAIRWISE:
+        comparison = large.entry.record.settings.get("comparison") or {}
+        bound = comparison.get("memory_gb", 0.0) * 2.0**30
+        return max(peak, bound) if rows > _EXHAUSTIVE_ROWS else peak
+    added = large.shard.sample - small.shard.sample
+    grown = large.usage["grown_bytes"] - small.usage["grown_bytes"]
+    each = max(0.0, grown) / added if added > 0 else 0.0
+    return peak + each * (min(large.shard.full, rows) - large.shard.sample)
 
 
 def _extrapolate(

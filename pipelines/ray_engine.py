@@ -15,7 +15,7 @@ from typing import Any
 from curation.errors import ConfigError, EngineError
 from curation.stage import Engine, Item, Resources, Result, Task
 from pipelines.attempts import Attempts, Backlog, describe
-from pipelines.memory_guard import MemoryGuard, MemoryLimitError, give_back
+from pipelines.memory_guard import MemoryGuard, MemoryLimitError, give_back, private_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ def _connect(workers: int | None, address: str | None) -> None:
             _knock(address)
             ray.init(address=address, **options)
         else:
-            ray.init(num_cpus=workers, include_dashboard=False, **options)
+            # "local": without it Ray would join a cluster that somebody else started here.
+            ray.init(address="local", num_cpus=workers, include_dashboard=False, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray answers at {address or 'this machine'}: {error}; check --address and "
@@ -170,7 +171,8 @@ class _Worker:
         with MemoryGuard(limit_bytes).watching():
             if self._key != key:
                 self._key, self._opened = "", None  # the last task's model goes first
-                give_back()
+                if private_bytes() > limit_bytes // 2:  # a tenth of a second, in every worker
+                    give_back()
                 self._opened = task.open()
                 self._key = key
             return task(item, self._opened)
@@ -237,14 +239,17 @@ class _ActorPool:
     def serves(self, needed: Resources) -> bool:
         """Whether a task may run here: starting other actors would cost seconds.
 
-        Actors that hold more memory than it needs do, unless fewer of them fit the cluster, or
-        some still wait for their place.
+        Where it needs more memory than the actors booked, every node must hold as many that do.
+        Where it needs less, no more of them may fit the cluster, and none may still wait for its
+        place.
         """
         own = self.needed
         if own == needed:
             return True
-        if (own.cpus, own.gpus) != (needed.cpus, needed.gpus) or own.memory < needed.memory:
+        if (own.cpus, own.gpus) != (needed.cpus, needed.gpus):
             return False
+        if own.memory < needed.memory:
+            return _places(own) == _places(needed)
         most = min(_places(needed), self._limit or sys.maxsize)
         placed = sum(actor.node is not None for actor in self._actors)
         return _places(own) >= most and placed >= min(most, len(self._actors))

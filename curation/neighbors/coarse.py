@@ -25,7 +25,8 @@ from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import unit_rows
 
 _ROWS_AT_ONCE = 1 << 13
-_ROWS_PER_THREAD = 1 << 15
+_ROWS_PER_THREAD = (1 << 13, 1 << 15)
+"""At least and at most: a few blocks a thread, but fewer sums than rows in each."""
 _PRODUCTS = 1 << 18
 """They stay in the cache of a core until those within reach are found."""
 _NOWHERE = -(2**31)
@@ -199,8 +200,9 @@ def grown_centroids(
     their places; the last passes see all rows, until few of them change their centroid.
     rows: (N, D) in random order.
     """
-    blocks = in_threads(lambda block: quantize_rows(rows[block]), _blocks(len(rows)), threads)
-    quantized = np.concatenate(list(blocks))
+    blocks = _blocks(len(rows), count)
+    parts = in_threads(lambda block: quantize_rows(rows[block]), blocks, threads)
+    quantized = np.concatenate(list(parts))
     centroids = unit_rows(rows[:count]).astype(np.float32)
     for per_centroid, passes in _GROWTH:
         some = slice(0, per_centroid * count)
@@ -242,20 +244,21 @@ def _sums(
     def of_block(block: slice) -> tuple[np.ndarray, np.ndarray]:
         return cluster_sums(rows[block], nearest[block], count)
 
-    return in_threads(of_block, _blocks(len(rows)), threads)
+    return in_threads(of_block, _blocks(len(rows), count), threads)
 
 
 def _nearest(quantized: np.ndarray, centroids: np.ndarray, threads: int) -> np.ndarray:
     """(N,) int32: the nearest centroid of each row. quantized: (N, D) int8."""
     codes = quantize_centroids(centroids)
-    blocks = _blocks(len(quantized))
+    blocks = _blocks(len(quantized), len(codes))
     found = in_threads(lambda block: nearest_centroids(quantized[block], codes), blocks, threads)
     return np.concatenate(list(found))
 
 
-def _blocks(num_rows: int) -> list[slice]:
-    starts = range(0, max(1, num_rows), _ROWS_PER_THREAD)
-    return [slice(start, min(num_rows, start + _ROWS_PER_THREAD)) for start in starts]
+def _blocks(num_rows: int, count: int) -> list[slice]:
+    """Blocks of rows that are to meet so many centroids: the same for any number of threads."""
+    size = int(np.clip(2 * count, *_ROWS_PER_THREAD))
+    return [slice(start, min(num_rows, start + size)) for start in range(0, max(1, num_rows), size)]
 
 
 def _within(

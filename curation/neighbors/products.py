@@ -3,6 +3,7 @@
 Only pairs that may matter are then scored exactly (`vectors.exact_similarities`).
 """
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ _BUFFER_NUMBERS = 1 << 19
 """Converted at a time: few enough for a cache, and enough that threads do not wait for Python."""
 _MAXIMA = 16
 """Columns for each of the k highest that are looked through one by one."""
+_GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+"""NVIDIA's driver makes the first, that of Linux inside Windows the second."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,9 @@ def _has_bfloat16() -> bool:
 
 
 def _has_gpu() -> bool:
+    """Whether there is a GPU; torch, of 0.7 GB, is not asked where Linux shows no such device."""
+    if sys.platform == "linux" and not any(map(Path.exists, _GPU_FILES)):
+        return False
     import torch
 
     return torch.cuda.is_available()

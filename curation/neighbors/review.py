@@ -21,7 +21,10 @@ from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.stage import Engine
 
-_ROWS_PER_BUCKET = 1 << 18
+_ROWS_PER_BUCKET = (1 << 15, 1 << 18)
+"""At least and at most: few rows have several buckets, so that several workers judge them."""
+_BUCKETS = 1 << 12
+"""So many at most, as long as buckets are not too large."""
 _ID = pa.binary(16)
 
 
@@ -120,7 +123,7 @@ class Reviewed:
 def review(graph: Graph, judge: Judge, folder: str, num_shards: int, engine: Engine) -> Reviewed:
     """Bring the members of each component together, judge them, and send verdicts to shards."""
     files = graph.files
-    num_buckets = 1 + files.num_rows // _ROWS_PER_BUCKET
+    num_buckets = 1 + files.num_rows // int(np.clip(files.num_rows // _BUCKETS, *_ROWS_PER_BUCKET))
     members = Exchange(storage.join(folder, "members"), num_buckets)
     gather = _Gather(graph, members)
     run_steps(engine, gather, files.num_partitions, members.folder, "gather components")

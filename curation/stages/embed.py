@@ -9,8 +9,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from curation.schema import embedding_schema
-from curation.stage import Resources, Shard, ShardStage, reject
-from embedder.encoder import Encoder, embed_images, load_encoder
+from curation.stage import DEVICE_BUSY_S, Resources, Shard, ShardStage, reject
+from embedder.encoder import BusyClock, Encoder, available_cpus, embed_images, load_encoder
 from embedder.errors import ImageError
 from embedder.images import Pixels, blur_boxes, decode
 
@@ -77,7 +77,10 @@ class Embed(ShardStage):
         """Embed each image; one that does not decode or has no finite vector is dropped."""
         unreadable = np.zeros(shard.num_rows, bool)
         images = [_reader(shard, row, unreadable) for row in range(shard.num_rows)]
-        vectors = embed_images(list(opened.values()), images)
+        on_gpu = any(encoder.device != "cpu" for encoder in opened.values())
+        busy = BusyClock(1 if on_gpu else available_cpus())
+        vectors = embed_images(list(opened.values()), images, busy=busy)
+        shard.count(DEVICE_BUSY_S, round(busy.seconds, 3))
         reject(shard, unreadable, "unreadable")
         for name, rows in zip(opened, vectors, strict=True):
             finite = np.isfinite(rows.astype(np.float32)).all(axis=1)

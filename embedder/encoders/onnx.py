@@ -9,6 +9,7 @@ encoder does.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from embedder.encoder import EncoderMemory, LoadOptions, Thresholds
 from embedder.encoders.torch_trunk import (
+    DEVICES,
     IMAGENET_MEAN,
     IMAGENET_STD,
     Preprocessing,
@@ -50,6 +52,11 @@ class OnnxEncoder:
     thresholds: Thresholds | None = None
     precision: str = "float32"
 
+    @property
+    def device(self) -> str:
+        """Where it runs: cpu or cuda."""
+        return "cuda" if self.session.get_providers()[0].startswith("CUDA") else "cpu"
+
     def preprocess(self, pixels: Pixels) -> Pixels:
         """(H, W, 3) uint8 to (size, size, 3) uint8."""
         return self.preprocessing(pixels)
@@ -69,9 +76,9 @@ class OnnxEncoder:
 def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
     """Load an ONNX file; it runs on CUDA where onnxruntime has it."""
     path = existing_file(name, argument)
-    session = _open_session(path, options)
+    session = _open_session(path, _providers(name, options.device))
     metadata = session.get_modelmeta().custom_metadata_map
-    batch, size = _input_shape(name, session, metadata)
+    batch, size = _input_shape(name, session, metadata, options.batch_size)
     width = session.get_outputs()[0].shape[-1]
     if len(session.get_outputs()[0].shape) != 2 or not isinstance(width, int):
         shape = session.get_outputs()[0].shape
@@ -89,14 +96,29 @@ def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
     return OnnxEncoder(name, space, width, batch, preprocessing, session, memory)
 
 
-def _open_session(path: Path, options: LoadOptions) -> Any:
+def _providers(name: str, device: str) -> list[Any]:
+    """What onnxruntime may run on, the best first.
+
+    Raises: EncoderError for a CUDA device that it does not have.
+    """
+    if not re.fullmatch(DEVICES, device):
+        raise EncoderError(f"unknown device {device!r}; known are auto, cpu, cuda, cuda:N")
+    on_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if device.startswith("cuda") and not on_cuda:
+        raise EncoderError(
+            f"encoder {name!r}: onnxruntime has no CUDA here; pip install onnxruntime-gpu, or take "
+            "device: auto"
+        )
+    if device == "cpu" or not on_cuda:
+        return ["CPUExecutionProvider"]
+    number = int(device.partition(":")[2] or 0)
+    return [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]
+
+
+def _open_session(path: Path, providers: list[Any]) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = 1  # several would change the bits; batches run side by side
     settings.inter_op_num_threads = 1
-    providers = ["CPUExecutionProvider"]
-    has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    if options.device != "cpu" and has_cuda:
-        providers.insert(0, "CUDAExecutionProvider")
     try:
         return onnxruntime.InferenceSession(str(path), settings, providers=providers)
     except Exception as error:  # its errors share no public base class
@@ -104,12 +126,15 @@ def _open_session(path: Path, options: LoadOptions) -> Any:
         raise EncoderError(f"{path}: no ONNX file that runs here ({first})") from error
 
 
-def _input_shape(name: str, session: Any, metadata: Mapping[str, str]) -> tuple[int, int]:
-    """Return batch size and side of the input."""
+def _input_shape(
+    name: str, session: Any, metadata: Mapping[str, str], wanted: int | None
+) -> tuple[int, int]:
+    """Return batch size and side of the input; wanted: images a batch, where the file takes any."""
     shape = session.get_inputs()[0].shape
+    batch = shape[0] if isinstance(shape[0], int) else wanted or DEFAULT_BATCH_SIZE
     if "image_size" in metadata and shape[1] == 3:
-        return DEFAULT_BATCH_SIZE, int(metadata["image_size"])
+        return batch, int(metadata["image_size"])
     is_square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]
     if not is_square or not isinstance(shape[2], int):
         raise EncoderError(f"encoder {name!r}: takes {shape}, expected (batch, 3, side, side)")
-    return shape[0] if isinstance(shape[0], int) else DEFAULT_BATCH_SIZE, shape[2]
+    return batch, shape[2]

@@ -1,5 +1,6 @@
 """`open_clip:MODEL/PRETRAINED`: the image tower of any model of open_clip."""
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from embedder.encoders.torch_trunk import (
     seeded_weights,
     weights_digest,
 )
-from embedder.errors import EncoderError
+from embedder.errors import EncoderError, reason_of
 from embedder.feature_maps import FeatureModel, Layer
 
 
@@ -92,9 +93,9 @@ def _image_tower(name: str, model_name: str, weights: str, options: LoadOptions)
         refuse_hub(name, options, f"the weights {weights!r} are on a hub")
     try:
         return open_clip.create_model(model_name, pretrained=weights).visual
-    except (RuntimeError, OSError, KeyError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise EncoderError(f"encoder {name!r}: cannot load {weights} ({first})") from error
+    except (RuntimeError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        reason = reason_of(error)
+        raise EncoderError(f"encoder {name!r}: cannot load {weights} ({reason})") from error
 
 
 def _preprocessing(name: str, config: dict[str, Any]) -> Preprocessing:

@@ -1,4 +1,8 @@
-"""`sscd:FILE`: the published TorchScript files of SSCD (Pizzi et al. 2022)."""
+"""`sscd:FILE`: the published TorchScript files of SSCD (Pizzi et al. 2022).
+
+Images are squashed to 320 x 320, which fills batches; `sscd:288:FILE` sees them undistorted at a
+short side of 288 pixels, one at a time. The authors name both.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -19,8 +23,9 @@ from embedder.encoders.torch_trunk import (
 )
 from embedder.errors import EncoderError
 
-PREPROCESSING = Preprocessing(320, "squash", 320, "bilinear")
-"""320 x 320, skewed: the authors' batchable alternative to a short side of 288."""
+_SQUASHED = Preprocessing(320, "squash", 320, "bilinear")
+_WHOLE = Preprocessing(288, "whole", 288, "bilinear")
+_PREPROCESSING = {"320": _SQUASHED, "288": _WHOLE}
 THRESHOLDS = Thresholds(dedup=0.6, leak=0.45)
 """Those of the DINOv2 paper, section A.3 and A.2."""
 
@@ -28,8 +33,11 @@ THRESHOLDS = Thresholds(dedup=0.6, leak=0.45)
 def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
     """Load a TorchScript file that maps images to vectors."""
     placement = place(options)
-    module = _read_script(existing_file(name, argument))
-    trunk = TorchTrunk(module, PREPROCESSING, placement, weights_digest(module))
+    side, _, file = argument.partition(":")
+    if side not in _PREPROCESSING:  # a path, which may hold colons
+        side, file = "320", argument
+    module = _read_script(existing_file(name, file))
+    trunk = TorchTrunk(module, _PREPROCESSING[side], placement, weights_digest(module))
     return TrunkEncoder(name, trunk, output_width(name, trunk), "MIT", THRESHOLDS)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -22,7 +23,7 @@ from embedder.encoders.torch_trunk import (
     seeded_weights,
     weights_digest,
 )
-from embedder.errors import EncoderError
+from embedder.errors import EncoderError, reason_of
 from embedder.feature_maps import FeatureModel, Layer, with_mean
 
 
@@ -99,10 +100,27 @@ def _create(
     if file:
         path = existing_file(name, file)
         model = timm.create_model(model_name, num_classes=0, **arguments)
-        timm.models.load_checkpoint(model, str(path), strict=False)
+        _fill(name, model, path)
         return model
     refuse_hub(name, options, "no file given")
     return timm.create_model(model_name, num_classes=0, pretrained=True, **arguments)
+
+
+def _fill(name: str, model: nn.Module, path: Path) -> None:
+    """Load weights into a model; those of a classifier may be left over, none may lack.
+
+    Raises: EncoderError where the file is no checkpoint, or that of another model.
+    """
+    try:
+        keys = timm.models.load_checkpoint(model, str(path), strict=False)
+    except Exception as error:  # whatever unpickling, safetensors and timm raise: no common base
+        raise EncoderError(f"encoder {name!r}: cannot load {path} ({reason_of(error)})") from error
+    lacking = keys.missing_keys if keys is not None else []
+    if lacking:
+        raise EncoderError(
+            f"encoder {name!r}: {path} lacks {len(lacking)} of its weights, such as {lacking[0]}; "
+            "it is a file of another model"
+        )
 
 
 def _preprocessing(name: str, config: dict[str, Any]) -> Preprocessing:

@@ -29,19 +29,23 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-ResizeKind = Literal["squash", "short_side"]
+DEVICES = r"auto|cpu|cuda(:\d+)?"
+ResizeKind = Literal["squash", "short_side", "whole"]
 
 _ACTIVATIONS_HELD = 4
+_LONGEST = 4
+"""Long side of an image that is seen whole, in short sides: more would take any memory."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Pixels to a fixed-size uint8 input; the device then subtracts `mean` and divides by `std`."""
+    """Pixels to a uint8 input; the device then subtracts `mean` and divides by `std`."""
 
     size: int
     """Side of the square input, in pixels."""
     resize: ResizeKind
-    """Both sides to `size`, or the short side to `resize_to` and the middle cut out."""
+    """squash: both sides to `size`. short_side: that to `resize_to`, and the middle cut out. whole:
+    the same, but nothing is cut: inputs differ in shape."""
     resize_to: int
     filter: str
     """bilinear, bicubic, lanczos or box; antialiased."""
@@ -50,11 +54,18 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __call__(self, pixels: Pixels) -> Pixels:
-        """(H, W, 3) to (size, size, 3)."""
+        """(H, W, 3) to (size, size, 3), or whole to its own shape."""
         if self.resize == "squash":
             return resize(pixels, self.size, self.size, self.filter)
+        if self.resize == "whole":
+            height, width = (self._long_enough(side, pixels) for side in pixels.shape[:2])
+            return resize(pixels, width, height, self.filter)
         scaled = resize_short_side(pixels, self.resize_to, self.filter)
         return center_crop(scaled, self.size, self.size)
+
+    def _long_enough(self, side: int, pixels: Pixels) -> int:
+        """A side's length where the shorter one gets `resize_to`; a strip is squashed."""
+        return int(min(self.resize_to * side // min(pixels.shape[:2]), _LONGEST * self.resize_to))
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ def place(options: LoadOptions) -> Placement:
     wanted = options.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+    if not re.fullmatch(DEVICES, wanted):
         raise EncoderError(f"unknown device {wanted!r}; known are auto, cpu, cuda, cuda:N")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise EncoderError(f"device {wanted!r}: torch sees no CUDA device here")
@@ -162,9 +173,11 @@ class TorchTrunk:
 
     @cached_property
     def batch_size(self) -> int:
-        """B, fixed: as given, else as many as the device's memory holds."""
+        """B, fixed: as given, else one image of any shape, or as many as the memory holds."""
         if self.placement.batch_size is not None:
             return self.placement.batch_size
+        if self.preprocessing.resize == "whole":  # few images share a shape
+            return 1
         room = self._lane.room_bytes(self.placement.share)
         return CPU_BATCH_SIZE if room is None else largest_batch(self._peak_bytes, room)
 
@@ -181,7 +194,7 @@ class TorchTrunk:
         return _ACTIVATIONS_HELD * self.batch_size * largest.num_bytes
 
     def preprocess(self, pixels: Pixels) -> Pixels:
-        """(H, W, 3) uint8 to (size, size, 3) uint8."""
+        """(H, W, 3) uint8 to (size, size, 3) uint8, or to another shape if seen whole."""
         return self.preprocessing(pixels)
 
     def features(self, batch: NDArray[Any]) -> Tensor:
@@ -232,6 +245,11 @@ class TrunkEncoder:
     def batch_size(self) -> int:
         """B, fixed."""
         return self.trunk.batch_size
+
+    @property
+    def device(self) -> str:
+        """Where it runs: cpu, or cuda:N."""
+        return str(self.trunk.placement.device)
 
     @property
     def memory(self) -> EncoderMemory:

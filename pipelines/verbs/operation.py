@@ -6,7 +6,11 @@ from pipelines import console
 from pipelines.cleaning import clean
 from pipelines.status import status_of
 
-_COLUMNS = ("stage", "rows_in", "seconds", "rows_per_s", "bytes_per_s", "busy_share", "wait_s")
+_COLUMNS = (
+    *("stage", "rows_in", "seconds", "rows_per_s", "bytes_per_s", "busy_share", "wait_s"),
+    *("retries", "peak_bytes"),
+)
+_SOMETIMES = ("device_busy_share", "planned_s")
 
 
 def print_status(work: str, as_json: bool) -> None:
@@ -17,8 +21,8 @@ def print_status(work: str, as_json: bool) -> None:
         return
     stages = status.pop("stages")
     if stages:
-        planned = ("planned_s",) if any("planned_s" in stage for stage in stages) else ()
-        shown = (*_COLUMNS, "retries", "peak_bytes", *planned)
+        known = {name for stage in stages for name in stage}
+        shown = (*_COLUMNS, *(name for name in _SOMETIMES if name in known))
         console.print_rows(shown, [[stage.get(name, "") for name in shown] for stage in stages])
     console.print_pairs(_shown(status), title=work)
 

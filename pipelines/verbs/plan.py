@@ -78,7 +78,10 @@ def _totals(stages: list[StagePlan]) -> dict[str, Any]:
 
 def _print(stages: list[StagePlan], images: float, cluster: Cluster | None) -> None:
     totals = _totals(stages)
-    titles = ("stage", "rows", "hours", "±", "core-hours", "GPU-hours", "peak GB", "disk GB", "by")
+    titles = (
+        *("stage", "rows", "hours", "±", "core-hours", "GPU-hours"),
+        *("peak GB", "disk GB", "network GB", "by"),
+    )
     console.print_rows(
         titles,
         [
@@ -91,6 +94,7 @@ def _print(stages: list[StagePlan], images: float, cluster: Cluster | None) -> N
                 f"{one.gpu_hours:,.2f}",
                 f"{one.peak_bytes / 1e9:.2f}",
                 f"{one.disk_bytes / 1e9:,.2f}",
+                f"{one.network_bytes / 1e9:,.2f}",
                 one.limited_by,
             )
             for one in stages

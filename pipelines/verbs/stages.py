@@ -1,5 +1,6 @@
 """Verbs that run one stage on explicit inputs and outputs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -187,11 +188,11 @@ def run_pack(images: str, keep: str | None, rows_per_tar: int, out: str, engine:
     run_single(Pack(rows_per_tar=rows_per_tar), StageInputs(pool), out, "packed", engine)
 
 
-def print_encoders(as_json: bool) -> None:
+def print_encoders(names: Sequence[str], as_json: bool) -> None:
     """`curate encoders`."""
-    from embedder.encoder import list_encoders
+    from embedder.encoder import check_encoder, list_encoders
 
-    statuses = list_encoders()
+    statuses = [check_encoder(name) for name in names] if names else list_encoders()
     if as_json:
         console.print_json([vars(status) for status in statuses])
         return

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
-from embedder.encoder import FAMILIES, Thresholds, embed_images, list_encoders, load_encoder
-from embedder.errors import EncoderError
+from embedder.encoder import (
+    FAMILIES,
+    BusyClock,
+    Thresholds,
+    check_encoder,
+    embed_images,
+    list_encoders,
+    load_encoder,
+)
+from embedder.errors import CurateError, EncoderError
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,7 @@ class MeanColour:
 
     space: str = "00"
     batch_size: int = 4
+    device: str = "cpu"
     name: str = "mean-colour"
     width: int = 3
     thresholds: Thresholds | None = None
@@ -99,6 +111,29 @@ def test_embed_images__a_worker_error_comes_through() -> None:
         embed_images([MeanColour()], [broken])
 
 
+def test_busy_clock__counts_lanes_in_use_and_no_more() -> None:
+    clock, began = BusyClock(2), time.perf_counter()
+    with clock.at_work():
+        time.sleep(0.05)
+        with clock.at_work(), clock.at_work():
+            time.sleep(0.05)
+    took = time.perf_counter() - began
+    time.sleep(0.05)  # nobody is at work
+    with clock.at_work():
+        pass
+    assert 0.075 <= clock.seconds < took
+
+
+def test_embed_images__counts_its_encoders_and_not_decoding() -> None:
+    def slow() -> np.ndarray:
+        time.sleep(0.02)
+        return pictures(1)[0]
+
+    clock = BusyClock(1)
+    embed_images([MeanColour()], [slow] * 8, 1, clock)
+    assert 0 < clock.seconds < 0.08
+
+
 def test_embed_images__keeps_the_torch_threads() -> None:
     before = torch.get_num_threads()
     embed_images([MeanColour()], pictures(5), threads=2)
@@ -110,7 +145,7 @@ def test_embed_images__keeps_the_torch_threads() -> None:
     [
         ("nonsense", "unknown encoder 'nonsense'; known are lite-copy"),
         ("lite-copy:x", "expected lite-copy"),
-        ("sscd", "expected sscd:FILE"),
+        ("sscd", "expected sscd:[288:]FILE"),
         ("sscd:/no/such:file.pt", "no file /no/such:file.pt"),
         ("onnx:/no/such.onnx", "no file /no/such.onnx"),
         ("timm:vit_small_patch16_224:/no/such.pth", "no file /no/such.pth"),
@@ -131,13 +166,35 @@ def test_load_encoder__refuses_in_one_line(name: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["sscd", "onnx"])
-def test_load_encoder__a_file_that_is_none_of_its_kind(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("sscd:FILE", "FILE: no "),
+        ("onnx:FILE", "FILE: no "),
+        ("dinov2:vits14:FILE", "FILE: "),
+        ("timm:resnet10t:FILE", "cannot load FILE"),
+        ("open_clip:RN50/FILE", "cannot load FILE"),
+    ],
+)
+def test_load_encoder__a_file_that_is_none_of_its_kind(name: str, why: str, tmp_path: Path) -> None:
     path = tmp_path / "a:b.bin"
     path.write_bytes(b"nonsense")
-    with pytest.raises(EncoderError, match=r"a:b\.bin: no ") as caught:
-        load_encoder(f"{family}:{path}")
+    with pytest.raises(CurateError) as caught:
+        load_encoder(name.replace("FILE", str(path)))
+    assert why.replace("FILE", str(path)) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_load_encoder__weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    file, part = tmp_path / "other.safetensors", tmp_path / "part.safetensors"
+    weights = timm.create_model("resnet10t", num_classes=3).state_dict()
+    save_file(weights, file)
+    assert load_encoder(f"timm:resnet10t:{file}").width == 512  # its classifier is left out
+    save_file({key: value for key, value in weights.items() if "layer4" not in key}, part)
+    with pytest.raises(EncoderError, match=r"lacks \d+ of its weights, such as layer4"):
+        load_encoder(f"timm:resnet10t:{part}")
+    with pytest.raises(EncoderError, match="size mismatch for"):
+        load_encoder(f"timm:mobilenetv3_small_050:{file}")
 
 
 def test_load_encoder__unknown_device() -> None:
@@ -149,6 +206,36 @@ def test_list_encoders__names_each_family() -> None:
     listed = list_encoders()
     assert [status.name for status in listed] == [f.pattern for f in FAMILIES.values()]
     assert all(status.works for status in listed)
+
+
+def test_list_encoders__says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # what is not installed looks like this
+    status = {one.name: one for one in list_encoders()}["open_clip:MODEL/PRETRAINED"]
+    assert not status.works
+    assert status.note == "needs open_clip: pip install open_clip_torch"
+    with pytest.raises(EncoderError, match="needs open_clip: pip install open_clip_torch"):
+        load_encoder("open_clip:RN50/random")
+    assert sum(not one.works for one in list_encoders()) == 1
+
+
+def test_list_encoders__says_what_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "timm.py").write_text("raise OSError('libnothing.so: cannot open it')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("timm", "embedder.encoders.timm"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    status = {one.name: one for one in list_encoders()}["timm:NAME[:FILE]"]
+    assert (status.works, status.note) == (
+        False,
+        "cannot be loaded: libnothing.so: cannot open it",
+    )
+
+
+def test_check_encoder__gives_the_reason_of_a_name_that_does_not_load() -> None:
+    good, bad = check_encoder("timm:resnet10t:random"), check_encoder("sscd:/no/such.pt")
+    assert (good.works, good.note) == (True, "loads; 512 dimensions")
+    assert (bad.works, bad.note) == (False, "encoder 'sscd:/no/such.pt': no file /no/such.pt")
 
 
 def test_importing_encoder__loads_no_model_library() -> None:

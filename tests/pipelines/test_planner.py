@@ -27,7 +27,8 @@ pool:
 
 def usage_of(stage: str, rows: int, item_s: float, **other: float) -> dict[str, float | str]:
     usage = {"stage": stage, "rows_in": rows, "seconds": item_s + 1, "item_s": item_s}
-    return {**usage, "cpu_s": item_s, "peak_bytes": 1 << 30, **other}
+    memory = {"peak_bytes": 1 << 30, "grown_bytes": 1 << 20}
+    return {**usage, "cpu_s": item_s, **memory, **other}
 
 
 def sample_of(work, *stages: tuple[str, int, float]) -> Sample:
@@ -110,6 +111,45 @@ def test_read_cluster__reads_yaml_and_refuses_what_it_does_not_know(tmp_path):
         read_cluster("20 machines", 1)
 
 
+def test_read_cluster__reads_a_text_with_what_is_known_of_a_node():
+    cluster = read_cluster("20x8xV100,cpus=40,network_gb_s=2.5", None)
+    assert (cluster.cores, cluster.devices, cluster.network_gb_s) == (800, 160, 2.5)
+    assert read_cluster("4xT4", 6).cores == 6
+    with pytest.raises(ConfigError, match="unknown key 'cpu'"):
+        read_cluster("20x8xV100,cpu=40", None)
+    with pytest.raises(ConfigError, match="'many' is no number"):
+        read_cluster("20x8xV100,cpus=many", None)
+
+
+def test_plan_stages__memory_grows_with_the_rows_of_a_shard_and_not_beyond(tmp_path):
+    def measured(rows: int, peak: float) -> Sample:
+        sample = sample_of(tmp_path, ("ingest", rows, 0.1), ("embed", rows // 2, 0.1))
+        first = sample.record.pool[0]
+        record = first.record.replace(settings={"rows_per_shard": 10_000})
+        flow = (first.replace(record=record), sample.record.pool[1])
+        usage = tuple(
+            {**one, "peak_bytes": peak, "grown_bytes": peak - 1e9} for one in sample.usage
+        )
+        return Sample(sample.record.replace(pool=flow), sample.work, usage)
+
+    small, large = measured(200, 1.0e9), measured(1000, 1.8e9)  # 1 MB a row of ingest, 2 of embed
+    ingest, embed = plan_stages(small, large, 1e9, None)
+    assert ingest.peak_bytes == pytest.approx(1.8e9 + 9000 * 1e6)
+    assert embed.peak_bytes == pytest.approx(1.8e9 + 4500 * 2e6)
+    assert plan_stages(small, large, 2000, None)[0].peak_bytes == pytest.approx(2.8e9)
+
+
+def test_plan_stages__what_compares_lists_may_fill_the_memory_that_it_is_given(tmp_path):
+    small, large = (sample_of(tmp_path, ("near_dedup", rows, 0.1)) for rows in (250, 1000))
+    (entry,) = large.record.pool
+    record = entry.record.replace(settings={"comparison": {"memory_gb": 4.0}})
+    large = Sample(
+        large.record.replace(pool=(entry.replace(record=record),)), large.work, large.usage
+    )
+    assert plan_stages(small, large, 1e9, None)[0].peak_bytes == 4 << 30
+    assert plan_stages(small, large, 2000, None)[0].peak_bytes == 1 << 30
+
+
 def test_plan__measures_a_sample_of_the_users_own_data(tmp_path):
     (tmp_path / "images").mkdir()
     for number in range(40):
@@ -159,3 +199,5 @@ def test_plan__of_1000_images_predicts_10000_on_the_same_machine(shared_data, tm
     for stage in plan["stages"]:
         if took[stage["stage"]] > 30:
             assert stage["wall_s"] == pytest.approx(took[stage["stage"]], rel=0.35)
+    peaks = [e["peak_bytes"] for e in events if e["event"] == "stage_finished"]
+    assert plan["peak_bytes"] == pytest.approx(max(peaks), rel=0.5)

@@ -1,5 +1,6 @@
 """What only Ray does: a cluster's nodes that die and join, needs and limits, wrong addresses."""
 
+import os
 import sys
 import threading
 import time
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_pictures import picture
 from test_cli import fails
@@ -36,6 +39,23 @@ pool:
 """
 
 
+SHUFFLED = """
+name: small
+sets: {}
+pool:
+  - ingest: {images: "IMAGES", rows_per_shard: 99}
+  - canonicalize: {max_side: 96}
+  - exact_dedup
+  - embed: {encoders: {copy: lite-copy}}
+  - near_dedup:
+      embeddings: copy
+      threshold: 0.995
+      max_component_share: 1.0
+      comparison: {method: lists}
+  - select: {embeddings: copy}
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _tests_travel():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack tests/
@@ -43,6 +63,7 @@ def _tests_travel():
 
 @pytest.fixture(scope="module")
 def engine():
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)  # room for another engine
     yield RayEngine(2, attempts=2, first_pause_s=0.05)
     ray.shutdown()
 
@@ -72,6 +93,20 @@ def test_map__a_stage_that_declares_more_memory_than_there_is_still_runs(engine)
 
 
 @dataclass(frozen=True)
+class Process(Needs):
+    def __call__(self, item, opened):
+        return os.getpid()
+
+
+def test_map__a_stage_that_needs_more_or_less_memory_runs_in_the_same_processes(engine):
+    used = [
+        {process for _, process in engine.map(Process(Resources(memory=m << 20)), [1, 2], "same")}
+        for m in (64, 128, 32)
+    ]
+    assert len(set().union(*used)) <= 2  # those of the first stage
+
+
+@dataclass(frozen=True)
 class Leaks(Task[int, int]):
     """One item holds ever more memory, which its worker never gives back."""
 
@@ -89,6 +124,37 @@ def test_map__an_item_that_takes_all_memory_is_stopped_and_named(engine):
     with pytest.raises(EngineError, match=r"1 of 6 .*\(3\): MemoryLimitError: its worker held"):
         results.extend(engine.map(Leaks(), range(6), "leak"))
     assert sorted(item for item, _ in results) == [0, 1, 2, 4, 5]
+
+
+def write_shards(folder: Path, order, cuts) -> None:
+    """Pictures as Parquet files of other sizes and in another order; the last ten are copies."""
+    files = [encode_jpeg(picture(n % 30, 96), 90 - n // 30) for n in range(40)]
+    folder.mkdir()
+    for number, rows in enumerate(np.split(order, cuts)):
+        names = pa.array([f"http://a.example/{row}.jpg" for row in rows])
+        columns = {"url": names, "image": pa.array([files[row] for row in rows])}
+        pq.write_table(pa.table(columns), folder / f"{number}.parquet")
+
+
+def test_run__content_does_not_depend_on_engine_workers_shards_or_their_order(engine, tmp_path):
+    write_shards(tmp_path / "one", np.arange(40), [])
+    order = np.random.default_rng(0).permutation(40)
+    write_shards(tmp_path / "many", order, [3, 4, 25])
+    runs = [
+        ("one", 99, LocalEngine(1)),
+        ("many", 7, LocalEngine(2)),
+        ("one", 9, engine),
+        ("many", 11, RayEngine(1)),
+    ]
+    found = set()
+    for number, (source, rows, runner) in enumerate(runs):
+        recipe = tmp_path / f"{number}.yaml"
+        text = SHUFFLED.replace("IMAGES", str(tmp_path / source))
+        recipe.write_text(text.replace("rows_per_shard: 99", f"rows_per_shard: {rows}"))
+        manifest = manifest_of(recipe, tmp_path / f"{number}", runner, Silent()).manifest
+        found.add((manifest.content_digest, manifest.num_rows))
+    assert len(found) == 1
+    assert 3 < found.pop()[1] < 40
 
 
 def test_verb__an_address_where_no_ray_answers_is_one_line(tmp_path, monkeypatch):
@@ -161,10 +227,14 @@ class Killer(Silent):
         self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
 
 
-def digest_of(recipe, work: Path, engine, watcher) -> str:
+def manifest_of(recipe, work: Path, engine, watcher) -> Dataset:
     work.mkdir()
     record = RecipeRun(load_recipe(str(recipe), {"work": str(work)}), str(work), engine, watcher)
-    return Dataset.open(f"{work}/{record.run().manifest}").manifest.content_digest
+    return Dataset.open(f"{work}/{record.run().manifest}")
+
+
+def digest_of(recipe, work: Path, engine, watcher) -> str:
+    return manifest_of(recipe, work, engine, watcher).manifest.content_digest
 
 
 @pytest.mark.slow
