@@ -17,8 +17,8 @@ _BUFFER_NUMBERS = 1 << 19
 """Converted at a time: few enough for a cache, and enough that threads do not wait for Python."""
 _MAXIMA = 16
 """Columns for each of the k highest that are looked through one by one."""
-_GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
-"""NVIDIA's driver makes the first, that of Linux inside Windows the second."""
+_GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
+"""Made by the drivers of NVIDIA, of AMD, and of Linux inside Windows."""
 
 
 @dataclass(frozen=True)
