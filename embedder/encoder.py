@@ -273,8 +273,8 @@ def check_encoder(name: str) -> EncoderStatus:
 
 
 def _family_status(family: Family) -> EncoderStatus:
-    why_not = _missing_libraries(family) and f"needs {_missing_libraries(family)}"
-    why_not = why_not or _import_error(family.module)
+    missing = _missing_libraries(family)
+    why_not = f"needs {missing}" if missing else _import_error(family.module)
     return EncoderStatus(family.pattern, not why_not, why_not or family.about, family.licence)
 
 

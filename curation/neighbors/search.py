@@ -71,14 +71,13 @@ class Found:
         names = ("queries", "positions", "scores")
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
-    def take(self, which: np.ndarray) -> "Found":
-        """Some of the candidates, by mask or number."""
+    def take(self, which: np.ndarray | slice) -> "Found":
+        """Some of the candidates, by mask, number or run."""
         return Found(self.queries[which], self.positions[which], self.scores[which])
 
     def between(self, first: int, stop: int) -> "Found":
         """Those of some queries, of candidates that are sorted by query."""
-        bounds = np.searchsorted(self.queries, [first, stop])
-        return self.take(np.arange(*bounds))
+        return self.take(slice(*np.searchsorted(self.queries, [first, stop])))
 
     def ranks(self) -> np.ndarray:
         """(H,) int64: 0, 1, … inside each run of one query."""

@@ -9,7 +9,6 @@ encoder does.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ from numpy.typing import NDArray
 
 from embedder.encoder import EncoderMemory, LoadOptions, Thresholds
 from embedder.encoders.torch_trunk import (
-    DEVICES,
     IMAGENET_MEAN,
     IMAGENET_STD,
     Preprocessing,
+    check_device,
     digest_of,
     existing_file,
 )
@@ -101,8 +100,7 @@ def _providers(name: str, device: str) -> list[Any]:
 
     Raises: EncoderError for a CUDA device that it does not have.
     """
-    if not re.fullmatch(DEVICES, device):
-        raise EncoderError(f"unknown device {device!r}; known are auto, cpu, cuda, cuda:N")
+    check_device(device)
     on_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     if device.startswith("cuda") and not on_cuda:
         raise EncoderError(

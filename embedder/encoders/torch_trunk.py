@@ -29,7 +29,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-DEVICES = r"auto|cpu|cuda(:\d+)?"
+_DEVICES = r"auto|cpu|cuda(:\d+)?"
 ResizeKind = Literal["squash", "short_side", "whole"]
 
 _ACTIVATIONS_HELD = 4
@@ -95,8 +95,7 @@ def place(options: LoadOptions) -> Placement:
     wanted = options.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(DEVICES, wanted):
-        raise EncoderError(f"unknown device {wanted!r}; known are auto, cpu, cuda, cuda:N")
+    check_device(wanted)
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise EncoderError(f"device {wanted!r}: torch sees no CUDA device here")
     precision = _fastest_precision(wanted) if options.precision == "auto" else options.precision
@@ -107,6 +106,15 @@ def place(options: LoadOptions) -> Placement:
         options.batch_size,
         options.device_share,
     )
+
+
+def check_device(name: str) -> None:
+    """Refuse what is no name of a device.
+
+    Raises: EncoderError.
+    """
+    if not re.fullmatch(_DEVICES, name):
+        raise EncoderError(f"unknown device {name!r}; known are auto, cpu, cuda, cuda:N")
 
 
 def _fastest_precision(device: str) -> str:
