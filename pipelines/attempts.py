@@ -57,6 +57,8 @@ class Attempts:
         self._counts: Counter[str] = Counter()
         self._losses: Counter[str] = Counter()
         self._given_up: dict[str, tuple[Any, BaseException]] = {}
+        self.succeeded = 0
+        """Items that gave their result."""
         self.retries = 0
         """Failures that were, or will be, tried again."""
 
@@ -98,9 +100,14 @@ class Attempts:
         """Raise if items were given up; the finished ones are kept on disk.
 
         Raises:
-            EngineError: names the items and the first cause.
+            EngineError: names the items and the first cause; or the engine has lost items itself.
         """
         if not self._given_up:
+            if self.succeeded != num_items:
+                raise EngineError(
+                    f"{self._label}: {self.succeeded} results of {num_items} shards; the engine "
+                    "lost the others, please report this; the same command goes on from here"
+                )
             return
         names = ", ".join(list(self._given_up)[:5])
         more = len(self._given_up) - 5

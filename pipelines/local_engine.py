@@ -70,6 +70,7 @@ class LocalEngine(Engine):
             except Exception as error:  # noqa: BLE001  (counted, retried, raised at the end)
                 attempts.failed(item, error, backlog)
             else:
+                attempts.succeeded += 1
                 yield item, result
         self.retries += attempts.retries
         attempts.raise_failures(len(items))
@@ -118,7 +119,7 @@ class LocalEngine(Engine):
         pool = self._processes()
         while len(backlog) or running:
             while len(running) < in_flight and (item := backlog.pop()) is not None:
-                running[pool.submit(_run_item, task_file, item)] = item
+                running[_submit(pool, task_file, item)] = item
             if not running:
                 time.sleep(backlog.pause_s() or 0.0)
             pause_s = backlog.pause_s() if len(running) < in_flight else None
@@ -132,9 +133,23 @@ class LocalEngine(Engine):
                         suspects.put(suspect)
                     raise error
                 if error is None:
+                    attempts.succeeded += 1
                     yield item, future.result()
                 else:
                     attempts.failed(item, error, backlog)
+
+
+def _submit(pool: ProcessPoolExecutor, task_file: str, item: Any) -> Future[Any]:
+    """The answer to come; where a worker has died meanwhile, one that says so already.
+
+    A pool that is about to break has closed its pipes: it cannot start its next worker (OSError).
+    """
+    try:
+        return pool.submit(_run_item, task_file, item)
+    except (BrokenProcessPool, OSError) as error:
+        broken: Future[Any] = Future()
+        broken.set_exception(BrokenProcessPool(str(error)))
+        return broken
 
 
 def _set_up_worker(workers: int) -> None:

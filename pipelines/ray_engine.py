@@ -341,6 +341,7 @@ class _ActorPool:
         else:
             del self._running[reference]
             actor.num_items -= 1
+            attempts.succeeded += 1
             yield item, result
 
     def _bury(

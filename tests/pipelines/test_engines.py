@@ -83,6 +83,17 @@ def test_map__a_worker_that_dies_costs_only_its_items(engine, how, tmp_path):
     assert results == {i: i for i in range(7)}
 
 
+def test_map__a_worker_that_dies_while_a_result_is_used_costs_nothing(engine, tmp_path):
+    if isinstance(engine, LocalEngine) and engine.workers == 1:
+        pytest.skip("the worker is this process")
+    (tmp_path / "0").touch()  # 0 is answered, and 3 dies while the answer is used
+    results = {}
+    for item, result in engine.map(FailsOnce(str(tmp_path), "kill"), range(12), "deadly"):
+        time.sleep(0 if results else 0.5)
+        results[item] = result
+    assert results == {i: i for i in range(12)}
+
+
 @dataclass(frozen=True)
 class Poisonous(Task[int, int]):
     """One item kills its worker every time; the others take a while."""
