@@ -7,11 +7,13 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from curation.config import parse_settings
 from curation.errors import ConfigError
 from embedder.checkpoint import load_backbone
 from pipelines.cli import app
 from pretrain import checkpoint
 from pretrain.building import build_method
+from pretrain.config import PretrainConfig, load_config
 from pretrain.continuing import load_continued_config, resize_positions
 from pretrain.train import run
 from tests.pretrain.small_runs import small_config, write_folder
@@ -91,3 +93,22 @@ def test_continue__what_cannot_be_is_one_line(folder: Path, tmp_path: Path) -> N
     result = CLI.invoke(app, ["pretrain", *paths])
     assert isinstance(result.exception, ConfigError)
     assert "name a config" in str(result.exception)
+
+
+@pytest.mark.slow
+def test_pretrain__highres_518_as_shipped_on_vits14(tmp_path: Path) -> None:
+    """Two steps of ViT-S/14 at 518 px; what they leave is used at another size and aspect, too."""
+    write_folder(tmp_path / "images")
+    head = {"prototypes": 1024, "hidden": 256, "bottleneck": 128}
+    start = load_config("vits14").model_dump(mode="json") | {"data": {"workers": 0}}
+    start["optim"] |= {"steps": 1, "batch_size": 2, "warmup_steps": 0, "freeze_last_layer_steps": 0}
+    start["loss"] |= {"dino_head": head, "ibot_head": head}
+    run(parse_settings(PretrainConfig, start, "start"), f"{tmp_path}/images", f"{tmp_path}/run")
+    changes = ["optim.steps=2", "optim.batch_size=1", "optim.accumulate=2", "optim.warmup_steps=1"]
+    config = load_continued_config("highres_518", changes, str(tmp_path / "run"))
+    backbone = load_backbone(run(config, f"{tmp_path}/images", f"{tmp_path}/highres").backbone)
+    assert (backbone.config.grid, backbone.config.width) == (37, 384)
+    for height, width in ((518, 518), (336, 560)):
+        patches = backbone(torch.rand(1, 3, height, width)).patches
+        assert patches.shape[1] == height // 14 * (width // 14)
+        assert patches.isfinite().all()

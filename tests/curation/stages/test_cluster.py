@@ -12,8 +12,10 @@ from curation.config import parse_settings
 from curation.dataset import Dataset
 from curation.errors import ConfigError, SchemaError, SpaceError
 from curation.neighbors.quantized import nearest_centroids, quantize_centroids, quantize_rows
+from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
+from curation.stages.balance import Balance
 from curation.stages.cluster import Cluster, LevelSize, parse_level
 from pipelines.local_engine import LocalEngine
 from pipelines.stage_runner import Silent, run_stage
@@ -63,6 +65,30 @@ def test_cluster__groups_and_levels(embed, cluster):
     centroids = Dataset.open(folder.output("centroids")).read()
     assert centroids["level"].to_pylist() == [1] * 6 + [2] * 2
     assert centroids["cluster"].to_pylist() == [0, 1, 2, 3, 4, 5, 0, 1]
+
+
+def test_cluster__balance_of_uneven_rings(embed, cluster):
+    """Vo et al. 2024: rings of 2000, 20, 100, 50 and 800 points, clustered 100 and 30, 100 drawn.
+
+    Drawn evenly, the rings would give 67, 1, 3, 2 and 27. The published example draws 31, 9, 17,
+    17 and 26 from rings in the plane; here they lie around axes of the sphere, all of one size.
+    """
+    sizes = [2000, 20, 100, 50, 800]
+    ring = np.repeat(np.arange(5), sizes)
+    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, len(ring))
+    rows = np.zeros((len(ring), WIDTH))
+    for axis, values in enumerate((np.full(len(ring), 3.0), np.cos(angle), np.sin(angle))):
+        rows[np.arange(len(ring)), 3 * ring + axis] = values
+    ids = [make_id(str(i)) for i in range(len(ring))]
+    _, outputs, _ = cluster(embed(rows, ids=ids), levels=(100, 30))
+    pool = Pool("pool", {"clusters": outputs["clusters"]})
+    stage, folder = Balance(target=100), StageFolder(outputs["clusters"].path + "-drawn", "balance")
+    _, drawn = run_stage(stage, StageInputs(pool), folder, LocalEngine(1), Silent())
+    kept = {row["id"] for row in drawn["decisions"].read().to_pylist() if row["keep"]}
+    counts = np.bincount(ring[[one in kept for one in ids]], minlength=5)
+    assert counts.sum() == 100
+    assert counts.min() >= 9
+    assert counts.max() <= 31
 
 
 def shuffled_pools(embed, rows, cut):
