@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/neighbours.py --rows 1000000 --work /tmp/neighbours
 
 Data: N x 512 unit float16: N/50 centres, 0.9 N points at in-cluster cosine 0.29 to 0.67,
-0.1 N near-copies at 0.80 to 0.95, shuffled. Every system starts from the same data set on disk or
-the same array in memory; k-means, routing, files and components count for ours, k-means and adding
-for theirs. Peak is anonymous memory of the process tree: mapped file pages are not counted.
-Seconds of CPU stand beside seconds of the wall: on a busy machine only they compare.
+0.1 N near-copies at 0.80 to 0.95, shuffled. The centres are random, so that there are no larger
+groups; with --topics they lie at cosine 0.5 around N/5000 topics. Every system starts from the same
+data set on disk or the same array in memory; k-means, routing, files and components count for ours,
+k-means and adding for theirs. Peak is anonymous memory of the process tree: mapped file pages are
+not counted. Seconds of CPU stand beside seconds of the wall: on a busy machine only they compare.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from curation.stages.cluster import Cluster
 from pipelines.local_engine import LocalEngine
 from pipelines.stage_runner import Silent, run_stage
 
-WIDTH, THRESHOLD = 512, 0.6
+WIDTH, THRESHOLD, TOPIC_COSINE = 512, 0.6, 0.5
 Pairs = np.ndarray
 
 
@@ -106,10 +107,14 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def generate(num_rows: int, seed: int = 0) -> tuple[np.ndarray, Pairs]:
+def generate(num_rows: int, seed: int = 0, *, topics: bool = False) -> tuple[np.ndarray, Pairs]:
     """(N, 512) float16, and (0.1 N, 2) rows of each planted copy and its original."""
     rng = np.random.default_rng(seed)
     centres = unit(rng.normal(size=(num_rows // 50, WIDTH)).astype(np.float32))
+    if topics:
+        topic = unit(rng.normal(size=(num_rows // 5000, WIDTH)).astype(np.float32))
+        of_centre = topic[rng.integers(0, len(topic), len(centres))]
+        centres = around(of_centre, np.full(len(centres), TOPIC_COSINE, np.float32), rng)
     points = int(0.9 * num_rows)
     owner = rng.integers(0, len(centres), points)
     rows = large_array(num_rows)
@@ -434,6 +439,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--work", default="/tmp/neighbours")
+    parser.add_argument("--topics", action="store_true", help="Centres lie around N/5000 topics.")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--memory-gb", type=float, default=4.0)
     parser.add_argument("--recall", type=float, nargs="+", default=[0.99, 0.995])
@@ -452,8 +458,9 @@ def main() -> None:
         table += bench_kmeans(args)
         table += bench_kmeans_large(args) if args.large_rows else []
     if {"join", "search"} & set(args.parts):
-        rows, planted = generate(args.rows)
-        source = write_pool(rows, f"{args.work}/pool-{args.rows}", "pool")
+        rows, planted = generate(args.rows, topics=args.topics)
+        name = f"pool-{args.rows}{'-topics' if args.topics else ''}"
+        source = write_pool(rows, f"{args.work}/{name}", "pool")
         if "join" in args.parts:
             table += bench_join(source, rows, planted, args)
         if "search" in args.parts:

@@ -21,6 +21,7 @@ from curation.neighbors.vectors import exact_similarities
 from curation.stage import Engine
 
 _TILE = 1 << 12
+_PAIRS_AT_ONCE = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -251,13 +252,23 @@ class _Settle(Work):
         k, files = self.join.k, self.join.files
         found = read_candidates(self.join, range(self.num_met), item).possible_of_any(k)
         local = Candidates(found.rows - start, found.twins, found.scores, found.bands)
-        exact = exact_similarities(
-            files.gather("vectors", local.rows + start), files.gather("vectors", local.twins)
-        )
+        exact = self._exact(item, local)
         if self.join.neighbors:
             path = self.join.settled_path("strangers", item)
             write_array(path, local.rows, local.twins, exact)
         return best_of_each(files, size, local.rows, local.twins, exact)
+
+    def _exact(self, item: int, found: Candidates) -> np.ndarray:
+        """(H,) float32: cosines of candidates; each partition of twins is read once, and let go."""
+        files, own = self.join.files, np.asarray(self.join.files.vectors(item))
+        exact = np.empty(len(found.rows), np.float32)
+        for partition, where in files.by_partition(found.twins):
+            vectors, start = np.asarray(files.vectors(partition)), files.starts[partition]
+            for first in range(0, len(where), _PAIRS_AT_ONCE):
+                some = where[first : first + _PAIRS_AT_ONCE]
+                twins = vectors[found.twins[some] - start]
+                exact[some] = exact_similarities(own[found.rows[some]], twins)
+        return exact
 
 
 def best_of_each(

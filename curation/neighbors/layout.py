@@ -4,6 +4,7 @@ Few rows are compared all with all, which is exact. More are arranged into lists
 compared with those of the lists that they visit; then recall is measured and reported.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,8 @@ from curation.pool import Pool
 from curation.stage import Engine, StageInputs
 from embedder.encoder import available_cpus
 
+logger = logging.getLogger(__name__)
+
 SEARCHED = 256
 """Sampled rows a list for a pool that is searched: each query gains by lists that fit closely."""
 _ROWS_PER_PARTITION = 25_000
@@ -42,6 +45,9 @@ class Comparison(Settings):
     """auto: rows up to which all pairs are compared."""
     recall: float = Field(default=0.99, gt=0, le=1)
     """lists: share of the pairs above the threshold to be found, measured on a sample."""
+    visits: int = Field(default=16, gt=0)
+    """lists: lists that a row may visit on average. Where they do not suffice for `recall`, a
+    warning says so: more of them find more, in more time."""
     memory_gb: float = Field(default=4.0, gt=0)
     """Memory that the tasks of one machine may hold at once."""
 
@@ -50,6 +56,28 @@ class Comparison(Settings):
         if self.method == "auto":
             return num_rows > self.exhaustive_rows
         return self.method == "lists"
+
+    def budget(self, rows_per_list: int) -> Budget:
+        """What the coarse part may cost."""
+        return Budget(
+            memory=int(self.memory_gb * (1 << 30)),
+            mean_visits=self.visits,
+            most_visits=8 * self.visits,
+            rows_per_list=rows_per_list,
+        )
+
+    def judged(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Figures of a comparison by lists; a warning where its recall is less than was asked."""
+        measured = figures["measured_recall"]
+        if measured is not None and measured < self.recall:
+            logger.warning(
+                "recall is %.3f where %.3g was asked: the rows form no groups that lists could "
+                "follow further; comparison.visits above %d finds more, in more time",
+                measured,
+                self.recall,
+                self.visits,
+            )
+        return {"compared": "lists", "asked_recall": self.recall, **figures}
 
 
 @dataclass(frozen=True)
@@ -105,7 +133,7 @@ def lay_out(
             storage.join(folder, "coarse"),
             engine,
             seed=seed,
-            budget=Budget(int(comparison.memory_gb * (1 << 30)), rows_per_list=rows_per_list),
+            budget=comparison.budget(rows_per_list),
             threads=threads,
         )
     if trained is None:
@@ -162,7 +190,7 @@ def self_join(
         apart=apart,
     )
     joined = join_by_lists(join, recall.gap, engine, layout.threads)
-    return joined, {"compared": "lists", **recall.figures()}
+    return joined, layout.comparison.judged(recall.figures())
 
 
 def search_in(
@@ -176,7 +204,8 @@ def search_in(
     by_lists = ListSearch(
         search, layout.router, layout.comparison.recall, layout.seed, layout.threads
     )
-    return search, {"compared": "lists", **by_lists.run(engine)}
+    asked = {"compared": "lists", "asked_recall": layout.comparison.recall}
+    return search, asked | by_lists.run(engine)
 
 
 def threads_of(engine: Engine) -> int:

@@ -118,11 +118,15 @@ def _searches(work: WorkFolder) -> TableRows:
                 (
                     f"{stage.flow}: {stage.name}",
                     figures.get("compared", ""),
-                    "–" if recall is None else f"{recall:.4f}",
+                    "–" if recall is None else _recall(recall, figures.get("asked_recall", 0)),
                     "–" if missed is None else count(missed),
                 )
             )
     return rows
+
+
+def _recall(measured: float, asked: float) -> str:
+    return f"{measured:.4f}" + (f" of {asked:.4g} asked" if measured < asked else "")
 
 
 def _fetches(facts: Stats) -> TableRows:

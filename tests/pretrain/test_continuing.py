@@ -104,7 +104,7 @@ def test_pretrain__highres_518_as_shipped_on_vits14(tmp_path: Path) -> None:
     start["optim"] |= {"steps": 1, "batch_size": 2, "warmup_steps": 0, "freeze_last_layer_steps": 0}
     start["loss"] |= {"dino_head": head, "ibot_head": head}
     run(parse_settings(PretrainConfig, start, "start"), f"{tmp_path}/images", f"{tmp_path}/run")
-    changes = ["optim.steps=2", "optim.batch_size=1", "optim.accumulate=2", "optim.warmup_steps=1"]
+    changes = ["optim.steps=2", "optim.batch_size=2", "optim.accumulate=1", "optim.warmup_steps=1"]
     config = load_continued_config("highres_518", changes, str(tmp_path / "run"))
     backbone = load_backbone(run(config, f"{tmp_path}/images", f"{tmp_path}/highres").backbone)
     assert (backbone.config.grid, backbone.config.width) == (37, 384)

@@ -53,6 +53,20 @@ def test_join_by_lists__finds_what_exhaustive_comparison_finds(embed, dedup):
     assert abs(record.rows_out - exact.rows_out) <= 0.002 * exact.rows_in
 
 
+def test_join_by_lists__recall_that_is_not_reached_is_said(embed, dedup, caplog):
+    rows = np.random.default_rng(0).normal(size=(6000, 24))  # no groups, so lists say little
+    few = {"threshold": 0.5, "max_component_share": 1.0}
+    found = []
+    for visits in (1, 16):
+        how = Comparison(method="lists", recall=0.99, visits=visits)
+        record, _ = dedup(embed(rows), name=f"{visits}", comparison=how, **few)
+        found.append(record.figures["measured_recall"])
+        assert record.figures["asked_recall"] == 0.99
+    assert found[0] < 0.6
+    assert found[0] < found[1]
+    assert f"recall is {found[0]:.3f} where 0.99 was asked" in caplog.text
+
+
 def test_join_by_lists__content_does_not_depend_on_shards_order_or_workers(embed, dedup):
     rng = np.random.default_rng(1)
     rows, ids = crowd(1), [make_id(str(i)) for i in range(1500)]
