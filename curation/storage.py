@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import uuid
@@ -87,12 +88,32 @@ def total_bytes(path: str) -> int:
 
 
 def walk_files(path: str) -> list[str]:
-    """Relative paths of all files below a folder, sorted; none where it is a file."""
+    """Relative paths of all files below a folder, sorted; none where it is a file or absent.
+
+    An object store gives a listing page after page: as soon as there are folders enough, they are
+    listed side by side.
+    """
     fs, inner = _resolve(path)
+    files: list[str] = []
+    folders = [inner]
     with storage_errors(path):
-        found = fs.find(inner)
+        while folders and not is_local(path) and len(folders) < _REQUESTS_AT_ONCE:
+            entries = itertools.chain(*gather(lambda one: _entries(fs, one), folders, path))
+            kinds = [(entry["name"], entry["type"]) for entry in entries]
+            files += [name for name, kind in kinds if kind == "file"]
+            folders = [name for name, kind in kinds if kind == "directory"]
+        files += itertools.chain(*gather(fs.find, folders, path))
     root = inner.rstrip("/") + "/"
-    return sorted(name.removeprefix(root) for name in found if name.startswith(root))
+    below = {name.removeprefix(root) for name in files if name.startswith(root)}
+    return sorted(below - {""})
+
+
+def _entries(fs: Any, folder: str) -> list[dict[str, Any]]:
+    try:
+        found: list[dict[str, Any]] = fs.ls(folder, detail=True)
+    except FileNotFoundError:
+        return []
+    return [entry for entry in found if entry["name"].rstrip("/") != folder.rstrip("/")]
 
 
 def remove(path: str) -> None:

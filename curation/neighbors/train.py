@@ -4,7 +4,6 @@ The sample is the rows with the smallest hash of (seed, id), in its order, so th
 the rows and the seed alone. N rows, S sampled rows, D width, L lists, P partitions.
 """
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from curation.neighbors.steps import Done, Work, finished_steps, run_steps
 from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine, Resources
+from embedder.encoder import available_cpus
 
 _ROWS_PER_LIST = 256
 _LONGEST = 2048
@@ -204,7 +204,7 @@ class _TrainCoarse(Work):
         asked, rows = sample[:held], sample[held:]  # those trained on lie too near their lists
         rng = np.random.default_rng(self.training.seed)
         # The other workers wait for the lists, so that their cores are free where they are here.
-        threads = min(os.cpu_count() or 1, self.training.workers * self.training.threads)
+        threads = min(available_cpus(), self.training.workers * self.training.threads)
         coarse = Coarse.trained(rows, self.training.num_lists, rng, threads)
         coarse.write(self.training.coarse_path)
         budget, few = self.training.budget, rows[: _COUNTED_PER_LIST * coarse.num_lists]

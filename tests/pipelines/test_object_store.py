@@ -72,6 +72,28 @@ def test_exists__sees_what_another_process_wrote_a_moment_ago(bucket):
     assert storage.list_files(f"{bucket}/late") == ["a"]
 
 
+def test_walk_files__folders_are_listed_side_by_side(bucket, tmp_path, monkeypatch):
+    names = [f"{n % 40:02d}/{n % 3}/{n}.jpg" for n in range(120)] + ["top.txt", "07/deep.txt"]
+    for root in (f"{bucket}/walk", str(tmp_path / "walk")):
+        for name in names:
+            storage.write_bytes(f"{root}/{name}", b"1")
+        storage.write_bytes(f"{root}-not/other", b"1")
+    side_by_side = []
+    gather = storage.gather
+
+    def counting(function, items, path):
+        side_by_side.append(len(items))
+        return gather(function, items, path)
+
+    monkeypatch.setattr(storage, "gather", counting)
+    assert storage.walk_files(f"{bucket}/walk") == sorted(names)
+    assert side_by_side == [1, 40]
+    assert storage.walk_files(str(tmp_path / "walk")) == sorted(names)
+    for nothing in ("walk/top.txt", "none"):
+        assert storage.walk_files(f"{bucket}/{nothing}") == []
+        assert storage.walk_files(str(tmp_path / nothing)) == []
+
+
 @pytest.fixture
 def fetched(monkeypatch):
     """Bytes fetched from the server, one entry a request."""
