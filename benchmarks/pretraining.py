@@ -34,13 +34,14 @@ import json, resource, sys, time
 from curation.config import parse_settings
 from pretrain.config import PretrainConfig
 from pretrain.train import run
-data, out, steps, prototypes, precision = sys.argv[1:]
+data, out, steps, prototypes, precision, *compiled = sys.argv[1:]
 head = {"prototypes": int(prototypes)}
 config = parse_settings(PretrainConfig, {
     "model": {"arch": "vits14", "drop_path": 0.0}, "data": {"workers": 0},
     "loss": {"centering": "centering", "separate_heads": False, "dino_head": head},
     "optim": {"batch_size": 16, "steps": int(steps)},
-    "run": {"precision": precision, "device": "cpu", "log_every_steps": 1}}, "benchmark")
+    "run": {"precision": precision, "device": "cpu", "log_every_steps": 1,
+            "compile": bool(compiled)}}, "benchmark")
 marks = [(time.perf_counter(), time.process_time())]
 def mark(record):
     marks.append((time.perf_counter(), time.process_time()))
@@ -67,12 +68,11 @@ print(json.dumps({"marks": marks, "kb": resource.getrusage(resource.RUSAGE_SELF)
 """
 
 
-def run_rival(
-    python: str, script: str, options: argparse.Namespace, precision: str
-) -> dict[str, float]:
+def run_rival(python: str, script: str, options: argparse.Namespace, *how: str) -> dict[str, float]:
+    """Steps of a script; how: its precision, and for ours `compiled`."""
     with tempfile.TemporaryDirectory() as folder:
         command = [python, "-c", script, options.data, f"{folder}/out", str(options.steps)]
-        command += [str(options.prototypes), precision]
+        command += [str(options.prototypes), *how]
         environment = {**os.environ, **ALLOCATOR, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": "."}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -176,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default=str(PHOTOS), help="folder of images")
     parser.add_argument("--lightly", help="interpreter that has lightly-train")
+    parser.add_argument("--compiled", action="store_true", help="ours with torch.compile, too")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--prototypes", type=int, default=65536)
     options = parser.parse_args()
@@ -183,6 +184,9 @@ def main() -> None:
         print(f"{options.data}: no such folder; nothing to measure on (--data FOLDER)")
         return
     show("ours, bfloat16", run_rival(sys.executable, OURS, options, "bfloat16"))
+    if options.compiled:
+        times = run_rival(sys.executable, OURS, options, "bfloat16", "compiled")
+        show("ours, bfloat16, torch.compile", times)
     if options.lightly:
         show("lightly-train, default", run_rival(options.lightly, LIGHTLY, options, "auto"))
         show("lightly-train, bfloat16", run_rival(options.lightly, LIGHTLY, options, "bf16-mixed"))

@@ -7,7 +7,8 @@ r"""Cross-entropy of the student's prototypes against targets, in blocks.
 
 with q_i the sum of the targets of row i. Logits s exist for one block of rows and prototypes at a
 time, small enough for a CPU's cache; they are computed twice, first for the logsumexp. The
-gradients are taken in the same pass, so that nothing of size (M, K) is kept for the backward pass.
+gradients are taken in the same pass, so that nothing of size (M, K) is kept for the backward pass;
+those of a block of prototypes are complete when it is left, so that they are written once.
 
 Legend: M rows, b bottleneck, K prototypes, r rows and c prototypes of a block, n targets a row.
 """
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from pretrain.heads import Projected
 from pretrain.losses.targets import (
-    ALL,
     Targets,
     column_blocks,
     log_sums,
@@ -72,25 +72,26 @@ class _CrossEntropy(torch.autograd.Function):
         # The loss scaler acts after this pass, so float16 needs a scale of its own here.
         headroom = FLOAT16_HEADROOM if features.dtype == torch.float16 else 1.0
         mass = target_rows.shape[1]
-        whole = len(features) <= block_rows  # then no gradient is a sum over blocks of rows
-        loss = weights.new_zeros((), dtype=full)
+        blocks = list(row_blocks(len(features), block_rows))
+        whole = Projected(features, prototypes)
+        normalizer = log_sums(whole, temperature, block_rows=block_rows)  # (M,)
+        row_weights = weights.to(full)
+        scale = (row_weights * (headroom / temperature))[:, None]
+        loss = mass * torch.dot(row_weights, normalizer)
         features_grad = torch.zeros_like(features, dtype=full)
-        prototypes_grad = torch.zeros_like(prototypes, dtype=features.dtype if whole else full)
-        for rows in row_blocks(len(features), block_rows):
-            block = Projected(features[rows], prototypes)
-            normalizer = log_sums(block, temperature, block_rows=block_rows)  # (r,)
-            row_weights = weights[rows].to(full)
-            loss += mass * torch.dot(row_weights, normalizer)
-            scale = (row_weights * (headroom / temperature))[:, None]
-            for columns in column_blocks(block, rows):
+        prototypes_grad = torch.empty_like(prototypes) if blocks else torch.zeros_like(prototypes)
+        for columns in column_blocks(whole, blocks[0]) if blocks else ():
+            parts = []
+            for rows in blocks:
                 q = _summed(targets, target_rows[rows], columns)  # (r, c)
-                logits = scaled_scores(block, ALL, columns, temperature)
-                loss -= torch.dot(row_weights, torch.linalg.vecdot(q, logits))
-                grad = logits.sub_(normalizer[:, None]).exp_()
-                grad = (grad if mass == 1 else grad.mul_(mass)).sub_(q).mul_(scale)
+                logits = scaled_scores(whole, rows, columns, temperature)
+                loss -= torch.dot(row_weights[rows], torch.linalg.vecdot(q, logits))
+                grad = logits.sub_(normalizer[rows, None]).exp_()
+                grad = (grad if mass == 1 else grad.mul_(mass)).sub_(q).mul_(scale[rows])
                 grad = grad.to(features.dtype)
                 features_grad[rows] += grad @ prototypes[columns]
-                prototypes_grad[columns] += grad.T @ block.features  # (c, b)
+                parts.append(grad.T @ features[rows])  # (c, b)
+            prototypes_grad[columns] = _added(parts, full)
         ctx.save_for_backward(features_grad, prototypes_grad)
         ctx.headroom = headroom
         ctx.dtype = features.dtype
@@ -98,11 +99,26 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        features_grad, prototypes_grad = ctx.saved_tensors
         scale = grads[0] / ctx.headroom
         rest = (None,) * 5
-        scaled = (grad.mul(scale).to(ctx.dtype) for grad in (features_grad, prototypes_grad))
-        return *scaled, *rest
+        return *(_times(grad, scale).to(ctx.dtype) for grad in ctx.saved_tensors), *rest
+
+
+def _added(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Add up products of blocks of rows in a wider type; a single one needs none."""
+    if len(parts) == 1:
+        return parts[0]
+    total = parts[0].to(dtype)
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def _times(grad: Tensor, scale: Tensor) -> Tensor:
+    """Give grad * scale. Most losses have weight 1: that spares a pass over all prototypes."""
+    if scale.device.type == "cpu" and scale.item() == 1:
+        return grad
+    return grad.mul(scale)
 
 
 def _summed(targets: Targets, rows: Tensor, columns: slice) -> Tensor:
