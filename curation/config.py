@@ -6,6 +6,7 @@ and still refuses "3" for 3.
 
 import difflib
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -44,6 +45,23 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
+
+
+def find_config(kind: str, name: str) -> Path:
+    """Path of a YAML file, given itself or by the name of one that ships in configs/<kind>.
+
+    Raises:
+        ConfigError: neither is there; names those that ship.
+    """
+    given = Path(name)
+    if given.is_file() or given.suffix in (".yaml", ".yml"):
+        return given
+    folder = Path(str(resources.files("configs").joinpath(kind)))
+    shipped = folder / f"{name}.yaml"
+    if not shipped.is_file():
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise ConfigError(f"{name}: neither a file nor one of configs/{kind}: {names}")
+    return shipped
 
 
 def split_change(change: str) -> tuple[str, Any]:

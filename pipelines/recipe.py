@@ -5,12 +5,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from curation.config import Settings, apply_change, parse_settings, read_yaml
+from curation.config import Settings, apply_change, find_config, parse_settings, read_yaml
 from curation.errors import ConfigError
 from curation.registry import load_stage
 from curation.stage import Stage
@@ -166,23 +165,6 @@ def load_recipe(name: str, variables: dict[str, str], changes: Iterable[str] = (
     checked = CheckedRecipe(recipe=parse_settings(Recipe, filled, str(path)), where=str(path))
     check_columns(checked)
     return checked
-
-
-def find_config(kind: str, name: str) -> Path:
-    """Path of a YAML file, given itself or by the name of one in configs/<kind>.
-
-    Raises:
-        ConfigError: neither is there; names those that ship.
-    """
-    given = Path(name)
-    if given.suffix in (".yaml", ".yml"):
-        return given
-    folder = Path(__file__).resolve().parents[1] / "configs" / kind
-    shipped = folder / f"{name}.yaml"
-    if not shipped.is_file():
-        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise ConfigError(f"{name}: no such file, nor one of the {kind} that ship: {names}")
-    return shipped
 
 
 def check_columns(checked: CheckedRecipe) -> None:

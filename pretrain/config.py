@@ -1,13 +1,12 @@
 """Settings of a pretraining run. Defaults are those of the paper's ViT-L/14 recipe."""
 
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from curation.config import Settings, apply_change, parse_settings, read_yaml
+from curation.config import Settings, apply_change, find_config, parse_settings, read_yaml
 from curation.errors import ConfigError
 from embedder.vit import ViTConfig, vit_config
 
@@ -352,7 +351,7 @@ def load_config(path_or_name: str, overrides: list[str] | tuple[str, ...] = ()) 
     Raises:
         ConfigError: no such file or name, or a setting that cannot be.
     """
-    values = _read(find_config(path_or_name), overrides)
+    values = _read(find_config("pretrain", path_or_name), overrides)
     return parse_settings(PretrainConfig, values, where=path_or_name)
 
 
@@ -364,26 +363,8 @@ def load_distill_config(
     Raises:
         ConfigError: no such file or name, or a setting that cannot be.
     """
-    values = _read(find_config(path_or_name, "distill"), overrides)
+    values = _read(find_config("distill", path_or_name), overrides)
     return parse_settings(DistillConfig, values, where=path_or_name)
-
-
-def find_config(path_or_name: str, verb: str = "pretrain") -> Path:
-    """Resolve a path, or the name of a config that ships with the product.
-
-    Raises:
-        ConfigError: neither a file nor a name, listing the names.
-    """
-    if Path(path_or_name).is_file():
-        return Path(path_or_name)
-    shipped = Path(str(resources.files("configs").joinpath(verb)))
-    found = shipped / f"{path_or_name}.yaml"
-    if not found.is_file():
-        names = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
-        raise ConfigError(
-            f"{path_or_name}: neither a file nor a shipped config; these are: {names}"
-        )
-    return found
 
 
 def _read(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curation.config import apply_change, parse_settings, read_yaml
+from curation.config import apply_change, find_config, parse_settings, read_yaml
 from curation.errors import ConfigError
 from pretrain import checkpoint
-from pretrain.config import PretrainConfig, find_config
+from pretrain.config import PretrainConfig
 from pretrain.methods.dinov2 import DINOv2
 
 POSITIONS = "backbone.pos_embed"
@@ -34,7 +34,7 @@ def load_continued_config(
     saved = checkpoint.read_about(folder, step)["config"]
     if "teacher_run" in saved:
         raise ConfigError(f"{run}: is a distillation; only `curate pretrain` runs can be continued")
-    above: dict[str, Any] = read_yaml(find_config(path_or_name)) or {}
+    above: dict[str, Any] = read_yaml(find_config("pretrain", path_or_name)) or {}
     values = _laid_over({**saved, "init": None}, above)
     for override in overrides:
         apply_change(values, override)

@@ -68,7 +68,7 @@ def test_load_recipe__wrong_input_is_one_clear_line(tmp_path, old, new, message)
 
 
 def test_load_recipe__missing_file_names_those_that_ship():
-    with pytest.raises(ConfigError, match="recipes that ship: demo, lvd142m"):
+    with pytest.raises(ConfigError, match="one of configs/recipes: demo, lvd142m"):
         load_recipe("dmo", {})
 
 

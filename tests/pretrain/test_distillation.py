@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from curation.config import parse_settings
+from curation.config import find_config, parse_settings
 from curation.errors import ConfigError
 from embedder.checkpoint import load_backbone
 from embedder.errors import CheckpointError
@@ -15,7 +15,7 @@ from pipelines.verbs import training
 from pretrain import checkpoint
 from pretrain.building import build_method
 from pretrain.collapse import Flatness
-from pretrain.config import DistillConfig, find_config, load_distill_config
+from pretrain.config import DistillConfig, load_distill_config
 from pretrain.data import Batches, Part
 from pretrain.methods.distillation import Distillation
 from pretrain.run_log import Record, read_lines
@@ -200,11 +200,11 @@ def test_run__teacher_that_does_not_fit_is_one_line(
 def test_load_distill_config__shipped_config_names_command_and_cost() -> None:
     config = load_distill_config("tiny", ["optim.steps=3"])
     assert (config.optim.steps, config.model.drop_path) == (3, 0.0)
-    header = find_config("tiny", "distill").read_text().splitlines()[:3]
+    header = find_config("distill", "tiny").read_text().splitlines()[:3]
     assert header[0].startswith("# curate distill tiny --teacher ")
     assert header[1].startswith("# Cost: ")
     assert "Expected: " in header[1]
-    with pytest.raises(ConfigError, match="these are: tiny, vitb14, vitl14, vits14"):
+    with pytest.raises(ConfigError, match="configs/distill: tiny, vitb14, vitl14, vits14"):
         load_distill_config("missing")
 
 
