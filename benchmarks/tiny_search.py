@@ -5,7 +5,10 @@ to the settings in this file) on Imagenette at 64 px with one thread for about s
 all schedules stretched to fit, and prints a line of JSON: steps, samples, leave-one-out k-NN (20)
 of the teacher on the training images (the test images choose nothing; 9,469 queries leave a
 standard error of half a point), and the DINO loss as a share of log K. `baselines` prints what
-raw pixels and untrained networks reach, and `RUN` (a run's folder) what its backbone reaches.
+raw pixels and untrained networks reach, and `RUN` (a run's folder) what its backbone reaches: k-NN
+of the test images, their mean distance to the nearest other one (what KoLeo spreads), and how well
+masked patches are guessed (what iBOT teaches): its loss as it is logged, and, without heads, the
+cosine of the student's masked patches with the teacher's, less their mean.
 """
 
 import argparse
@@ -250,16 +253,18 @@ def rows_of(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 def measure_run(run: Path) -> dict[str, Any]:
     """k-NN of the teacher in a run's last checkpoint, finished or not, and its last losses."""
     from curation.config import parse_settings
-    from embedder.vit import VisionTransformer
+    from pretrain.building import build_method
     from pretrain.checkpoint import load_into, read_about, saved_steps
     from pretrain.config import PretrainConfig
     from pretrain.run_log import read_lines
 
     step = saved_steps(run)[-1]
-    config = parse_settings(PretrainConfig, read_about(run, step)["config"], str(run))
-    network = VisionTransformer(config.vit())
-    weights = network.state_dict()
-    load_into(run, step, {f"method.teacher.backbone.{name}": x for name, x in weights.items()})
+    values = read_about(run, step)["config"]
+    values["loss"]["ibot_weight"] = 1.0  # to be measured in a run that did without, too
+    config = parse_settings(PretrainConfig, values, str(run))
+    method = build_method(config)
+    load_into(run, step, {f"method.{name}": x for name, x in method.state_dict().items()})
+    network = method.teacher.backbone
     window = [line for line in read_lines(run / "log.jsonl") if step - 50 < line["step"] <= step]
     means = {
         name: sum(line[name] for line in window) / len(window)
@@ -274,6 +279,51 @@ def measure_run(run: Path) -> dict[str, Any]:
         **test_accuracy(of(network)),
         "dino_share": round(dino / math.log(config.loss.dino_head.prototypes), 3),
         **{name: round(value, 3) for name, value in means.items()},
+        "nearest": round(nearest_distance(network), 3),
+        **masked_guesses(method, config),
+    }
+
+
+def nearest_distance(network: Any) -> float:
+    """Mean distance of the test images' class tokens, as unit rows, to the nearest other one."""
+    import torch.nn.functional as F
+
+    from pretrain.evaluation.knn import labeled_folder
+
+    tokens = of(network)([file for file, _ in labeled_folder(TEST)])
+    cosines = (rows := F.normalize(tokens, dim=1)) @ rows.T
+    return float((2 - 2 * cosines.fill_diagonal_(-1).amax(1)).clamp(min=0).sqrt().mean())
+
+
+def masked_guesses(method: Any, config: Any, batches: int = 8) -> dict[str, float]:
+    """How well the student guesses masked patches of the first batches of the stream."""
+    import torch
+    import torch.nn.functional as F
+
+    from pretrain.data import open_loader
+    from pretrain.sources import open_source
+
+    losses, cosines = [], []
+    loader = open_loader(open_source(str(TRAIN)), config, 0, 0, 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for batch in (raw.to(torch.device("cpu")) for raw in itertools.islice(loader, batches)):
+            targets = method.targets([batch], config.teacher.temperature[0])
+            found = method.losses(batch, targets, 0, torch.Generator())
+            losses.append(float(found["ibot_loss"]))
+            masked, seen = (
+                backbone.forward_packed([batch.global_crops], [masks])[0].patches.flatten(0, 1)
+                for backbone, masks in (
+                    (method.student.backbone, batch.masks),
+                    (method.teacher.backbone, None),
+                )
+            )
+            pair = (
+                part[batch.mask_index].float() - part.float().mean(0) for part in (masked, seen)
+            )
+            cosines.append(float(F.cosine_similarity(*pair, dim=1).mean()))
+    return {
+        "masked loss": round(statistics.mean(losses), 3),
+        "masked cosine": round(statistics.mean(cosines), 3),
     }
 
 
