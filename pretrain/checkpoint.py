@@ -105,18 +105,37 @@ def load_into(out: Path, step: int, state: State) -> None:
         raise _damaged(folder, error) from error
 
 
+def stepped_parameters(out: Path, step: int, method: nn.Module) -> set[nn.Parameter]:
+    """Parameters of a method whose optimiser state a checkpoint holds.
+
+    Raises:
+        CheckpointError: the files are damaged.
+    """
+    saved = _metadata(out, step)
+    named = method.named_parameters()
+    return {parameter for name, parameter in named if f"optimizer.{name}.step" in saved}
+
+
 def saved_shape(out: Path, step: int, name: str) -> tuple[int, ...]:
     """Read the shape of a saved tensor.
 
     Raises:
         CheckpointError: it is not there, or the files are damaged.
     """
+    try:
+        saved = _metadata(out, step)[name]
+    except KeyError as error:
+        raise _damaged(checkpoint_folder(out, step), error) from error
+    return tuple(getattr(saved, "size", ()))
+
+
+def _metadata(out: Path, step: int) -> dict[str, Any]:
     folder = checkpoint_folder(out, step)
     try:
-        saved = FileSystemReader(folder).read_metadata().state_dict_metadata[name]
-    except (OSError, EOFError, KeyError, UnpicklingError) as error:
+        found: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except (OSError, EOFError, UnpicklingError) as error:
         raise _damaged(folder, error) from error
-    return tuple(getattr(saved, "size", ()))
+    return found
 
 
 def prune(out: Path, keep: int, keep_every: int | None) -> None:

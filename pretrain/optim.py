@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -100,10 +100,15 @@ def clip_gradients(
     return {name: _whole(norm) for name, norm in norms.items()}
 
 
-def prepare_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create AdamW's state as it is before the first step, for a checkpoint to fill."""
+def prepare_state(optimizer: torch.optim.Optimizer, stepped: Container[Tensor]) -> None:
+    """Create AdamW's state of the parameters that had one, for a checkpoint to fill.
+
+    stepped: parameters that were trained; a frozen backbone, without gradients, was not.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            if parameter not in stepped:
+                continue
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": step, **moments}

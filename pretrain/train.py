@@ -211,7 +211,7 @@ class Trainer:
     def _restore(self, step: int) -> None:
         about = checkpoint.read_about(self.out, step)
         refuse_other_model(about["config"], self.config, self.out)
-        prepare_state(self.optimizer)
+        prepare_state(self.optimizer, checkpoint.stepped_parameters(self.out, step, self.method))
         checkpoint.load_into(self.out, step, checkpoint.training_state(self.method, self.optimizer))
         if about["scaler"]:
             self.scaler.load_state_dict(about["scaler"])

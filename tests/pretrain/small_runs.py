@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import signal
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,16 @@ def small_config(**changes: Any) -> PretrainConfig:
     for section, keys in changes.items():
         values[section] = {**values.get(section, {}), **keys} if isinstance(keys, dict) else keys
     return parse_settings(PretrainConfig, values, "small")
+
+
+def stop_after(step: int) -> Callable[[dict[str, Any]], None]:
+    """Progress that asks the run to end after a step, as a cluster does."""
+
+    def progress(record: dict[str, Any]) -> None:
+        if record["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return progress
 
 
 def jpeg(number: int, side: int = 64) -> bytes:

@@ -20,7 +20,7 @@ from pretrain.data import Batches, Part
 from pretrain.methods.distillation import Distillation
 from pretrain.run_log import Record, read_lines
 from pretrain.train import Trainer, TrainResult, run
-from tests.pretrain.small_runs import HEAD, small_config, write_folder
+from tests.pretrain.small_runs import HEAD, small_config, stop_after, write_folder
 
 CPU = torch.device("cpu")
 
@@ -298,8 +298,12 @@ def test_build_method__a_frozen_backbone_only_fits_heads(
     weights = str(Path(teacher_run) / "backbone.safetensors")
     changes = {"steps": 200, "freeze_backbone_steps": 200, "freeze_last_layer_steps": 0,
                "stop_when_flat": 2}  # fmt: skip
-    config = small_config(init=weights, optim=changes, model={"drop_path": 0.0})
+    config = small_config(
+        init=weights, optim=changes, model={"drop_path": 0.0}, run={"checkpoint_every_steps": 2}
+    )
+    run(config, images, str(tmp_path / "heads"), progress=stop_after(3))
     result = run(config, images, str(tmp_path / "heads"))
+    assert result.steps > 3
     assert result.finished
     assert result.steps < 200
     before = load_backbone(weights).state_dict()
