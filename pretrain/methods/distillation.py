@@ -183,6 +183,11 @@ def load_teacher(config: DistillConfig) -> Network:
         raise ConfigError("no teacher: name the folder of its run with --teacher or teacher_run")
     run = Path(config.teacher_run)
     steps = checkpoint.saved_steps(run)
+    if run.is_file():
+        raise ConfigError(
+            f"{run}: a file of weights has no heads to teach by; --set objective=features learns "
+            "from its tokens"
+        )
     if not steps:
         raise ConfigError(f"{run}: holds no checkpoint of `curate pretrain` to be the teacher")
     saved = checkpoint.read_about(run, steps[-1])["config"]

@@ -285,6 +285,8 @@ def test_features__student_approaches_the_teacher_s_tokens(
     for name in ("cls_loss", "patch_loss"):
         assert records[-1][name] < 0.5 * records[0][name]
     assert load_backbone(result.backbone).config.width == 12
+    with pytest.raises(ConfigError, match="a file of weights has no heads to teach by"):
+        run(distill_config(result.backbone), images, str(tmp_path / "next"))
     with pytest.raises(ConfigError, match="hold no single student with heads to teach"):
         run(distill_config(str(tmp_path / "out")), images, str(tmp_path / "next"))
     with pytest.raises(ConfigError, match="patch = 14, the student 7"):
