@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from curation.config import parse_settings
+from curation.config import laid_over, parse_settings
 from embedder.checkpoint import load_backbone
 from embedder.feature_maps import load_feature_model
 from pretrain.config import DistillConfig, PretrainConfig, load_config
@@ -95,15 +95,6 @@ def fitting(backbone: Path, steps: int) -> dict[str, Any]:
         "loss": {"koleo_weight": 0.0, "separate_heads": True},
         "optim": {"freeze_backbone_steps": steps, "base_lr": 1e-3},
     }
-
-
-def laid_over(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Settings with some changed, section by section."""
-    merged = {
-        name: values[name] | change if isinstance(values.get(name), dict) else change
-        for name, change in changes.items()
-    }
-    return values | merged
 
 
 def finished(config: PretrainConfig, out: Path) -> Path:

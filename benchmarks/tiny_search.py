@@ -289,10 +289,10 @@ def nearest_distance(network: Any) -> float:
     import torch.nn.functional as F
 
     from pretrain.evaluation.knn import labeled_folder
+    from pretrain.losses.koleo import nearest
 
-    tokens = of(network)([file for file, _ in labeled_folder(TEST)])
-    cosines = (rows := F.normalize(tokens, dim=1)) @ rows.T
-    return float((2 - 2 * cosines.fill_diagonal_(-1).amax(1)).clamp(min=0).sqrt().mean())
+    rows = F.normalize(of(network)([file for file, _ in labeled_folder(TEST)]), dim=1)
+    return float((rows - rows[nearest(rows)]).norm(dim=1).mean())
 
 
 def masked_guesses(method: Any, config: Any, batches: int = 8) -> dict[str, float]:

@@ -95,6 +95,18 @@ def apply_change(values: dict[str, Any], change: str) -> None:
     values[last] = value
 
 
+def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Replace keys, inside nested settings too."""
+    result = dict(below)
+    for key, value in above.items():
+        inner = result.get(key)
+        if isinstance(inner, dict) and isinstance(value, dict):
+            result[key] = laid_over(inner, value)
+        else:
+            result[key] = value
+    return result
+
+
 def parse_settings(model: type[S], values: Any, where: str) -> S:
     """Validate plain YAML values into settings.
 

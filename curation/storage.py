@@ -71,10 +71,7 @@ def _list(path: str, wanted: str) -> list[str]:
     fs, inner = _resolve(path)
     with storage_errors(path):
         fs.invalidate_cache(inner)
-        try:
-            entries = fs.ls(inner, detail=True)
-        except FileNotFoundError:
-            return []
+        entries = _entries(fs, inner)
     names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries)
     kinds = zip(names, (entry["type"] for entry in entries), strict=True)
     return sorted(name for name, kind in kinds if kind == wanted)
@@ -98,22 +95,24 @@ def walk_files(path: str) -> list[str]:
     folders = [inner]
     with storage_errors(path):
         while folders and not is_local(path) and len(folders) < _REQUESTS_AT_ONCE:
+            listed = set(folders)
             entries = itertools.chain(*gather(lambda one: _entries(fs, one), folders, path))
             kinds = [(entry["name"], entry["type"]) for entry in entries]
             files += [name for name, kind in kinds if kind == "file"]
-            folders = [name for name, kind in kinds if kind == "directory"]
+            folders = [name for name, kind in kinds if kind == "directory" and name not in listed]
         files += itertools.chain(*gather(fs.find, folders, path))
     root = inner.rstrip("/") + "/"
-    below = {name.removeprefix(root) for name in files if name.startswith(root)}
-    return sorted(below - {""})
+    below = (name for name in files if name.startswith(root) and not name.endswith("/"))
+    return sorted(name.removeprefix(root) for name in below)  # marks of folders end in a slash
 
 
 def _entries(fs: Any, folder: str) -> list[dict[str, Any]]:
+    """What a folder holds; nothing where it is absent."""
     try:
         found: list[dict[str, Any]] = fs.ls(folder, detail=True)
     except FileNotFoundError:
         return []
-    return [entry for entry in found if entry["name"].rstrip("/") != folder.rstrip("/")]
+    return found
 
 
 def remove(path: str) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curation.config import apply_change, find_config, parse_settings, read_yaml
+from curation.config import apply_change, find_config, laid_over, parse_settings, read_yaml
 from curation.errors import ConfigError
 from pretrain import checkpoint
 from pretrain.config import PretrainConfig
@@ -35,7 +35,7 @@ def load_continued_config(
     if "teacher_run" in saved:
         raise ConfigError(f"{run}: is a distillation; only `curate pretrain` runs can be continued")
     above: dict[str, Any] = read_yaml(find_config("pretrain", path_or_name)) or {}
-    values = _laid_over({**saved, "init": None}, above)
+    values = laid_over({**saved, "init": None}, above)
     for override in overrides:
         apply_change(values, override)
     values["continue_run"] = str(Path(run).resolve())
@@ -87,15 +87,3 @@ def resize_positions(positions: Tensor, patches: int, *, antialias: bool) -> Ten
     plane = positions[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # type: ignore[no-untyped-call]
     plane = F.interpolate(plane, size=(new, new), mode="bicubic", antialias=antialias)
     return torch.cat([positions[:, :1], plane.flatten(2).transpose(1, 2).to(positions.dtype)], 1)
-
-
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Replace keys, inside nested settings too."""
-    result = dict(below)
-    for key, value in above.items():
-        inner = result.get(key)
-        if isinstance(inner, dict) and isinstance(value, dict):
-            result[key] = _laid_over(inner, value)
-        else:
-            result[key] = value
-    return result

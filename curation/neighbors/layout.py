@@ -66,19 +66,6 @@ class Comparison(Settings):
             rows_per_list=rows_per_list,
         )
 
-    def judged(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """Figures of a comparison by lists; a warning where its recall is less than was asked."""
-        measured = figures["measured_recall"]
-        if measured is not None and measured < self.recall:
-            logger.warning(
-                "recall is %.3f where %.3g was asked: the rows form no groups that lists could "
-                "follow further; comparison.visits above %d finds more, in more time",
-                measured,
-                self.recall,
-                self.visits,
-            )
-        return {"compared": "lists", "asked_recall": self.recall, **figures}
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -190,7 +177,8 @@ def self_join(
         apart=apart,
     )
     joined = join_by_lists(join, recall.gap, engine, layout.threads)
-    return joined, layout.comparison.judged(recall.figures())
+    _warn_of_recall(recall.expected, layout.comparison)
+    return joined, _by_lists(layout.comparison, recall.figures())
 
 
 def search_in(
@@ -204,8 +192,22 @@ def search_in(
     by_lists = ListSearch(
         search, layout.router, layout.comparison.recall, layout.seed, layout.threads
     )
-    asked = {"compared": "lists", "asked_recall": layout.comparison.recall}
-    return search, asked | by_lists.run(engine)
+    return search, _by_lists(layout.comparison, by_lists.run(engine))
+
+
+def _by_lists(comparison: Comparison, figures: dict[str, Any]) -> dict[str, Any]:
+    return {"compared": "lists", "asked_recall": comparison.recall, **figures}
+
+
+def _warn_of_recall(measured: float | None, comparison: Comparison) -> None:
+    if measured is not None and measured < comparison.recall:
+        logger.warning(
+            "recall is %.3f where %.3g was asked: the rows form no groups that lists could "
+            "follow further; comparison.visits above %d finds more, in more time",
+            measured,
+            comparison.recall,
+            comparison.visits,
+        )
 
 
 def threads_of(engine: Engine) -> int:

@@ -182,12 +182,12 @@ def load_teacher(config: DistillConfig) -> Network:
     if config.teacher_run is None:
         raise ConfigError("no teacher: name the folder of its run with --teacher or teacher_run")
     run = Path(config.teacher_run)
-    steps = checkpoint.saved_steps(run)
     if run.is_file():
         raise ConfigError(
             f"{run}: a file of weights has no heads to teach by; --set objective=features learns "
             "from its tokens"
         )
+    steps = checkpoint.saved_steps(run)
     if not steps:
         raise ConfigError(f"{run}: holds no checkpoint of `curate pretrain` to be the teacher")
     saved = checkpoint.read_about(run, steps[-1])["config"]

@@ -73,11 +73,15 @@ def test_exists__sees_what_another_process_wrote_a_moment_ago(bucket):
 
 
 def test_walk_files__folders_are_listed_side_by_side(bucket, tmp_path, monkeypatch):
+    import boto3
+
     names = [f"{n % 40:02d}/{n % 3}/{n}.jpg" for n in range(120)] + ["top.txt", "07/deep.txt"]
     for root in (f"{bucket}/walk", str(tmp_path / "walk")):
         for name in names:
             storage.write_bytes(f"{root}/{name}", b"1")
         storage.write_bytes(f"{root}-not/other", b"1")
+    for mark in ("walk/", "walk/07/", "walk/07/1/"):  # as consoles of object stores leave them
+        boto3.client("s3").put_object(Bucket="bucket", Key=mark, Body=b"")
     side_by_side = []
     gather = storage.gather
 

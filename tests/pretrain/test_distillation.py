@@ -1,5 +1,3 @@
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from pretrain.collapse import Flatness
 from pretrain.config import DistillConfig, load_distill_config
 from pretrain.data import Batches, Part
 from pretrain.methods.distillation import Distillation
-from pretrain.run_log import Record, read_lines
+from pretrain.run_log import read_lines
 from pretrain.train import Trainer, TrainResult, run
 from tests.pretrain.small_runs import HEAD, small_config, stop_after, write_folder
 
@@ -134,13 +132,9 @@ def test_run__leaves_the_student_s_moving_average(
 def test_run__stopped_and_resumed_gives_the_same_losses(
     images: str, teacher_run: str, tmp_path: Path
 ) -> None:
-    def stop(record: Record) -> None:
-        if record["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     config = distill_config(teacher_run)
     calm = run(config, images, str(tmp_path / "calm"))
-    assert not run(config, images, str(tmp_path / "halting"), progress=stop).finished
+    assert not run(config, images, str(tmp_path / "halting"), progress=stop_after(2)).finished
     resumed = run(config, images, str(tmp_path / "halting"))
     assert resumed.finished
     assert losses(resumed) == losses(calm)
@@ -244,13 +238,9 @@ def test_run__two_students_resume_together(images: str, teacher_run: str, tmp_pa
         {**distill_config(teacher_run).model.model_dump(), "name": name} for name in ("a", "b")
     ]
 
-    def stop(record: Record) -> None:
-        if record["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     config = distill_config(teacher_run, students=students, optim={"steps": 4})
     calm = run(config, images, str(tmp_path / "calm"))
-    run(config, images, str(tmp_path / "halting"), progress=stop)
+    run(config, images, str(tmp_path / "halting"), progress=stop_after(2))
     resumed = run(config, images, str(tmp_path / "halting"))
     assert resumed.finished
     first, second = (
