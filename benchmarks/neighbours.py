@@ -217,7 +217,8 @@ def our_join(
 ) -> tuple[Layout, dict[str, Any]]:
     engine = LocalEngine(args.workers)
     how = Comparison(method="lists", recall=recall, memory_gb=args.memory_gb)
-    layout = lay_out((source,), f"{folder}/rows", engine, comparison=how, seed=0)
+    rows = f"{folder}/rows"
+    layout = lay_out((source,), rows, engine, comparison=how, seed=0, alike=THRESHOLD)
     joined, figures = self_join(layout, THRESHOLD, f"{folder}/join", engine)
     connected_components(layout.files.num_rows, joined.edges())
     return layout, figures

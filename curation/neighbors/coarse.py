@@ -1,50 +1,55 @@
-"""Coarse centroids in two levels: trained on a sample, and searched from the top down.
+"""Coarse lists: which of them a row lives in, and which are nearly as near.
 
-A row meets the G groups, then the lists of the few groups nearest to it: 600 products instead of
-4,000. Lists are numbered so that those of one group, and groups that lie near each other, follow
-one another: what a partition's visitors need then lies in few places.
-N rows, D width, G groups, L lists, T visits of all rows.
+Lists lie in groups. A row meets the centroids of all groups, then the lists of the groups nearest
+to it: 10,000 products instead of 200,000. How many groups that must be is measured on rows that
+lie near a list. Lists are numbered so that those of one group, and groups that lie near each
+other, follow one another: what a partition's visitors need then lies in few places.
+N rows, D width, G groups, L lists, H lists met by all rows, T visits of all rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from curation.neighbors.coarse_training import chain, grown_centroids
 from curation.neighbors.partition import Router
 from curation.neighbors.quantized import (
     integer_products,
+    lengths_of,
     nearest_centroids,
     quantize_centroids,
     quantize_rows,
 )
 from curation.neighbors.routes import Reach, Routes, bounds_of
 from curation.neighbors.row_files import map_array, write_array
+from curation.neighbors.selection import columns_near, ranks_within
 from curation.neighbors.threads import in_threads
-from curation.neighbors.vectors import unit_rows
 
+_UNGROUPED = 1 << 12
+"""Lists up to which a row meets all of them."""
+_LISTS_PER_GROUP = 64
+_MOST_GROUPS_MET = 128
+_FEWEST_ROWS = 50
 _ROWS_AT_ONCE = 1 << 13
-_ROWS_PER_THREAD = (1 << 13, 1 << 15)
-"""At least and at most: a few blocks a thread, but fewer sums than rows in each."""
+_ROWS_GROUPED = 1 << 15
+"""So many that each group is met by some hundreds of them: small products cost their call."""
 _PRODUCTS = 1 << 18
 """They stay in the cache of a core until those within reach are found."""
-_NOWHERE = -(2**31)
+_FIRST_GROUPS = 8
+"""Nearest groups, in which most rows find their own list."""
+_ROWS_FOR_GAP = 1 << 9
 _WIDEST = 8.0
 """No two cosines differ by so much, however they were rounded."""
-_GROWTH = ((8, 4), (32, 3), (96, 2))
-"""Rows a centroid, and passes over them at most, as long as there are twice as many rows."""
-_LAST_PASSES = 6
-"""Passes over all rows at most."""
-_SETTLED = 0.02
-"""Share of the rows: when fewer than these change their centroid, training ends."""
-FLAT = 1 << 14
-"""Up to so many lists there is one level."""
+
+_Met = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""(H,) each: rows in ascending order, lists, and how far their product is below the highest."""
 
 
 @dataclass(frozen=True)
 class Coarse:
-    """Quantised centroids of both levels, ready for products."""
+    """Quantised centroids of lists and of their groups, ready for products."""
 
     groups: np.ndarray
     """(G, D) int8."""
@@ -54,36 +59,20 @@ class Coarse:
     """(G + 1,) int64: first list of each group, then the number of lists."""
 
     @classmethod
-    def trained(
-        cls, rows: np.ndarray, num_lists: int, rng: np.random.Generator, threads: int = 1
-    ) -> "Coarse":
-        """Train both levels on a sample. rows: (N, D) float16 or float32, in a fixed order."""
-        from curation.clustering import lloyd
-
-        if num_lists <= FLAT:
-            lists = grown_centroids(rows, num_lists, rng, threads)
-            lists = lists[_chain(lists)]
-            starts = np.array([0, len(lists)])
-            return cls(quantize_centroids(lists[:1]), quantize_centroids(lists), starts)
-        num_groups = max(1, round(np.sqrt(num_lists)))
-        groups = grown_centroids(rows, num_groups, rng, threads)
-        groups = groups[_chain(groups)]
-        quantized = quantize_rows(rows)
-        mine = _nearest(quantized, groups, threads)
-        counts = _shares(np.bincount(mine, minlength=len(groups)), num_lists)
-        seeds = rng.integers(0, 1 << 62, len(groups))
-
-        def inside(group: int) -> np.ndarray:
-            own = np.flatnonzero(mine == group)
-            if not len(own):
-                return np.asarray(groups[group : group + 1])
-            own_rng = np.random.default_rng(seeds[group])
-            lists, _ = lloyd(rows[own], quantized[own], int(counts[group]), 6, own_rng)
-            return np.asarray(lists[_chain(lists)])
-
-        parts = list(in_threads(inside, range(len(groups)), threads))
-        starts = np.cumsum([0, *(len(part) for part in parts)])
-        return cls(quantize_centroids(groups), quantize_centroids(np.concatenate(parts)), starts)
+    def of(cls, lists: np.ndarray, rng: np.random.Generator, threads: int = 1) -> "Coarse":
+        """Group lists and put them in order. lists: (L, D) float32, unit rows."""
+        codes, count = quantize_centroids(lists), len(lists) // _LISTS_PER_GROUP
+        if len(lists) <= _UNGROUPED:
+            order = chain(lists)
+            return cls(codes[:1], codes[order], np.array([0, len(lists)]))
+        shuffled = quantize_rows(lists[rng.permutation(len(lists))])
+        groups = grown_centroids(shuffled, count, rng, threads)
+        groups = quantize_centroids(groups[chain(groups)])
+        owners = nearest_centroids(quantize_rows(lists), groups)
+        known, owners = np.unique(owners, return_inverse=True)
+        order = np.argsort(owners, kind="stable")
+        starts = np.searchsorted(owners[order], np.arange(len(known) + 1))
+        return cls(groups[known], codes[order], starts)
 
     def write(self, path: str) -> None:
         """Write to a file, from which a `CoarseRouter` reads."""
@@ -99,69 +88,114 @@ class Coarse:
         """Length of a list's centroid as integers: the same for all, up to rounding."""
         return float(np.sqrt(np.mean((self.lists.astype(np.float32) ** 2).sum(axis=1))))
 
+    def groups_to_meet(self, rows: np.ndarray, cosine: float, share: float) -> int:
+        """How many groups rows must meet so that this share of those near a list finds it.
+
+        rows: (N, D), not trained on; those count whose nearest list has this cosine at least.
+        """
+        if len(self.groups) == 1:
+            return 1
+        codes = quantize_rows(rows)
+        nearest = nearest_centroids(codes, self.lists)
+        owners = np.searchsorted(self.list_starts, nearest, "right") - 1
+        products = np.einsum("nd,nd->n", codes, self.lists[nearest], dtype=np.int64)
+        near = products >= cosine * self.length * lengths_of(codes)
+        if np.count_nonzero(near) < _FEWEST_ROWS:
+            return min(_MOST_GROUPS_MET, len(self.groups))
+        scores = integer_products(codes[near], self.groups).numpy()  # (N, G)
+        own = scores[np.arange(len(scores)), owners[near]]
+        rank = np.sort((scores > own[:, None]).sum(axis=1))
+        wanted = 1 + int(rank[min(len(rank) - 1, int(share * len(rank)))])
+        return min(wanted, _MOST_GROUPS_MET, len(self.groups))
+
     def route(self, vectors: np.ndarray, reach: Reach, threads: int = 1) -> Routes:
         """The list of each row, and those within reach. vectors: (N, D)."""
         length = self.length
+        meet, step = self._meet_all, _ROWS_AT_ONCE
+        if len(self.groups) > 1:
+            meet, step = self._meet_groups, _ROWS_GROUPED
 
         def of_block(start: int) -> Routes:
-            rows = quantize_rows(vectors[start : start + _ROWS_AT_ONCE])
-            step = len(rows) if len(self.groups) > 1 else max(32, _PRODUCTS // self.num_lists)
-            blocks = (rows[first : first + step] for first in range(0, len(rows), step))
-            return Routes.joined([self._route(block, reach, length) for block in blocks])
+            rows = quantize_rows(vectors[start : start + step])
+            return _routes(rows, meet(rows, _allowed(rows, reach, length), reach), reach, length)
 
-        starts = range(0, len(vectors), _ROWS_AT_ONCE)
-        return Routes.joined(list(in_threads(of_block, starts, threads)))
+        return Routes.joined(list(in_threads(of_block, range(0, len(vectors), step), threads)))
 
-    def gap_of_visits(self, vectors: np.ndarray, mean: float, reach: Reach) -> float:
+    def gap_of_visits(
+        self, vectors: np.ndarray, mean: float, reach: Reach, threads: int = 1
+    ) -> float:
         """The gap within which rows visit so many of the lists within reach on average."""
-        return self.route(vectors, reach).gap_at(int(mean * len(vectors)))
+        vectors = vectors[:_ROWS_FOR_GAP]
+        return self.route(vectors, reach, threads).gap_at(int(mean * len(vectors)))
 
-    def _route(self, rows: np.ndarray, reach: Reach, length: float) -> Routes:
-        """Routes of rows of 8-bit integers: (N, D)."""
-        lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.int64)) * length  # (N,)
-        scores, owner = self._scores(rows, reach.groups)
-        limit = np.float16(min(reach.gap, _WIDEST))
-        allowed = (np.nextafter(limit, np.float16(np.inf)) * lengths).astype(np.int64)
-        who, columns, below = _within(scores, allowed, reach.most)
-        lists = columns
-        if owner is not None:
-            slot, inside = np.divmod(columns, scores.shape[1] // owner.shape[1])
-            lists = self.list_starts[owner[who, slot]] + inside
-        nearest = np.flatnonzero(below == 0)
-        _, firsts = np.unique(who[nearest], return_index=True)
-        homes = nearest[firsts]  # (N,)
-        gaps = (below / lengths[who]).astype(np.float16)
-        visits = gaps <= limit  # as it will be asked, and not as it was computed
-        visits[homes] = False
-        counts = np.bincount(who[visits], minlength=len(rows))
-        return Routes(
-            lists[homes].astype(np.int32),
-            bounds_of(counts),
-            lists[visits].astype(np.int32),
-            gaps[visits],
-        )
+    def _meet_all(self, rows: np.ndarray, allowed: np.ndarray, reach: Reach) -> _Met:
+        """Lists within reach of all, block by block. rows: (N, D) int8; allowed: (N,)."""
+        step, parts = max(32, _PRODUCTS // self.num_lists), []
+        for start in range(0, len(rows), step):
+            scores = integer_products(rows[start : start + step], self.lists).numpy()
+            who, lists, below = _within(scores, allowed[start : start + step], reach.most)
+            parts.append((who + start, lists, below))
+        who, lists, below = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return who, lists, below
 
-    def _scores(self, rows: np.ndarray, num_groups: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """(N, C) int32 products of rows with lists; whose lists they are.
+    def _meet_groups(self, rows: np.ndarray, allowed: np.ndarray, reach: Reach) -> _Met:
+        """Lists within reach of those in the nearest groups: first what is highest, then all."""
+        best = np.full(len(rows), -(1 << 31), np.int64)
 
-        One level: all lists, and None. Two: those of the nearest groups, (N, G) int64, as many
-        columns a group as the longest has; `_NOWHERE` where a group has fewer lists.
+        def raise_best(who: np.ndarray, first: int, scores: np.ndarray) -> None:
+            best[who] = np.maximum(best[who], scores.max(axis=1))
+
+        first, every = self._near_groups(rows, (min(_FIRST_GROUPS, reach.groups), reach.groups))
+        self._meet_near(rows, first, raise_best)
+        done = best >= reach.near * self.length * lengths_of(rows)
+        count = len(self.groups)
+        looked_at = np.concatenate([first[done[first // count]], every[~done[every // count]]])
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+        def keep_near(who: np.ndarray, first: int, scores: np.ndarray) -> None:
+            raise_best(who, first, scores)
+            floors = _as_int32(best[who] - allowed[who])
+            if reach.gap >= _WIDEST and reach.most + 1 < scores.shape[1]:
+                of_group = np.partition(scores, -reach.most - 1, axis=1)[:, -reach.most - 1]
+                floors = np.maximum(floors, of_group)
+            flat = np.flatnonzero(scores >= floors[:, None])
+            row, column = np.divmod(flat, scores.shape[1])
+            found.append((who[row], column + first, scores.reshape(-1)[flat]))
+
+        self._meet_near(rows, looked_at, keep_near)
+        who, lists, products = (np.concatenate(part) for part in zip(*found, strict=True))
+        kept = np.flatnonzero(products >= (best - allowed)[who])
+        kept = kept[np.argsort(who[kept] * self.num_lists + lists[kept])]
+        who, lists, below = who[kept], lists[kept], best[who[kept]] - products[kept]
+        return _at_most(who, lists, below, reach.most)
+
+    def _near_groups(self, rows: np.ndarray, counts: tuple[int, ...]) -> list[np.ndarray]:
+        """Pairs of a row and a group near it, as row x G + group: for each of some counts.
+
+        About the so many nearest groups of each row.
         """
-        import torch
+        step = max(32, _PRODUCTS // len(self.groups))
+        parts: list[list[np.ndarray]] = [[] for _ in counts]
+        for start in range(0, len(rows), step):
+            scores = integer_products(rows[start : start + step], self.groups).numpy()
+            for part, count in zip(parts, counts, strict=True):
+                part.append(columns_near(scores, count) + start * len(self.groups))
+        return [np.concatenate(part) for part in parts]
 
-        if len(self.groups) == 1:
-            return integer_products(rows, self.lists).numpy(), None
-        num_groups = min(num_groups, len(self.groups))
-        near = integer_products(rows, self.groups).topk(num_groups, dim=1).indices.numpy()
-        longest = int(np.diff(self.list_starts).max())
-        scores = torch.full((len(rows), num_groups, longest), _NOWHERE, dtype=torch.int32)
-        for group in range(len(self.groups)):
+    def _meet_near(
+        self,
+        rows: np.ndarray,
+        near: np.ndarray,
+        visit: Callable[[np.ndarray, int, np.ndarray], None],
+    ) -> None:
+        """Give to `visit`, group by group: rows near it, its first list, their products."""
+        who, groups = np.divmod(near, len(self.groups))
+        order = np.argsort(groups.astype(np.uint16), kind="stable")
+        who, bounds = who[order], np.searchsorted(groups[order], np.arange(len(self.groups) + 1))
+        for group in np.flatnonzero(np.diff(bounds)):
             first, stop = self.list_starts[group : group + 2]
-            who, slot = np.nonzero(near == group)
-            if len(who):
-                found = integer_products(rows[who], self.lists[first:stop])
-                scores[torch.from_numpy(who), torch.from_numpy(slot), : stop - first] = found
-        return scores.flatten(1).numpy(), near
+            some = who[bounds[group] : bounds[group + 1]]
+            visit(some, first, integer_products(rows[some], self.lists[first:stop]).numpy())
 
 
 @dataclass(frozen=True)
@@ -191,74 +225,18 @@ class CoarseRouter(Router):
         return routes
 
 
-def grown_centroids(
-    rows: np.ndarray, count: int, rng: np.random.Generator, threads: int
-) -> np.ndarray:
-    """(C, D) float32: spherical k-means on a sample that grows while centroids settle.
-
-    A pass over few rows moves centroids as far as one over many, as long as they are far from
-    their places; the last passes see all rows, until few of them change their centroid.
-    rows: (N, D) in random order.
-    """
-    blocks = _blocks(len(rows), count)
-    parts = in_threads(lambda block: quantize_rows(rows[block]), blocks, threads)
-    quantized = np.concatenate(list(parts))
-    centroids = unit_rows(rows[:count]).astype(np.float32)
-    for per_centroid, passes in _GROWTH:
-        some = slice(0, per_centroid * count)
-        if 2 * per_centroid * count <= len(rows):
-            centroids = _moved(rows[some], quantized[some], centroids, passes, rng, threads)
-    return _moved(rows, quantized, centroids, _LAST_PASSES, rng, threads)
+def _limit(reach: Reach) -> np.float16:
+    return np.float16(min(reach.gap, _WIDEST))
 
 
-def _moved(
-    rows: np.ndarray,
-    quantized: np.ndarray,
-    centroids: np.ndarray,
-    passes: int,
-    rng: np.random.Generator,
-    threads: int,
-) -> np.ndarray:
-    """(C, D): centroids after some passes over the rows, fewer where they have settled."""
-    from curation.clustering import means_of
-
-    count, nearest = len(centroids), np.full(len(rows), -1, np.int32)
-    for _ in range(passes):
-        before, nearest = nearest, _nearest(quantized, centroids, threads)
-        sums, counts = np.zeros(centroids.shape), np.zeros(count, np.int64)
-        for part, members in _sums(rows, nearest, count, threads):
-            sums += part
-            counts += members
-        centroids = means_of(sums, counts, centroids, rng)
-        if np.count_nonzero(before != nearest) < _SETTLED * len(rows):
-            break
-    return centroids
+def _allowed(rows: np.ndarray, reach: Reach, length: float) -> np.ndarray:
+    """(N,) int64: how far below the highest product those within reach may be."""
+    limit = np.nextafter(_limit(reach), np.float16(np.inf))
+    return np.asarray(limit * (lengths_of(rows) * length)).astype(np.int64)
 
 
-def _sums(
-    rows: np.ndarray, nearest: np.ndarray, count: int, threads: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Sums and numbers of the members of each centroid, block by block."""
-    from curation.clustering import cluster_sums
-
-    def of_block(block: slice) -> tuple[np.ndarray, np.ndarray]:
-        return cluster_sums(rows[block], nearest[block], count)
-
-    return in_threads(of_block, _blocks(len(rows), count), threads)
-
-
-def _nearest(quantized: np.ndarray, centroids: np.ndarray, threads: int) -> np.ndarray:
-    """(N,) int32: the nearest centroid of each row. quantized: (N, D) int8."""
-    codes = quantize_centroids(centroids)
-    blocks = _blocks(len(quantized), len(codes))
-    found = in_threads(lambda block: nearest_centroids(quantized[block], codes), blocks, threads)
-    return np.concatenate(list(found))
-
-
-def _blocks(num_rows: int, count: int) -> list[slice]:
-    """Blocks of rows that are to meet so many centroids: the same for any number of threads."""
-    size = int(np.clip(2 * count, *_ROWS_PER_THREAD))
-    return [slice(start, min(num_rows, start + size)) for start in range(0, max(1, num_rows), size)]
+def _as_int32(floors: np.ndarray) -> np.ndarray:
+    return np.asarray(np.maximum(floors, -(1 << 31)), np.int32)
 
 
 def _within(
@@ -270,7 +248,7 @@ def _within(
     highest, and those equal to the last of them.
     """
     best = scores.max(axis=1).astype(np.int64)
-    near = scores >= np.maximum(best - allowed, _NOWHERE + 1).astype(np.int32)[:, None]
+    near = scores >= _as_int32(best - allowed)[:, None]
     crowded = np.flatnonzero(np.count_nonzero(near, axis=1) > most + 1)
     if len(crowded):
         last = np.partition(scores[crowded], -most - 1, axis=1)[:, -most - 1]
@@ -280,20 +258,37 @@ def _within(
     return rows, columns, best[rows] - scores.reshape(-1)[flat]
 
 
-def _shares(members: np.ndarray, total: int) -> np.ndarray:
-    """(G,) how many of `total` lists each group gets, in proportion to its members."""
-    exact = members * (total / max(1, members.sum()))
-    return np.asarray(np.maximum(1, np.rint(exact)), np.int64)
+def _at_most(who: np.ndarray, lists: np.ndarray, below: np.ndarray, most: int) -> _Met:
+    """Of each row the nearest list, `most` more, and those equal to the last of them.
+
+    who: (H,) ascending.
+    """
+    crowded = np.flatnonzero(np.bincount(who) > most + 1)
+    if not len(crowded):
+        return who, lists, below
+    limits = np.full(who[-1] + 1, np.iinfo(np.int64).max)
+    limits[crowded] = 0
+    some = np.flatnonzero(limits[who] == 0)
+    order = some[np.lexsort((below[some], who[some]))]
+    last = order[ranks_within(who[order]) == most]
+    limits[who[last]] = below[last]
+    kept = below <= limits[who]
+    return who[kept], lists[kept], below[kept]
 
 
-def _chain(rows: np.ndarray) -> np.ndarray:
-    """(C,) an order in which each row is followed by the nearest one that is left."""
-    scores = np.asarray(rows @ rows.T)
-    left = np.ones(len(rows), bool)
-    order = [0]
-    left[0] = False
-    for _ in range(len(rows) - 1):
-        following = int(np.where(left, scores[order[-1]], -np.inf).argmax())
-        left[following] = False
-        order.append(following)
-    return np.array(order)
+def _routes(rows: np.ndarray, met: _Met, reach: Reach, length: float) -> Routes:
+    """The nearest list of each row, of equals the first, and visits to the others."""
+    who, lists, below = met
+    nearest = np.flatnonzero(below == 0)
+    _, firsts = np.unique(who[nearest], return_index=True)
+    homes = nearest[firsts]  # (N,)
+    gaps = (below / (lengths_of(rows) * length)[who]).astype(np.float16)
+    visits = gaps <= _limit(reach)  # as it will be asked, and not as it was computed
+    visits[homes] = False
+    counts = np.bincount(who[visits], minlength=len(rows))
+    return Routes(
+        lists[homes].astype(np.int32),
+        bounds_of(counts),
+        lists[visits].astype(np.int32),
+        gaps[visits],
+    )

@@ -25,10 +25,10 @@ from curation.exchange import Exchange
 from curation.ledger import Receipt, commit_shard, finished_shards
 from curation.neighbors.layout import Layout, search_in
 from curation.neighbors.matching import Matching
-from curation.neighbors.pairs import ranks_within
 from curation.neighbors.review import id_bytes, ids_array
 from curation.neighbors.row_files import RowFiles, write_array
 from curation.neighbors.search import Search
+from curation.neighbors.selection import ranks_within
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.pool import Pool
 from curation.schema import ids_from_bytes, schema_of

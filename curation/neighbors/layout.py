@@ -57,13 +57,15 @@ class Comparison(Settings):
             return num_rows > self.exhaustive_rows
         return self.method == "lists"
 
-    def budget(self, rows_per_list: int) -> Budget:
+    def budget(self, rows_per_list: int, alike: float | None) -> Budget:
         """What the coarse part may cost."""
         return Budget(
             memory=int(self.memory_gb * (1 << 30)),
             mean_visits=self.visits,
             most_visits=8 * self.visits,
             rows_per_list=rows_per_list,
+            recall=self.recall,
+            alike=alike,
         )
 
 
@@ -107,10 +109,12 @@ def lay_out(
     comparison: Comparison,
     seed: int,
     rows_per_list: int = Budget.rows_per_list,
+    alike: float | None = None,
 ) -> Layout:
     """Arrange the rows of all sources: by lists, or scattered where all are compared with all.
 
-    rows_per_list: sampled rows a list that it is trained on.
+    rows_per_list: sampled rows a list that it is trained on. alike: cosine above which rows will
+    be joined; those that are get lists of their own.
     """
     num_rows = sum(source.pool.num_rows for source in sources)
     threads, trained = threads_of(engine), None
@@ -120,7 +124,7 @@ def lay_out(
             storage.join(folder, "coarse"),
             engine,
             seed=seed,
-            budget=comparison.budget(rows_per_list),
+            budget=comparison.budget(rows_per_list, alike),
             threads=threads,
         )
     if trained is None:

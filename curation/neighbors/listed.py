@@ -15,8 +15,8 @@ import pyarrow as pa
 from curation import storage
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.neighbors.join import Join, Joined
-from curation.neighbors.pairs import ranks_within
 from curation.neighbors.row_files import map_array
+from curation.neighbors.selection import ranks_within
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.schema import ids_from_bytes, schema_of
 from curation.stage import Engine

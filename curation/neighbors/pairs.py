@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from curation.components import spanning_edges
+from curation.neighbors.selection import ranks_within
 from curation.neighbors.vectors import exact_similarities
 
 _PENDING = 1 << 22
@@ -159,11 +160,3 @@ class PairCollector:
             scores[some] = exact_similarities(left, right)
         exact = Candidates(found.rows, found.twins, scores, np.zeros(len(found), np.float32))
         return exact.possible(self._num_rows, self._k)
-
-
-def ranks_within(groups: np.ndarray) -> np.ndarray:
-    """(H,) int64: 0, 1, … inside each run of equal numbers. groups: (H,) sorted."""
-    numbers = np.arange(len(groups))
-    new = np.ones(len(groups), bool)
-    new[1:] = groups[1:] != groups[:-1]
-    return numbers - np.maximum.accumulate(np.where(new, numbers, 0))

@@ -197,8 +197,7 @@ class _Split(Work):
         number, first, end = self.plan.groups[item]
         tables, files, widths = [], [], []
         shards = range(first, end)
-        threads = self.plan.threads if len(shards) > 1 else 1  # one is routed in threads
-        found = in_threads(lambda shard: self._read(number, shard, opened), shards, threads)
+        found = in_threads(lambda shard: self._read(number, shard), shards, self.plan.threads)
         for shard, (table, bad, width) in zip(shards, found, strict=True):
             write_array(self.plan.bad_path(number, shard), bad)
             files.append(self.plan.bad_path(number, shard))
@@ -206,14 +205,32 @@ class _Split(Work):
             widths.append((self.plan.sources[number].where(shard), width))
         width = check_widths(widths)
         rows = _concatenated([table for table in tables if table.num_rows], tables)
-        lists = np.asarray(rows["list"])
+        rows, lists = self._routed(rows, opened)
         self.plan.split.write(
             item, rows, np.searchsorted(self.plan.list_starts[1:], lists, "right")
         )
         files.append(self.plan.split.mapped_path(item))
         return Done(files, {"width": width, "where": widths[0][0], "rows": rows.num_rows})
 
-    def _read(self, number: int, shard: int, opened: Any) -> tuple[pa.Table, np.ndarray, int]:
+    def _routed(self, rows: pa.Table, opened: Any) -> tuple[pa.Table, np.ndarray]:
+        """The rows with their routes, all found at once: the more, the less each costs."""
+        routes = Routes.at_home(np.empty(0, np.int32))
+        if rows.num_rows:
+            ids, vectors = (
+                _from_binary(rows["id"], "uint8"),
+                _from_binary(rows["vector"], self.plan.dtype),
+            )
+            routes = self.plan.router.route(ids, vectors, opened)
+        found = {
+            "list": pa.array(routes.own),
+            "visits": _as_lists(routes.bounds, routes.lists),
+            "gaps": _as_lists(routes.bounds, routes.gaps),
+        }
+        for name, column in found.items():
+            rows = rows.append_column(name, column)
+        return rows, routes.own
+
+    def _read(self, number: int, shard: int) -> tuple[pa.Table, np.ndarray, int]:
         """Good rows of one shard as a table, the numbers of the bad ones, and the width."""
         source = self.plan.sources[number]
         ids, vectors = source.read(shard)
@@ -221,17 +238,11 @@ class _Split(Work):
         good = np.flatnonzero(~bad)
         width = vectors.shape[1] if len(good) else 0
         vectors = vectors[good].astype(self.plan.dtype)
-        routes = Routes.at_home(np.empty(0, np.int32))
-        if len(good):
-            routes = self.plan.router.route(ids[good], vectors, opened)
         columns = {
             "id": _as_binary(ids[good]),
             "set": np.full(len(good), number, np.int16),
             "shard": np.full(len(good), shard, np.int32),
             "row": good.astype(np.int32),
-            "list": routes.own,
-            "visits": _as_lists(routes.bounds, routes.lists),
-            "gaps": _as_lists(routes.bounds, routes.gaps),
             "vector": _as_binary(vectors),
             **self._attributes(source, shard, good),
         }

@@ -36,6 +36,15 @@ def quantize_centroids(centroids: np.ndarray) -> np.ndarray:
     return np.asarray(np.rint(rows * (127 / np.abs(rows).max(initial=1e-30))), np.int8)
 
 
+def lengths_of(rows: np.ndarray) -> np.ndarray:
+    """(N,) float64: lengths of rows of 8-bit integers, of any number of them."""
+    found = np.empty(len(rows))
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[start : start + _ROWS_AT_ONCE]
+        found[start : start + len(some)] = np.einsum("nd,nd->n", some, some, dtype=np.int64)
+    return np.sqrt(found, out=found)
+
+
 def integer_products(rows: np.ndarray, centroids: np.ndarray) -> Any:
     """(N, C) int32 tensor: exact products of two blocks of 8-bit integers."""
     import torch

@@ -24,6 +24,8 @@ class Reach:
     """Visits of a row at most, and those as near as the last of them."""
     groups: int = 1
     """Groups whose lists are looked at, where lists are grouped."""
+    near: float = np.inf
+    """A row with this cosine to a list in one of its first few groups looks at no others."""
 
 
 @dataclass(frozen=True)

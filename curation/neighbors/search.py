@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from curation import storage
-from curation.neighbors.pairs import ranks_within
 from curation.neighbors.products import FLOAT32, Products
 from curation.neighbors.row_files import RowFiles, map_array, write_array
+from curation.neighbors.selection import ranks_within
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.neighbors.threads import side_by_side
 from curation.neighbors.vectors import exact_similarities

@@ -1,10 +1,10 @@
-"""Training the coarse centroids: a sample of all rows, two levels of k-means, and the partitions.
+"""Training the coarse centroids: a sample of all rows, the lists, and the partitions.
 
 The sample is the rows with the smallest hash of (seed, id), in its order, so the lists depend on
 the rows and the seed alone. N rows, S sampled rows, D width, L lists, P partitions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,11 @@ import numpy as np
 
 from curation import storage
 from curation.clustering import hash_ids
-from curation.neighbors.coarse import FLAT, Coarse, CoarseRouter
+from curation.neighbors.alike import alike_groups
+from curation.neighbors.coarse import Coarse, CoarseRouter
+from curation.neighbors.coarse_training import FLAT, lists_of
 from curation.neighbors.partition import groups_of_shards
+from curation.neighbors.quantized import integer_products, lengths_of, quantize_rows
 from curation.neighbors.routes import Reach
 from curation.neighbors.row_files import map_array, write_array
 from curation.neighbors.steps import Done, Work, finished_steps, run_steps
@@ -28,7 +31,17 @@ _LONGEST = 2048
 _MOST_LISTS = 1 << 18
 _ROWS_ASKED = 1 << 12
 """Sampled rows, held out from training, that say how many lists lie within a gap."""
-_COUNTED_PER_LIST = 64
+_COUNTED, _COUNTED_PER_LIST = 1 << 16, 64
+"""Sampled rows that say how many rows each list will hold, at most."""
+_SHARE_FOR_GROUPS = 0.2
+"""Share of the rows that is sampled where groups are sought: some rows of each."""
+_ROWS_PAIRED, _PAIRED_AT_ONCE = 1 << 11, 1 << 8
+"""Held-out rows whose alike ones are sought in the sample, and rows that meet them at a time."""
+_FEWEST_PAIRS = 50
+_SPARE = 3
+"""Times fewer pairs missed than may be: what is left over for the error of both samples."""
+_FINDING_GROUPS = 256
+"""Bytes that finding groups takes for a sampled row: its sketch, its neighbours."""
 _ROWS_PER_PARTITION = 1 << 16
 _LEAST_PER_PARTITION = 1 << 13
 _PARTITIONS = 16
@@ -45,10 +58,17 @@ class Budget:
     """Visits of a row that are written down, on average; a join uses those its recall needs."""
     most_visits: int = 128
     """Visits of one row, and those as near as the last of them."""
-    groups_met: int = 12
-    """Groups whose lists a row is compared with."""
     rows_per_list: int = 96
     """Sampled rows a list that it is trained on."""
+    recall: float = 0.99
+    """Share of the pairs of alike rows that visits are to find."""
+    alike: float | None = None
+    """Cosine above which rows are sought: groups of such rows get lists of their own."""
+
+    @property
+    def near(self) -> float:
+        """Cosine to a list from which a row has found its own."""
+        return np.inf if self.alike is None else self.alike
 
 
 @dataclass(frozen=True)
@@ -73,9 +93,8 @@ class Training:
         return storage.join(self.folder, "sampled", f"sample-{item:06d}.bin")
 
     def most_rows(self, width: int) -> int:
-        """Sampled rows that fit into a third of the memory, as they are and in 8 bits."""
-        per_row = max(1, width) * (np.dtype(self.dtype).itemsize + 1)
-        return max(self.num_lists, self.budget.memory // (3 * per_row))
+        """Sampled rows that fit into half of the memory, with what finds groups."""
+        return max(self.num_lists, self.budget.memory // (2 * (width + _FINDING_GROUPS)))
 
     @property
     def coarse_path(self) -> str:
@@ -98,12 +117,13 @@ def train_router(
     """
     num_rows = sum(source.pool.num_rows for source in sources)
     num_lists = lists_for(num_rows)
+    least_share = 0.0 if budget.alike is None else _SHARE_FOR_GROUPS
     training = Training(
         sources=sources,
         groups=groups_of_shards(sources),
         folder=folder,
         seed=seed,
-        share=min(1.0, budget.rows_per_list * num_lists / num_rows),
+        share=min(1.0, max(least_share, budget.rows_per_list * num_lists / num_rows)),
         num_lists=num_lists,
         dtype=storage_dtype(sources),
         budget=budget,
@@ -120,7 +140,7 @@ def train_router(
         found["width"],
         found["groups"],
         found["lists"],
-        Reach(found["gap"], budget.most_visits, budget.groups_met),
+        Reach(found["gap"], budget.most_visits, found["groups_met"], budget.near),
         threads,
     )
     return router, found["list_starts"]
@@ -150,12 +170,12 @@ def _train(training: Training, engine: Engine) -> list[dict[str, Any]] | None:
 
 
 _Sampled = tuple[np.ndarray, np.ndarray, tuple[str, int]]
-"""Hashes (S,) and vectors (S, D) of some rows; where they are from, and their width."""
+"""Hashes (S,) and rows of 8-bit integers (S, D); where they are from, and their width."""
 
 
 @dataclass(frozen=True)
 class _Sample(Work):
-    """The sampled rows of some shards: (S,) uint64 hashes, then (S, D) vectors."""
+    """The sampled rows of some shards: (S,) uint64 hashes, then (S, D) int8."""
 
     training: Training
 
@@ -178,7 +198,7 @@ class _Sample(Work):
         chosen = chosen[~bad_rows(vectors[chosen])] if len(chosen) else chosen
         if not len(chosen):
             return None
-        rows = vectors[chosen].astype(self.training.dtype)
+        rows = quantize_rows(vectors[chosen])
         return keys[chosen], rows, (source.where(shard), vectors.shape[1])
 
     def _bound(self, width: int) -> np.uint64:
@@ -189,7 +209,7 @@ class _Sample(Work):
 
 @dataclass(frozen=True)
 class _TrainCoarse(Work):
-    """Both levels of centroids, and how many rows each list will hold."""
+    """The centroids of lists and of their groups, and how many rows each list will hold."""
 
     training: Training
     width: int
@@ -205,18 +225,25 @@ class _TrainCoarse(Work):
         rng = np.random.default_rng(self.training.seed)
         # The other workers wait for the lists, so that their cores are free where they are here.
         threads = min(available_cpus(), self.training.workers * self.training.threads)
-        coarse = Coarse.trained(rows, self.training.num_lists, rng, threads)
+        budget = self.training.budget
+        groups = None if budget.alike is None else alike_groups(rows, budget.alike, rng, threads)
+        lists = lists_of(rows, self.training.num_lists, rng, threads, groups)
+        coarse = Coarse.of(lists, rng, threads)
         coarse.write(self.training.coarse_path)
-        budget, few = self.training.budget, rows[: _COUNTED_PER_LIST * coarse.num_lists]
-        every = Reach(np.inf, budget.most_visits, budget.groups_met)
-        homes = coarse.route(few, Reach(0.0, 0, 2), threads).own
+        met = coarse.groups_to_meet(asked, budget.alike or 0.0, budget.recall)
+        every = Reach(np.inf, budget.most_visits, met, budget.near)
+        gap = coarse.gap_of_visits(asked, budget.mean_visits, every, threads)
+        every = replace(every, gap=gap)
+        few = rows[: min(_COUNTED, _COUNTED_PER_LIST * coarse.num_lists)]
+        homes = coarse.route(few, Reach(0.0, 0, met, budget.near), threads).own
         counts = np.bincount(homes, minlength=coarse.num_lists)
         expected = counts * (self.training.num_rows / max(1, len(few)))
         facts = {
             "width": self.width,
             "groups": len(coarse.groups),
+            "groups_met": met,
             "lists": coarse.num_lists,
-            "gap": coarse.gap_of_visits(asked, budget.mean_visits, every),
+            "gap": min(gap, gap_of_pairs(coarse, asked, rows, budget, every, threads)),
             "list_starts": split_evenly(expected, self._rows_per_partition()),
         }
         return Done([self.training.coarse_path], facts)
@@ -236,7 +263,7 @@ class _TrainCoarse(Work):
         hashes = hashes[hashes <= bound]
         places = np.empty(len(hashes), np.int64)
         places[np.argsort(hashes, kind="stable")] = np.arange(len(hashes))
-        rows, first = np.empty((len(hashes), self.width), self.training.dtype), 0
+        rows, first = np.empty((len(hashes), self.width), np.int8), 0
         for item in items:
             keys, found = self._read(item)
             some = np.flatnonzero(keys <= bound)
@@ -245,18 +272,64 @@ class _TrainCoarse(Work):
         return rows
 
     def _bound(self) -> np.uint64:
-        """The largest hash of a sampled row, so that the sample fits into a third of the memory."""
+        """The largest hash of a sampled row, so that the sample fits into the memory."""
         items = range(len(self.training.groups))
         hashes = np.sort(np.concatenate([self._read(item)[0] for item in items]))
         most = self.training.most_rows(self.width)
         return np.uint64(hashes[min(most, len(hashes)) - 1])
 
     def _read(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes (S,) and vectors (S, D) of one file of the sample."""
-        path, dtype = self.training.sample_path(item), self.training.dtype
-        count = storage.size_of(path) // (8 + self.width * np.dtype(dtype).itemsize)
+        """Hashes (S,) and rows (S, D) int8 of one file of the sample."""
+        path = self.training.sample_path(item)
+        count = storage.size_of(path) // (8 + self.width)
         hashes = map_array(path, "uint64", 0, (count,))
-        return hashes, map_array(path, dtype, 8 * count, (count, self.width))
+        return hashes, map_array(path, "int8", 8 * count, (count, self.width))
+
+
+def gap_of_pairs(
+    coarse: Coarse,
+    asked: np.ndarray,
+    rows: np.ndarray,
+    budget: Budget,
+    every: Reach,
+    threads: int,
+) -> float:
+    """The gap within which asked rows visit nearly all lists of alike rows that any visit finds.
+
+    Infinite where too few pairs are known. Pairs of a pool need less: either may visit the other.
+    asked: (Q, D) int8, not trained on; rows: (S, D) int8.
+    """
+    if budget.alike is None:
+        return np.inf
+    asked = asked[:_ROWS_PAIRED]
+    left, right = _pairs_above(asked, rows, budget.alike, threads)
+    if len(left) < _FEWEST_PAIRS:
+        return np.inf
+    others, number = np.unique(right, return_inverse=True)
+    homes = coarse.route(rows[others], replace(every, gap=0.0, most=0), threads).own
+    gaps = coarse.route(asked, every, threads).gaps_to(left, homes[number])
+    gaps = np.sort(gaps[np.isfinite(gaps)])
+    beyond = int((1 - budget.recall) / _SPARE * len(gaps))
+    return float(gaps[-1 - beyond]) if beyond else np.inf
+
+
+def _pairs_above(
+    asked: np.ndarray, rows: np.ndarray, cosine: float, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (H,) of asked rows, and of rows whose cosine to them is above a bound."""
+    floors = cosine * lengths_of(asked)
+
+    def of_block(start: int) -> tuple[np.ndarray, np.ndarray]:
+        some = rows[start : start + _PAIRED_AT_ONCE]
+        products, lengths = integer_products(some, asked).numpy(), lengths_of(some)
+        flat = np.flatnonzero(products > int(lengths.min() * floors.min()))
+        row, column = np.divmod(flat, len(asked))
+        above = products.reshape(-1)[flat] > lengths[row] * floors[column]
+        return column[above], row[above] + start
+
+    parts = list(in_threads(of_block, range(0, len(rows), _PAIRED_AT_ONCE), threads))
+    left, right = (np.concatenate(side) for side in zip(*parts, strict=True))
+    return left, right
 
 
 def split_evenly(expected: np.ndarray, rows_per_partition: int) -> list[int]:

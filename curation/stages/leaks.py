@@ -57,7 +57,14 @@ class Leaks(DatasetStage):
         )
         threshold = default_threshold(sources[0], self.threshold, "leak")
         rows = storage.join(folder.scratch, "rows")
-        layout = lay_out(sources, rows, engine, comparison=self.comparison, seed=inputs.seed)
+        layout = lay_out(
+            sources,
+            rows,
+            engine,
+            comparison=self.comparison,
+            seed=inputs.seed,
+            alike=threshold,
+        )
         leaks, figures = find_leaks(
             layout, threshold, storage.join(folder.scratch, "leaks"), inputs, engine
         )

@@ -82,6 +82,7 @@ class NearDedup(DatasetStage):
             engine,
             comparison=self.comparison,
             seed=inputs.seed,
+            alike=threshold,
         )
         files = layout.files
         root = storage.join(folder.scratch, "duplicates")

@@ -1,25 +1,32 @@
 import numpy as np
 import pytest
 
-from curation.neighbors.coarse import Coarse, grown_centroids
+from curation.neighbors.coarse import Coarse
+from curation.neighbors.coarse_training import grown_centroids, lists_of
 from curation.neighbors.quantized import quantize_rows
 from curation.neighbors.routes import Reach, Routes
+from curation.neighbors.train import Budget, gap_of_pairs
 
 
 def test_grown_centroids__find_clusters_and_do_not_depend_on_threads():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(8, 32))
-    rows = (centres[rng.integers(0, 8, 4000)] + 0.05 * rng.normal(size=(4000, 32))).astype("f4")
+    rows = centres[rng.integers(0, 8, 4000)] + 0.05 * rng.normal(size=(4000, 32))
+    rows = quantize_rows(rows)
     found = [grown_centroids(rows, 24, np.random.default_rng(1), threads) for threads in (1, 3)]
     assert (found[0] == found[1]).all()
     unit = centres / np.linalg.norm(centres, axis=1, keepdims=True)
     assert (unit @ found[0].T).max(axis=1).min() > 0.99
 
 
-def test_trained__lists_of_both_levels_hold_all_rows():
+def trained(rows: np.ndarray, num_lists: int, rng: np.random.Generator) -> Coarse:
+    return Coarse.of(lists_of(quantize_rows(rows), num_lists, rng), rng)
+
+
+def test_route__all_lists_hold_rows_and_rows_visit_as_many_as_they_may():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(3000, 16)).astype(np.float16)
-    coarse = Coarse.trained(rows, 40, rng, 2)
+    coarse = trained(rows, 40, rng)
     routes = coarse.route(rows, Reach(np.inf, 4, 2), 2)
     assert len(routes) == 3000
     assert len(np.unique(routes.own)) > 30
@@ -30,7 +37,7 @@ def test_trained__lists_of_both_levels_hold_all_rows():
 def test_route__gives_the_nearest_list_and_those_within_the_gap(threads):
     rng = np.random.default_rng(3)
     rows = rng.normal(size=(9000, 24)).astype(np.float32)
-    coarse = Coarse.trained(rows, 30, rng)
+    coarse = trained(rows, 30, rng)
     assert len(coarse.groups) == 1
     routes = coarse.route(rows, Reach(0.2, 6, 1), threads)
     cosines = quantize_rows(rows).astype(np.float64) @ coarse.lists.T.astype(np.float64)
@@ -45,19 +52,81 @@ def test_route__gives_the_nearest_list_and_those_within_the_gap(threads):
     assert np.allclose(routes.gaps, below[wanted], atol=1e-3)
 
 
+def grouped_lists(monkeypatch) -> tuple[Coarse, np.ndarray]:
+    """2,000 lists in 31 groups, and 3,000 rows at cosine 0.8 to one of them."""
+    monkeypatch.setattr("curation.neighbors.coarse._UNGROUPED", 1000)
+    rng = np.random.default_rng(6)
+    lists = rng.normal(size=(2000, 64))
+    lists /= np.linalg.norm(lists, axis=1, keepdims=True)
+    noise = rng.normal(size=(3000, 64)) / 8
+    rows = 0.8 * lists[rng.integers(0, 2000, 3000)] + 0.6 * noise
+    return Coarse.of(lists.astype(np.float32), rng), rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("reach", [(0.2, 6), (0.02, 100), (np.inf, 4), (np.inf, 1999)])
+def test_route__through_all_groups_it_is_what_all_lists_give(monkeypatch, reach):
+    coarse, rows = grouped_lists(monkeypatch)
+    assert 20 < len(coarse.groups) < 32
+    flat = Coarse(coarse.lists[:1], coarse.lists, np.array([0, 2000]))
+    found = coarse.route(rows, Reach(*reach, len(coarse.groups)), 2)
+    wanted = flat.route(rows, Reach(*reach))
+    for name in ("own", "bounds", "lists", "gaps"):
+        assert getattr(found, name).tolist() == getattr(wanted, name).tolist()
+
+
+def test_route__through_few_groups_rows_near_a_list_find_it(monkeypatch):
+    coarse, rows = grouped_lists(monkeypatch)
+    nearest = Coarse(coarse.lists[:1], coarse.lists, np.array([0, 2000])).route(rows, Reach(0, 0))
+    met = coarse.groups_to_meet(rows[:1000], 0.6, 0.95)
+    assert 1 < met < len(coarse.groups)
+    found = coarse.route(rows[1000:], Reach(0, 0, met), 2)
+    assert (found.own == nearest.own[1000:]).mean() > 0.93
+    alone = coarse.route(rows[1234:1235], Reach(0, 0, met))
+    assert alone.own[0] == found.own[234]  # whoever it is asked with
+
+
+def test_route__rows_that_have_found_their_list_look_no_further(monkeypatch):
+    coarse, rows = grouped_lists(monkeypatch)
+    monkeypatch.setattr("curation.neighbors.coarse._FIRST_GROUPS", 3)
+    few, all_groups = 3, len(coarse.groups)
+    done = coarse.route(rows, Reach(np.inf, 1999, all_groups, near=-1.0))
+    first = coarse.route(rows, Reach(np.inf, 1999, few))
+    assert done.lists.tolist() == first.lists.tolist()
+    some = coarse.route(rows, Reach(0, 0, all_groups, near=0.4))
+    every = coarse.route(rows, Reach(0, 0, all_groups))
+    differ = np.flatnonzero(some.own != every.own)
+    assert 0 < len(differ) < 0.2 * len(rows)  # they were content with a list that is near
+
+
+def test_gap_of_pairs__is_that_which_alike_rows_need(monkeypatch):
+    coarse, rows = grouped_lists(monkeypatch)
+    codes = quantize_rows(rows)
+    every = Reach(np.inf, 1999, len(coarse.groups))
+    budget = Budget(alike=0.55, recall=0.94)
+    gap = gap_of_pairs(coarse, codes[:500], codes[500:], budget, every, 2)
+    unit = codes / np.linalg.norm(codes.astype(np.float64), axis=1, keepdims=True)
+    left, right = np.nonzero(unit[:500] @ unit[500:].T > 0.55)
+    routes = coarse.route(codes, every)
+    needed = routes.gaps_to(left, routes.own[500 + right])
+    assert len(left) > 100
+    assert 0.98 < (needed <= np.float16(gap)).mean() < 1
+    assert gap_of_pairs(coarse, codes[:9], codes[9:10], budget, every, 1) == np.inf
+    assert gap_of_pairs(coarse, codes, codes, Budget(), every, 1) == np.inf
+
+
 def test_gap_of_visits__is_that_of_so_many_visits_on_average():
     rng = np.random.default_rng(4)
-    rows = rng.normal(size=(2000, 24)).astype(np.float32)
-    coarse = Coarse.trained(rows, 40, rng)
-    gap = coarse.gap_of_visits(rows, 5, Reach(np.inf, 39, 1))
-    assert 4.9 < len(coarse.route(rows, Reach(gap, 39, 1)).lists) / 2000 < 5.2
-    assert coarse.gap_of_visits(rows, 500, Reach(np.inf, 39, 1)) < 2
+    rows = rng.normal(size=(3000, 24)).astype(np.float32)
+    coarse, asked = trained(rows[:1000], 40, rng), rows[1000:]
+    gap = coarse.gap_of_visits(asked, 5, Reach(np.inf, 39, 1))
+    assert 4.7 < len(coarse.route(asked, Reach(gap, 39, 1)).lists) / 2000 < 5.3
+    assert coarse.gap_of_visits(asked, 500, Reach(np.inf, 39, 1)) < 2
 
 
 def test_routes__are_taken_joined_written_and_asked(tmp_path):
     rng = np.random.default_rng(5)
     rows = rng.normal(size=(500, 16)).astype(np.float32)
-    routes = Coarse.trained(rows, 20, rng).route(rows, Reach(0.1, 19, 1))
+    routes = trained(rows, 20, rng).route(rows, Reach(0.1, 19, 1))
     order = rng.permutation(500)
     taken = routes.take(order)
     parts = Routes.joined([routes.take(order[:90]), routes.take(order[90:])])

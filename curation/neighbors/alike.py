@@ -1,0 +1,146 @@
+"""Groups of alike rows in a sample: where there are some, they make the best lists.
+
+k-means with far fewer centroids than groups bundles strangers, and a centroid that stands for a
+dozen groups says little about each. Here neighbours within the sample are found first, by
+sketches and coarse lists, so roughly that it costs little; then rows gather around those with
+most neighbours. A group's mean lies much nearer to the group's other rows than any of them does.
+S sampled rows, D width, E edges.
+"""
+
+from functools import partial
+
+import numpy as np
+
+from curation.neighbors.coarse_training import grown_centroids
+from curation.neighbors.identical import first_identical
+from curation.neighbors.quantized import integer_products, quantize_centroids
+from curation.neighbors.selection import columns_near, ranks_within
+from curation.neighbors.sketches import least_product, sketches_of
+from curation.neighbors.threads import in_threads
+
+_ROWS_PER_LIST = 1 << 10
+_TRAINED_PER_LIST = 32
+_MOST_LISTS = 1 << 15
+_FEWEST_MET, _SHARE_MET = 16, 1 / 64
+"""Lists that a row meets: that many at least, or that share of them."""
+_LONGEST = 1 << 13
+"""Rows of a list that others are compared with; the rest of a crowd adds nothing new."""
+_MOST_NEIGHBOURS = 32
+"""Of a row in one list: in a crowd all find the same first ones."""
+_VISITORS = 1 << 9
+_ROUTED = 1 << 9
+
+_Edges = tuple[np.ndarray, np.ndarray]
+"""(E,) int64 each: rows, and rows alike to them."""
+
+
+def alike_groups(
+    rows: np.ndarray, cosine: float, rng: np.random.Generator, threads: int = 1
+) -> np.ndarray:
+    """(S,) int64: the row that leads the group of each; -1 of those in no group.
+
+    rows: (S, D) int8 in random order. cosine: above which two rows are alike.
+    """
+    first = first_identical(rows)
+    uniques = np.flatnonzero(first == np.arange(len(rows)))
+    some = rows[uniques] if len(uniques) < len(rows) else rows
+    left, right = _neighbours(some, cosine, rng, threads)
+    leaders = _leaders(len(some), left, right)
+    groups = np.full(len(rows), -1, np.int64)
+    groups[uniques] = np.where(leaders < 0, -1, uniques[leaders])
+    groups = groups[first]
+    members = np.bincount(groups[groups >= 0], minlength=len(rows))
+    return np.where(members[groups] > 1, groups, -1)
+
+
+def _neighbours(rows: np.ndarray, cosine: float, rng: np.random.Generator, threads: int) -> _Edges:
+    """Most pairs of alike rows: those of which one meets the list of the other."""
+    lists, visitors, starts = _coarse_lists(rows, rng, threads)
+    order = np.argsort(lists, kind="stable")
+    home_starts = np.searchsorted(lists[order], np.arange(len(starts)))
+    sketches = sketches_of(rows, threads)
+    least = least_product(cosine)
+
+    def of_list(one: int) -> _Edges:
+        residents = order[home_starts[one] : home_starts[one + 1]][:_LONGEST]
+        coming = np.sort(visitors[starts[one] : starts[one + 1]])
+        return _alike_in_list(sketches, residents, coming, least)
+
+    found = list(in_threads(of_list, range(len(starts) - 1), threads))
+    left, right = (np.concatenate(side) for side in zip(*found, strict=True))
+    pairs = np.sort(np.minimum(left, right) << 32 | np.maximum(left, right))
+    pairs = pairs[np.diff(pairs, prepend=-1) != 0]
+    return pairs >> 32, pairs & 0xFFFFFFFF
+
+
+def _coarse_lists(
+    rows: np.ndarray, rng: np.random.Generator, threads: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of some lists: that of each row (S,), visitors by list, and where each list's begin."""
+    count = int(np.clip(len(rows) // _ROWS_PER_LIST, 1, _MOST_LISTS))
+    trained = grown_centroids(rows[: _TRAINED_PER_LIST * count], count, rng, threads)
+    found = in_threads(
+        partial(_nearest_lists, rows, quantize_centroids(trained)),
+        range(0, len(rows), _ROUTED),
+        threads,
+    )
+    homes, who, lists = (np.concatenate(part) for part in zip(*found, strict=True))
+    order = np.argsort(lists, kind="stable")
+    return homes, who[order], np.searchsorted(lists[order], np.arange(count + 1))
+
+
+def _nearest_lists(
+    rows: np.ndarray, centroids: np.ndarray, start: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The nearest list of each row of a block; the rows and lists of all its visits."""
+    scores = integer_products(rows[start : start + _ROUTED], centroids).numpy()
+    met = max(_FEWEST_MET, int(_SHARE_MET * len(centroids)))
+    who, lists = np.divmod(columns_near(scores, met), scores.shape[1])
+    homes = scores.argmax(axis=1).astype(np.uint16)
+    return homes, (who + start).astype(np.int32), lists.astype(np.uint16)
+
+
+def _alike_in_list(
+    sketches: np.ndarray, residents: np.ndarray, visitors: np.ndarray, least: int
+) -> _Edges:
+    """Pairs of a visitor and a resident (all residents visit, too) that look alike."""
+    found: list[_Edges] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+    own = sketches[residents]
+    for start in range(0, len(visitors) if len(residents) else 0, _VISITORS):
+        some = visitors[start : start + _VISITORS]
+        scores = integer_products(sketches[some], own).numpy()
+        who, which = np.divmod(np.flatnonzero(scores > least), len(residents))
+        few = ranks_within(who) <= _MOST_NEIGHBOURS  # itself is one
+        a, b = some[who[few]].astype(np.int64), residents[which[few]].astype(np.int64)
+        found.append((a[a != b], b[a != b]))
+    left, right = (np.concatenate(side) for side in zip(*found, strict=True))
+    return left, right
+
+
+def _leaders(num_rows: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(S,) int64: the leader among each row's neighbours, or itself; -1 without neighbours.
+
+    The row with most neighbours leads them, then of those left the one with most, and so on.
+    left, right: (E,) each pair once.
+    """
+    degrees = np.bincount(left, minlength=num_rows) + np.bincount(right, minlength=num_rows)
+    order = np.argsort(-degrees, kind="stable")
+    rank = np.empty(num_rows, np.int64)  # the smaller, the sooner it leads
+    rank[order] = np.arange(num_rows)
+    leader = np.full(num_rows, -1, np.int64)
+    a, b = np.concatenate([left, right]), np.concatenate([right, left])
+    by_row = np.argsort(a, kind="stable")
+    a, b = a[by_row], b[by_row]
+    while len(a):
+        firsts = np.flatnonzero(np.diff(a, prepend=-1))
+        rows = a[firsts]
+        leading = rows[rank[rows] < np.minimum.reduceat(rank[b], firsts)]
+        leader[leading] = leading
+        led = leader[b] == b
+        sooner = np.full(num_rows, num_rows, np.int64)
+        np.minimum.at(sooner, a[led], rank[b[led]])
+        follow = np.flatnonzero((sooner < num_rows) & (leader < 0))
+        leader[follow] = order[sooner[follow]]
+        left_over = (leader[a] < 0) & (leader[b] < 0)
+        a, b = a[left_over], b[left_over]
+    return leader
