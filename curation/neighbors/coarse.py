@@ -1,14 +1,16 @@
 """Coarse lists: which of them a row lives in, and which are nearly as near.
 
-Lists lie in groups. A row meets the centroids of all groups, then the lists of the groups nearest
-to it: 10,000 products instead of 200,000. How many groups that must be is measured on rows that
-lie near a list. Lists are numbered so that those of one group, and groups that lie near each
-other, follow one another: what a partition's visitors need then lies in few places.
+Many lists lie in groups. A row meets the centroids of all groups, then the lists of the groups
+nearest to it. One that is near none of these looks for such a list in all groups that are not far
+from it, by sketches. That makes 10,000 products instead of 200,000. Lists are numbered so that
+those of one group, and groups that lie near each other, follow one another: what a partition's
+visitors need then lies in few places.
 N rows, D width, G groups, L lists, H lists met by all rows, T visits of all rows.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,20 +27,24 @@ from curation.neighbors.quantized import (
 from curation.neighbors.routes import Reach, Routes, bounds_of
 from curation.neighbors.row_files import map_array, write_array
 from curation.neighbors.selection import columns_near, ranks_within
+from curation.neighbors.sketches import least_product, sketches_of
 from curation.neighbors.threads import in_threads
 
-_UNGROUPED = 1 << 12
+_UNGROUPED = 1 << 14
 """Lists up to which a row meets all of them."""
 _LISTS_PER_GROUP = 64
 _MOST_GROUPS_MET = 128
 _FEWEST_ROWS = 50
+"""Rows near a list that say how far the groups of such lists may be."""
 _ROWS_AT_ONCE = 1 << 13
 _ROWS_GROUPED = 1 << 15
 """So many that each group is met by some hundreds of them: small products cost their call."""
 _PRODUCTS = 1 << 18
 """They stay in the cache of a core until those within reach are found."""
 _FIRST_GROUPS = 8
-"""Nearest groups, in which most rows find their own list."""
+"""Nearest groups, in which most rows that are near a list find it."""
+_VERY_FIRST = 2
+"""Nearest groups that say how high the others must reach."""
 _ROWS_FOR_GAP = 1 << 9
 _WIDEST = 8.0
 """No two cosines differ by so much, however they were rounded."""
@@ -83,37 +89,47 @@ class Coarse:
         """Lists of all groups."""
         return len(self.lists)
 
-    @property
+    @cached_property
     def length(self) -> float:
         """Length of a list's centroid as integers: the same for all, up to rounding."""
-        return float(np.sqrt(np.mean((self.lists.astype(np.float32) ** 2).sum(axis=1))))
+        return float(np.sqrt(np.mean(lengths_of(self.lists) ** 2)))
 
-    def groups_to_meet(self, rows: np.ndarray, cosine: float, share: float) -> int:
-        """How many groups rows must meet so that this share of those near a list finds it.
+    @cached_property
+    def sketches(self) -> np.ndarray:
+        """(L, 128) int8: sketches of the lists' centroids."""
+        return sketches_of(self.lists)
 
-        rows: (N, D), not trained on; those count whose nearest list has this cosine at least.
+    def reach(self, rows: np.ndarray, near: float, share: float, most: int) -> Reach:
+        """How far to look for lists, so that this share of the rows finds the nearest one.
+
+        near: where finite, only rows count whose nearest list has this cosine at least.
+        rows: (N, D), not trained on. most: visits of a row.
         """
         if len(self.groups) == 1:
-            return 1
+            return Reach(np.inf, most)
         codes = quantize_rows(rows)
         nearest = nearest_centroids(codes, self.lists)
         owners = np.searchsorted(self.list_starts, nearest, "right") - 1
+        scores = integer_products(codes, self.groups).numpy()  # (N, G)
+        own = scores[np.arange(len(scores)), owners]
+        if np.isinf(near):
+            rank = np.sort((scores > own[:, None]).sum(axis=1))
+            wanted = 1 + int(rank[int(share * (len(rank) - 1))])
+            return Reach(np.inf, most, min(wanted, _MOST_GROUPS_MET))
         products = np.einsum("nd,nd->n", codes, self.lists[nearest], dtype=np.int64)
-        near = products >= cosine * self.length * lengths_of(codes)
-        if np.count_nonzero(near) < _FEWEST_ROWS:
-            return min(_MOST_GROUPS_MET, len(self.groups))
-        scores = integer_products(codes[near], self.groups).numpy()  # (N, G)
-        own = scores[np.arange(len(scores)), owners[near]]
-        rank = np.sort((scores > own[:, None]).sum(axis=1))
-        wanted = 1 + int(rank[min(len(rank) - 1, int(share * len(rank)))])
-        return min(wanted, _MOST_GROUPS_MET, len(self.groups))
+        there = products >= near * self.length * lengths_of(codes)
+        if np.count_nonzero(there) < _FEWEST_ROWS:
+            return Reach(np.inf, most, _FIRST_GROUPS)
+        cosines = np.sort(own[there] / (lengths_of(codes[there]) * self._length_of_groups))
+        floor = float(cosines[int((1 - share) * len(cosines))])
+        return Reach(np.inf, most, _FIRST_GROUPS, near, floor)
 
     def route(self, vectors: np.ndarray, reach: Reach, threads: int = 1) -> Routes:
         """The list of each row, and those within reach. vectors: (N, D)."""
         length = self.length
         meet, step = self._meet_all, _ROWS_AT_ONCE
         if len(self.groups) > 1:
-            meet, step = self._meet_groups, _ROWS_GROUPED
+            meet, step = self._meet_groups, _even_step(len(vectors), threads)
 
         def of_block(start: int) -> Routes:
             rows = quantize_rows(vectors[start : start + step])
@@ -139,20 +155,14 @@ class Coarse:
         return who, lists, below
 
     def _meet_groups(self, rows: np.ndarray, allowed: np.ndarray, reach: Reach) -> _Met:
-        """Lists within reach of those in the nearest groups: first what is highest, then all."""
+        """Lists within reach of those in the nearest groups, and others that are near."""
         best = np.full(len(rows), -(1 << 31), np.int64)
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
         def raise_best(who: np.ndarray, first: int, scores: np.ndarray) -> None:
             best[who] = np.maximum(best[who], scores.max(axis=1))
 
-        first, every = self._near_groups(rows, (min(_FIRST_GROUPS, reach.groups), reach.groups))
-        self._meet_near(rows, first, raise_best)
-        done = best >= reach.near * self.length * lengths_of(rows)
-        count = len(self.groups)
-        looked_at = np.concatenate([first[done[first // count]], every[~done[every // count]]])
-        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-
-        def keep_near(who: np.ndarray, first: int, scores: np.ndarray) -> None:
+        def keep(who: np.ndarray, first: int, scores: np.ndarray) -> None:
             raise_best(who, first, scores)
             floors = _as_int32(best[who] - allowed[who])
             if reach.gap >= _WIDEST and reach.most + 1 < scores.shape[1]:
@@ -162,40 +172,90 @@ class Coarse:
             row, column = np.divmod(flat, scores.shape[1])
             found.append((who[row], column + first, scores.reshape(-1)[flat]))
 
-        self._meet_near(rows, looked_at, keep_near)
+        first, every, farther = self._near_groups(rows, reach)
+        self._meet_near(rows, self.lists, first, raise_best)
+        self._meet_near(rows, self.lists, every, keep)
+        if np.isfinite(reach.near):
+            lost = best < reach.near * self.length * lengths_of(rows)
+            farther = farther[lost[farther // len(self.groups)]]
+            who, lists = self._look_alike(rows, farther, least_product(reach.near))
+            products = _products(rows, self.lists, who, lists)
+            np.maximum.at(best, who, products)
+            found.append((who, lists, products))
+        return self._chosen(best, found, allowed, reach)
+
+    def _look_alike(
+        self, rows: np.ndarray, near: np.ndarray, least: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (H,) and lists (H,) whose sketches say that they are near each other."""
+        found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+
+        def keep(who: np.ndarray, first: int, scores: np.ndarray) -> None:
+            row, column = np.divmod(np.flatnonzero(scores > least), scores.shape[1])
+            found.append((who[row], column + first))
+
+        self._meet_near(sketches_of(rows), self.sketches, near, keep)
+        who, lists = (np.concatenate(side) for side in zip(*found, strict=True))
+        return who, lists
+
+    def _chosen(
+        self,
+        best: np.ndarray,
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        allowed: np.ndarray,
+        reach: Reach,
+    ) -> _Met:
+        """Of all rows, lists and products found, those within reach of the row's best."""
         who, lists, products = (np.concatenate(part) for part in zip(*found, strict=True))
         kept = np.flatnonzero(products >= (best - allowed)[who])
-        kept = kept[np.argsort(who[kept] * self.num_lists + lists[kept])]
+        keys = who[kept] * self.num_lists + lists[kept]
+        order = np.argsort(keys)
+        order = order[np.diff(keys[order], prepend=-1) != 0]  # of those found twice, one
+        kept = kept[order]
         who, lists, below = who[kept], lists[kept], best[who[kept]] - products[kept]
         return _at_most(who, lists, below, reach.most)
 
-    def _near_groups(self, rows: np.ndarray, counts: tuple[int, ...]) -> list[np.ndarray]:
-        """Pairs of a row and a group near it, as row x G + group: for each of some counts.
+    def _near_groups(
+        self, rows: np.ndarray, reach: Reach
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pairs of a row and a group near it, as row x G + group, ascending.
 
-        About the so many nearest groups of each row.
+        Of a few nearest groups, of all that are met, and of those where near lists may be.
         """
-        step = max(32, _PRODUCTS // len(self.groups))
-        parts: list[list[np.ndarray]] = [[] for _ in counts]
+        count, step = len(self.groups), max(32, _PRODUCTS // len(self.groups))
+        floors = _as_int32(reach.floor * self._length_of_groups * lengths_of(rows))
+        parts: tuple[list[np.ndarray], ...] = ([], [], [])
         for start in range(0, len(rows), step):
             scores = integer_products(rows[start : start + step], self.groups).numpy()
-            for part, count in zip(parts, counts, strict=True):
-                part.append(columns_near(scores, count) + start * len(self.groups))
-        return [np.concatenate(part) for part in parts]
+            chosen = [columns_near(scores, n) for n in (_VERY_FIRST, reach.groups)]
+            chosen.append(np.flatnonzero(scores >= floors[start : start + step, None]))
+            for part, some in zip(parts, chosen, strict=True):
+                part.append(some + start * count)
+        few, every, farther = (np.concatenate(part) for part in parts)
+        return few, every, farther
 
     def _meet_near(
         self,
         rows: np.ndarray,
+        lists: np.ndarray,
         near: np.ndarray,
         visit: Callable[[np.ndarray, int, np.ndarray], None],
     ) -> None:
-        """Give to `visit`, group by group: rows near it, its first list, their products."""
+        """Give to `visit`, group by group: rows near it, its first list, their products.
+
+        rows: (N, W) int8, and lists: (L, W) int8: whole or as sketches.
+        """
         who, groups = np.divmod(near, len(self.groups))
         order = np.argsort(groups.astype(np.uint16), kind="stable")
         who, bounds = who[order], np.searchsorted(groups[order], np.arange(len(self.groups) + 1))
         for group in np.flatnonzero(np.diff(bounds)):
             first, stop = self.list_starts[group : group + 2]
             some = who[bounds[group] : bounds[group + 1]]
-            visit(some, first, integer_products(rows[some], self.lists[first:stop]).numpy())
+            visit(some, first, integer_products(rows[some], lists[first:stop]).numpy())
+
+    @cached_property
+    def _length_of_groups(self) -> float:
+        return float(np.sqrt(np.mean(lengths_of(self.groups) ** 2)))
 
 
 @dataclass(frozen=True)
@@ -235,8 +295,26 @@ def _allowed(rows: np.ndarray, reach: Reach, length: float) -> np.ndarray:
     return np.asarray(limit * (lengths_of(rows) * length)).astype(np.int64)
 
 
+def _even_step(num_rows: int, threads: int) -> int:
+    """Rows of a block, so that all threads get as many, and few blocks."""
+    rounds = -(-num_rows // (_ROWS_GROUPED * threads))
+    return max(1, -(-num_rows // max(1, rounds * threads)))
+
+
 def _as_int32(floors: np.ndarray) -> np.ndarray:
-    return np.asarray(np.maximum(floors, -(1 << 31)), np.int32)
+    return np.asarray(np.clip(floors, -(1 << 31), (1 << 31) - 1), np.int32)
+
+
+def _products(
+    rows: np.ndarray, lists: np.ndarray, who: np.ndarray, which: np.ndarray
+) -> np.ndarray:
+    """(H,) int64: products of pairs of a row and a list."""
+    found = np.empty(len(who), np.int64)
+    for start in range(0, len(who), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        left, right = rows[who[some]].astype(np.int32), lists[which[some]]
+        found[some] = np.einsum("nd,nd->n", left, right)
+    return found
 
 
 def _within(
@@ -269,7 +347,7 @@ def _at_most(who: np.ndarray, lists: np.ndarray, below: np.ndarray, most: int) -
     limits = np.full(who[-1] + 1, np.iinfo(np.int64).max)
     limits[crowded] = 0
     some = np.flatnonzero(limits[who] == 0)
-    order = some[np.lexsort((below[some], who[some]))]
+    order = some[np.argsort(who[some] << 32 | below[some])]
     last = order[ranks_within(who[order]) == most]
     limits[who[last]] = below[last]
     kept = below <= limits[who]

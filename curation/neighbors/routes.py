@@ -23,9 +23,11 @@ class Reach:
     most: int
     """Visits of a row at most, and those as near as the last of them."""
     groups: int = 1
-    """Groups whose lists are looked at, where lists are grouped."""
+    """Nearest groups whose lists a row meets, where lists are grouped."""
     near: float = np.inf
-    """A row with this cosine to a list in one of its first few groups looks at no others."""
+    """Cosine of a near list: a row that has met none looks for one in farther groups."""
+    floor: float = np.inf
+    """Cosine of the groups where it looks."""
 
 
 @dataclass(frozen=True)

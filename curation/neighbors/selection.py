@@ -2,8 +2,8 @@
 
 import numpy as np
 
-_BLOCKS_PER_COLUMN = 4
-"""Blocks of columns for each one that is sought: few of these then share a block."""
+_BLOCKS, _BLOCKS_PER_COLUMN = 64, 4
+"""Blocks of columns at least, and for each one that is sought: few of these then share one."""
 
 
 def columns_near(scores: np.ndarray, count: int) -> np.ndarray:
@@ -15,7 +15,7 @@ def columns_near(scores: np.ndarray, count: int) -> np.ndarray:
     columns = scores.shape[1]
     if count >= columns:
         return np.arange(scores.size)
-    width = max(1, columns // (_BLOCKS_PER_COLUMN * count))
+    width = max(1, columns // max(_BLOCKS, _BLOCKS_PER_COLUMN * count))
     blocks = columns // width
     maxima = scores[:, : width * blocks].reshape(len(scores), width, blocks).max(axis=1)
     floors = np.partition(maxima, blocks - count, axis=1)[:, -count]

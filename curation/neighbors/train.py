@@ -33,6 +33,8 @@ _ROWS_ASKED = 1 << 12
 """Sampled rows, held out from training, that say how many lists lie within a gap."""
 _COUNTED, _COUNTED_PER_LIST = 1 << 16, 64
 """Sampled rows that say how many rows each list will hold, at most."""
+_NEAR = 0.85
+"""Of the cosine of alike rows: members of a group are at least as near to its mean."""
 _SHARE_FOR_GROUPS = 0.2
 """Share of the rows that is sampled where groups are sought: some rows of each."""
 _ROWS_PAIRED, _PAIRED_AT_ONCE = 1 << 11, 1 << 8
@@ -67,8 +69,8 @@ class Budget:
 
     @property
     def near(self) -> float:
-        """Cosine to a list from which a row has found its own."""
-        return np.inf if self.alike is None else self.alike
+        """Cosine to the mean of a group from which a row belongs there."""
+        return np.inf if self.alike is None else _NEAR * self.alike
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def train_router(
         found["width"],
         found["groups"],
         found["lists"],
-        Reach(found["gap"], budget.most_visits, found["groups_met"], budget.near),
+        Reach(found["gap"], budget.most_visits, *found["reach"]),
         threads,
     )
     return router, found["list_starts"]
@@ -230,18 +232,17 @@ class _TrainCoarse(Work):
         lists = lists_of(rows, self.training.num_lists, rng, threads, groups)
         coarse = Coarse.of(lists, rng, threads)
         coarse.write(self.training.coarse_path)
-        met = coarse.groups_to_meet(asked, budget.alike or 0.0, budget.recall)
-        every = Reach(np.inf, budget.most_visits, met, budget.near)
+        every = coarse.reach(asked, budget.near, budget.recall, budget.most_visits)
         gap = coarse.gap_of_visits(asked, budget.mean_visits, every, threads)
         every = replace(every, gap=gap)
         few = rows[: min(_COUNTED, _COUNTED_PER_LIST * coarse.num_lists)]
-        homes = coarse.route(few, Reach(0.0, 0, met, budget.near), threads).own
+        homes = coarse.route(few, replace(every, gap=0.0, most=0), threads).own
         counts = np.bincount(homes, minlength=coarse.num_lists)
         expected = counts * (self.training.num_rows / max(1, len(few)))
         facts = {
             "width": self.width,
             "groups": len(coarse.groups),
-            "groups_met": met,
+            "reach": (every.groups, every.near, every.floor),
             "lists": coarse.num_lists,
             "gap": min(gap, gap_of_pairs(coarse, asked, rows, budget, every, threads)),
             "list_starts": split_evenly(expected, self._rows_per_partition()),

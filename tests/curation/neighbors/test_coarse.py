@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -53,59 +55,65 @@ def test_route__gives_the_nearest_list_and_those_within_the_gap(threads):
 
 
 def grouped_lists(monkeypatch) -> tuple[Coarse, np.ndarray]:
-    """2,000 lists in 31 groups, and 3,000 rows at cosine 0.8 to one of them."""
+    """2,000 lists in 31 groups, and 3,000 rows at cosine 0.6 to one of them."""
     monkeypatch.setattr("curation.neighbors.coarse._UNGROUPED", 1000)
     rng = np.random.default_rng(6)
     lists = rng.normal(size=(2000, 64))
     lists /= np.linalg.norm(lists, axis=1, keepdims=True)
     noise = rng.normal(size=(3000, 64)) / 8
-    rows = 0.8 * lists[rng.integers(0, 2000, 3000)] + 0.6 * noise
+    rows = 0.6 * lists[rng.integers(0, 2000, 3000)] + 0.8 * noise
     return Coarse.of(lists.astype(np.float32), rng), rows.astype(np.float32)
+
+
+def ungrouped(coarse: Coarse) -> Coarse:
+    return Coarse(coarse.lists[:1], coarse.lists, np.array([0, coarse.num_lists]))
 
 
 @pytest.mark.parametrize("reach", [(0.2, 6), (0.02, 100), (np.inf, 4), (np.inf, 1999)])
 def test_route__through_all_groups_it_is_what_all_lists_give(monkeypatch, reach):
     coarse, rows = grouped_lists(monkeypatch)
     assert 20 < len(coarse.groups) < 32
-    flat = Coarse(coarse.lists[:1], coarse.lists, np.array([0, 2000]))
     found = coarse.route(rows, Reach(*reach, len(coarse.groups)), 2)
-    wanted = flat.route(rows, Reach(*reach))
+    wanted = ungrouped(coarse).route(rows, Reach(*reach))
     for name in ("own", "bounds", "lists", "gaps"):
         assert getattr(found, name).tolist() == getattr(wanted, name).tolist()
 
 
-def test_route__through_few_groups_rows_near_a_list_find_it(monkeypatch):
+def test_route__through_few_groups_most_rows_find_the_nearest_list(monkeypatch):
     coarse, rows = grouped_lists(monkeypatch)
-    nearest = Coarse(coarse.lists[:1], coarse.lists, np.array([0, 2000])).route(rows, Reach(0, 0))
-    met = coarse.groups_to_meet(rows[:1000], 0.6, 0.95)
-    assert 1 < met < len(coarse.groups)
-    found = coarse.route(rows[1000:], Reach(0, 0, met), 2)
-    assert (found.own == nearest.own[1000:]).mean() > 0.93
-    alone = coarse.route(rows[1234:1235], Reach(0, 0, met))
+    nearest = ungrouped(coarse).route(rows, Reach(0, 0)).own[1000:]
+    reach = replace(coarse.reach(rows[:1000], np.inf, 0.9, 5), gap=0.0)
+    assert 1 < reach.groups < len(coarse.groups)
+    found = coarse.route(rows[1000:], reach, 2)
+    assert 0.85 < (found.own == nearest).mean() < 1
+    alone = coarse.route(rows[1234:1235], reach)
     assert alone.own[0] == found.own[234]  # whoever it is asked with
 
 
-def test_route__rows_that_have_found_their_list_look_no_further(monkeypatch):
+def test_route__rows_without_a_near_list_look_for_one_in_farther_groups(monkeypatch):
     coarse, rows = grouped_lists(monkeypatch)
-    monkeypatch.setattr("curation.neighbors.coarse._FIRST_GROUPS", 3)
-    few, all_groups = 3, len(coarse.groups)
-    done = coarse.route(rows, Reach(np.inf, 1999, all_groups, near=-1.0))
-    first = coarse.route(rows, Reach(np.inf, 1999, few))
-    assert done.lists.tolist() == first.lists.tolist()
-    some = coarse.route(rows, Reach(0, 0, all_groups, near=0.4))
-    every = coarse.route(rows, Reach(0, 0, all_groups))
-    differ = np.flatnonzero(some.own != every.own)
-    assert 0 < len(differ) < 0.2 * len(rows)  # they were content with a list that is near
+    wanted = ungrouped(coarse).route(rows, Reach(0, 0)).own[1000:]
+    reach = coarse.reach(rows[:1000], 0.45, 0.95, 5)
+    assert (reach.groups, reach.near) == (8, 0.45)
+    assert 0 < reach.floor < 0.45
+    found = coarse.route(rows[1000:], reach, 2).own
+    first = coarse.route(rows[1000:], replace(reach, near=np.inf)).own
+    missed, missed_first = ((own != wanted).mean() for own in (found, first))
+    assert missed < 0.08 < 0.8 * missed_first
+    again = coarse.route(rows[1000:], replace(reach, gap=0.1))
+    keys = again.visitors * coarse.num_lists + again.lists
+    assert len(np.unique(keys)) == len(keys)  # what was met twice is visited once
+    assert (again.own == found).all()
 
 
 def test_gap_of_pairs__is_that_which_alike_rows_need(monkeypatch):
     coarse, rows = grouped_lists(monkeypatch)
     codes = quantize_rows(rows)
     every = Reach(np.inf, 1999, len(coarse.groups))
-    budget = Budget(alike=0.55, recall=0.94)
+    budget = Budget(alike=0.4, recall=0.94)
     gap = gap_of_pairs(coarse, codes[:500], codes[500:], budget, every, 2)
     unit = codes / np.linalg.norm(codes.astype(np.float64), axis=1, keepdims=True)
-    left, right = np.nonzero(unit[:500] @ unit[500:].T > 0.55)
+    left, right = np.nonzero(unit[:500] @ unit[500:].T > 0.4)
     routes = coarse.route(codes, every)
     needed = routes.gaps_to(left, routes.own[500 + right])
     assert len(left) > 100
