@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from curation.neighbors.coarse_training import grown_centroids
+from curation.neighbors.coarse_training import grown_centroids, means_of_groups
 from curation.neighbors.identical import first_identical
-from curation.neighbors.quantized import integer_products, quantize_centroids
+from curation.neighbors.quantized import integer_products, quantize_centroids, quantize_rows
 from curation.neighbors.selection import columns_near, ranks_within
 from curation.neighbors.sketches import least_product, sketches_of
 from curation.neighbors.threads import in_threads
@@ -21,7 +21,7 @@ from curation.neighbors.threads import in_threads
 _ROWS_PER_LIST = 1 << 10
 _TRAINED_PER_LIST = 32
 _MOST_LISTS = 1 << 15
-_FEWEST_MET, _SHARE_MET = 16, 1 / 64
+_FEWEST_MET, _SHARE_MET = 16, 1 / 96
 """Lists that a row meets: that many at least, or that share of them."""
 _LONGEST = 1 << 13
 """Rows of a list that others are compared with; the rest of a crowd adds nothing new."""
@@ -44,13 +44,27 @@ def alike_groups(
     first = first_identical(rows)
     uniques = np.flatnonzero(first == np.arange(len(rows)))
     some = rows[uniques] if len(uniques) < len(rows) else rows
-    left, right = _neighbours(some, cosine, rng, threads)
-    leaders = _leaders(len(some), left, right)
+    leaders = _leaders(len(some), *_neighbours(some, cosine, rng, threads))
     groups = np.full(len(rows), -1, np.int64)
     groups[uniques] = np.where(leaders < 0, -1, uniques[leaders])
     groups = groups[first]
     members = np.bincount(groups[groups >= 0], minlength=len(rows))
-    return np.where(members[groups] > 1, groups, -1)
+    groups = np.where(members[groups] > 1, groups, -1)
+    return _merged(rows, groups, (1 + cosine) / 2, rng, threads)
+
+
+def _merged(
+    rows: np.ndarray, groups: np.ndarray, cosine: float, rng: np.random.Generator, threads: int
+) -> np.ndarray:
+    """(S,) int64: groups whose means are alike as one: neighbours found in part split a group."""
+    numbers = np.unique(groups[groups >= 0])
+    if not len(numbers):
+        return groups
+    means = quantize_rows(means_of_groups(rows, groups, numbers))
+    leaders = _leaders(len(means), *_neighbours(means, cosine, rng, threads))
+    merged = np.arange(len(rows))
+    merged[numbers] = np.where(leaders < 0, numbers, numbers[leaders])
+    return np.where(groups < 0, -1, merged[groups])
 
 
 def _neighbours(rows: np.ndarray, cosine: float, rng: np.random.Generator, threads: int) -> _Edges:
@@ -63,7 +77,7 @@ def _neighbours(rows: np.ndarray, cosine: float, rng: np.random.Generator, threa
 
     def of_list(one: int) -> _Edges:
         residents = order[home_starts[one] : home_starts[one + 1]][:_LONGEST]
-        coming = np.sort(visitors[starts[one] : starts[one + 1]])
+        coming = visitors[starts[one] : starts[one + 1]]
         return _alike_in_list(sketches, residents, coming, least)
 
     found = list(in_threads(of_list, range(len(starts) - 1), threads))
@@ -84,20 +98,20 @@ def _coarse_lists(
         range(0, len(rows), _ROUTED),
         threads,
     )
-    homes, who, lists = (np.concatenate(part) for part in zip(*found, strict=True))
-    order = np.argsort(lists, kind="stable")
-    return homes, who[order], np.searchsorted(lists[order], np.arange(count + 1))
+    homes, visits = (np.concatenate(part) for part in zip(*found, strict=True))
+    visits.sort()
+    starts = np.searchsorted(visits, np.arange(count + 1, dtype=np.uint64) << np.uint64(32))
+    return homes, visits.astype(np.uint32), starts
 
 
 def _nearest_lists(
     rows: np.ndarray, centroids: np.ndarray, start: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The nearest list of each row of a block; the rows and lists of all its visits."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest list of each row of a block; all visits, as 2^32 x list + row."""
     scores = integer_products(rows[start : start + _ROUTED], centroids).numpy()
     met = max(_FEWEST_MET, int(_SHARE_MET * len(centroids)))
     who, lists = np.divmod(columns_near(scores, met), scores.shape[1])
-    homes = scores.argmax(axis=1).astype(np.uint16)
-    return homes, (who + start).astype(np.int32), lists.astype(np.uint16)
+    return scores.argmax(axis=1).astype(np.uint16), (lists << 32 | (who + start)).astype(np.uint64)
 
 
 def _alike_in_list(

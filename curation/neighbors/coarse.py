@@ -1,10 +1,10 @@
 """Coarse lists: which of them a row lives in, and which are nearly as near.
 
 Many lists lie in groups. A row meets the centroids of all groups, then the lists of the groups
-nearest to it. One that is near none of these looks for such a list in all groups that are not far
-from it, by sketches. That makes 10,000 products instead of 200,000. Lists are numbered so that
-those of one group, and groups that lie near each other, follow one another: what a partition's
-visitors need then lies in few places.
+nearest to it. One that is near none of these looks for such a list in all groups by sketches, and
+meets the loose lists: those of rows that are not alike to others. Lists are numbered so that those
+of one group, and groups that lie near each other, follow one another: what a partition's visitors
+need then lies in few places.
 N rows, D width, G groups, L lists, H lists met by all rows, T visits of all rows.
 """
 
@@ -34,14 +34,14 @@ _UNGROUPED = 1 << 14
 """Lists up to which a row meets all of them."""
 _LISTS_PER_GROUP = 64
 _MOST_GROUPS_MET = 128
-_FEWEST_ROWS = 50
-"""Rows near a list that say how far the groups of such lists may be."""
 _ROWS_AT_ONCE = 1 << 13
-_ROWS_GROUPED = 1 << 15
+_ROWS_GROUPED = 1 << 16
 """So many that each group is met by some hundreds of them: small products cost their call."""
+_SKETCHES = (1 << 8, 1 << 11)
+"""Rows and lists whose sketches are multiplied at a time."""
 _PRODUCTS = 1 << 18
 """They stay in the cache of a core until those within reach are found."""
-_FIRST_GROUPS = 8
+FIRST_GROUPS = 32
 """Nearest groups, in which most rows that are near a list find it."""
 _VERY_FIRST = 2
 """Nearest groups that say how high the others must reach."""
@@ -51,6 +51,8 @@ _WIDEST = 8.0
 
 _Met = tuple[np.ndarray, np.ndarray, np.ndarray]
 """(H,) each: rows in ascending order, lists, and how far their product is below the highest."""
+_Visit = Callable[[np.ndarray, int, np.ndarray], None]
+"""What is done with some rows, the first of some lists, and their products (N, L)."""
 
 
 @dataclass(frozen=True)
@@ -60,29 +62,43 @@ class Coarse:
     groups: np.ndarray
     """(G, D) int8."""
     lists: np.ndarray
-    """(L, D) int8, ordered by group."""
+    """(L, D) int8, ordered by group, then the loose ones."""
     list_starts: np.ndarray
-    """(G + 1,) int64: first list of each group, then the number of lists."""
+    """(G + 1,) int64: first list of each group, then the first loose one."""
 
     @classmethod
-    def of(cls, lists: np.ndarray, rng: np.random.Generator, threads: int = 1) -> "Coarse":
-        """Group lists and put them in order. lists: (L, D) float32, unit rows."""
-        codes, count = quantize_centroids(lists), len(lists) // _LISTS_PER_GROUP
+    def of(
+        cls,
+        of_groups: np.ndarray,
+        loose: np.ndarray,
+        rng: np.random.Generator,
+        threads: int = 1,
+    ) -> "Coarse":
+        """Group lists and put them in order. Both: (L, D) float32, unit rows."""
+        lists = np.concatenate([of_groups, loose])
+        codes = quantize_centroids(lists)
         if len(lists) <= _UNGROUPED:
-            order = chain(lists)
-            return cls(codes[:1], codes[order], np.array([0, len(lists)]))
-        shuffled = quantize_rows(lists[rng.permutation(len(lists))])
-        groups = grown_centroids(shuffled, count, rng, threads)
+            return cls(codes[:1], codes[chain(lists)], np.array([0, len(lists)]))
+        grouped = len(of_groups) if len(loose) <= _UNGROUPED else len(lists)
+        rows = quantize_rows(lists[:grouped])
+        shuffled = rows[rng.permutation(len(rows))]
+        groups = grown_centroids(shuffled, 1 + len(rows) // _LISTS_PER_GROUP, rng, threads)
         groups = quantize_centroids(groups[chain(groups)])
-        owners = nearest_centroids(quantize_rows(lists), groups)
+        owners = nearest_centroids(rows, groups)
         known, owners = np.unique(owners, return_inverse=True)
-        order = np.argsort(owners, kind="stable")
+        order, loose = np.argsort(owners, kind="stable"), lists[grouped:]
         starts = np.searchsorted(owners[order], np.arange(len(known) + 1))
+        order = np.concatenate([order, grouped + (chain(loose) if len(loose) else order[:0])])
         return cls(groups[known], codes[order], starts)
 
     def write(self, path: str) -> None:
         """Write to a file, from which a `CoarseRouter` reads."""
         write_array(path, self.list_starts.astype(np.int64), self.groups, self.lists)
+
+    @property
+    def has_loose(self) -> bool:
+        """Whether some lists are in no group: home of rows that are near no other list."""
+        return bool(self.list_starts[-1] < len(self.lists))
 
     @property
     def num_lists(self) -> int:
@@ -99,37 +115,28 @@ class Coarse:
         """(L, 128) int8: sketches of the lists' centroids."""
         return sketches_of(self.lists)
 
-    def reach(self, rows: np.ndarray, near: float, share: float, most: int) -> Reach:
-        """How far to look for lists, so that this share of the rows finds the nearest one.
+    def groups_to_meet(self, rows: np.ndarray, share: float) -> int:
+        """How many groups rows must meet so that this share of them finds the nearest list.
 
-        near: where finite, only rows count whose nearest list has this cosine at least.
-        rows: (N, D), not trained on. most: visits of a row.
+        rows: (N, D), not trained on.
         """
         if len(self.groups) == 1:
-            return Reach(np.inf, most)
+            return 1
         codes = quantize_rows(rows)
-        nearest = nearest_centroids(codes, self.lists)
-        owners = np.searchsorted(self.list_starts, nearest, "right") - 1
+        owners = np.searchsorted(self.list_starts, nearest_centroids(codes, self.lists), "right")
         scores = integer_products(codes, self.groups).numpy()  # (N, G)
-        own = scores[np.arange(len(scores)), owners]
-        if np.isinf(near):
-            rank = np.sort((scores > own[:, None]).sum(axis=1))
-            wanted = 1 + int(rank[int(share * (len(rank) - 1))])
-            return Reach(np.inf, most, min(wanted, _MOST_GROUPS_MET))
-        products = np.einsum("nd,nd->n", codes, self.lists[nearest], dtype=np.int64)
-        there = products >= near * self.length * lengths_of(codes)
-        if np.count_nonzero(there) < _FEWEST_ROWS:
-            return Reach(np.inf, most, _FIRST_GROUPS)
-        cosines = np.sort(own[there] / (lengths_of(codes[there]) * self._length_of_groups))
-        floor = float(cosines[int((1 - share) * len(cosines))])
-        return Reach(np.inf, most, _FIRST_GROUPS, near, floor)
+        own = scores[np.arange(len(scores)), np.minimum(owners, len(self.groups)) - 1]
+        rank = np.sort((scores > own[:, None]).sum(axis=1))
+        return min(1 + int(rank[int(share * (len(rank) - 1))]), _MOST_GROUPS_MET)
 
     def route(self, vectors: np.ndarray, reach: Reach, threads: int = 1) -> Routes:
         """The list of each row, and those within reach. vectors: (N, D)."""
         length = self.length
         meet, step = self._meet_all, _ROWS_AT_ONCE
         if len(self.groups) > 1:
-            meet, step = self._meet_groups, _even_step(len(vectors), threads)
+            step = _even_step(len(vectors), threads)
+            by_sketches = np.isfinite(reach.near) and self.has_loose
+            meet = self._meet_alike if by_sketches else self._meet_groups
 
         def of_block(start: int) -> Routes:
             rows = quantize_rows(vectors[start : start + step])
@@ -155,91 +162,98 @@ class Coarse:
         return who, lists, below
 
     def _meet_groups(self, rows: np.ndarray, allowed: np.ndarray, reach: Reach) -> _Met:
-        """Lists within reach of those in the nearest groups, and others that are near."""
-        best = np.full(len(rows), -(1 << 31), np.int64)
-        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        """Lists within reach of those in the nearest groups: what is highest first, then all."""
+        met = _Highest(len(rows), allowed, reach)
+        first, every = self._near_groups(rows, (_VERY_FIRST, reach.groups))
+        self._meet_near(rows, self.lists, first, met.raise_to)
+        self._meet_near(rows, self.lists, every, met.keep)
+        return met.chosen(self.num_lists)
 
-        def raise_best(who: np.ndarray, first: int, scores: np.ndarray) -> None:
-            best[who] = np.maximum(best[who], scores.max(axis=1))
+    def _meet_alike(self, rows: np.ndarray, allowed: np.ndarray, reach: Reach) -> _Met:
+        """Near lists, by their sketches; rows that have none within reach meet the loose ones."""
+        met, sketches = _Highest(len(rows), allowed, reach), sketches_of(rows)
+        least, enough = least_product(reach.near), reach.near * self.length * lengths_of(rows)
+        (near,) = self._near_groups(rows, (reach.groups,))
+        self._keep_alike(rows, self._alike_near(sketches, near, least), met)
+        lost = np.flatnonzero(met.best < enough)
+        who, lists = self._alike_anywhere(sketches[lost], least)
+        self._keep_alike(rows, (lost[who], lists), met)
+        self._meet_loose(rows, np.flatnonzero(met.best < enough), met.keep)
+        return met.chosen(self.num_lists)
 
-        def keep(who: np.ndarray, first: int, scores: np.ndarray) -> None:
-            raise_best(who, first, scores)
-            floors = _as_int32(best[who] - allowed[who])
-            if reach.gap >= _WIDEST and reach.most + 1 < scores.shape[1]:
-                of_group = np.partition(scores, -reach.most - 1, axis=1)[:, -reach.most - 1]
-                floors = np.maximum(floors, of_group)
-            flat = np.flatnonzero(scores >= floors[:, None])
-            row, column = np.divmod(flat, scores.shape[1])
-            found.append((who[row], column + first, scores.reshape(-1)[flat]))
+    def _keep_alike(
+        self, rows: np.ndarray, pairs: tuple[np.ndarray, np.ndarray], met: "_Highest"
+    ) -> None:
+        """Tell what the products are of pairs of a row and a list, each there once."""
+        who, lists = pairs
+        products = np.empty(len(who), np.int64)
+        for start in range(0, len(who), _ROWS_AT_ONCE):
+            some = slice(start, start + _ROWS_AT_ONCE)
+            left, right = rows[who[some]], self.lists[lists[some]]
+            products[some] = np.einsum("nd,nd->n", left, right, dtype=np.int32)
+        np.maximum.at(met.best, who, products)
+        met.found.append((who, lists, products))
 
-        first, every, farther = self._near_groups(rows, reach)
-        self._meet_near(rows, self.lists, first, raise_best)
-        self._meet_near(rows, self.lists, every, keep)
-        if np.isfinite(reach.near):
-            lost = best < reach.near * self.length * lengths_of(rows)
-            farther = farther[lost[farther // len(self.groups)]]
-            who, lists = self._look_alike(rows, farther, least_product(reach.near))
-            products = _products(rows, self.lists, who, lists)
-            np.maximum.at(best, who, products)
-            found.append((who, lists, products))
-        return self._chosen(best, found, allowed, reach)
-
-    def _look_alike(
-        self, rows: np.ndarray, near: np.ndarray, least: int
+    def _alike_near(
+        self, sketches: np.ndarray, near: np.ndarray, least: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (H,) and lists (H,) whose sketches say that they are near each other."""
-        found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        """Rows (H,) and lists (H,) of groups near them whose sketches' product is above a bound."""
+        parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
 
         def keep(who: np.ndarray, first: int, scores: np.ndarray) -> None:
             row, column = np.divmod(np.flatnonzero(scores > least), scores.shape[1])
-            found.append((who[row], column + first))
+            parts.append((who[row], column + first))
 
-        self._meet_near(sketches_of(rows), self.sketches, near, keep)
-        who, lists = (np.concatenate(side) for side in zip(*found, strict=True))
+        self._meet_near(sketches, self.sketches, near, keep)
+        who, lists = (np.concatenate(side) for side in zip(*parts, strict=True))
         return who, lists
 
-    def _chosen(
-        self,
-        best: np.ndarray,
-        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-        allowed: np.ndarray,
-        reach: Reach,
-    ) -> _Met:
-        """Of all rows, lists and products found, those within reach of the row's best."""
-        who, lists, products = (np.concatenate(part) for part in zip(*found, strict=True))
-        kept = np.flatnonzero(products >= (best - allowed)[who])
-        keys = who[kept] * self.num_lists + lists[kept]
-        order = np.argsort(keys)
-        order = order[np.diff(keys[order], prepend=-1) != 0]  # of those found twice, one
-        kept = kept[order]
-        who, lists, below = who[kept], lists[kept], best[who[kept]] - products[kept]
-        return _at_most(who, lists, below, reach.most)
+    def _alike_anywhere(self, sketches: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same with the lists of all groups."""
+        parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        for start in range(0, len(sketches), _SKETCHES[0]):
+            some = sketches[start : start + _SKETCHES[0]]
+            for first in range(0, int(self.list_starts[-1]), _SKETCHES[1]):
+                lists = self.sketches[first : min(first + _SKETCHES[1], self.list_starts[-1])]
+                near = np.flatnonzero(integer_products(some, lists).numpy() > least)
+                row, column = np.divmod(near, len(lists))
+                parts.append((row + start, column + first))
+        who, lists = (np.concatenate(side) for side in zip(*parts, strict=True))
+        return who, lists
 
-    def _near_groups(
-        self, rows: np.ndarray, reach: Reach
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pairs of a row and a group near it, as row x G + group, ascending.
+    def _meet_loose(self, rows: np.ndarray, who: np.ndarray, visit: _Visit) -> None:
+        """Give to `visit`, block by block, some rows and their products with all loose lists."""
+        first = int(self.list_starts[-1])
+        step = max(32, _PRODUCTS // max(1, self.num_lists - first))
+        for start in range(0, len(who) if first < self.num_lists else 0, step):
+            some = who[start : start + step]
+            visit(some, first, integer_products(rows[some], self.lists[first:]).numpy())
 
-        Of a few nearest groups, of all that are met, and of those where near lists may be.
-        """
-        count, step = len(self.groups), max(32, _PRODUCTS // len(self.groups))
-        floors = _as_int32(reach.floor * self._length_of_groups * lengths_of(rows))
-        parts: tuple[list[np.ndarray], ...] = ([], [], [])
+    def _look_alike(self, rows: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (H,) and lists of groups (H,) the products of whose sketches are above a bound."""
+        sketches, parts = sketches_of(rows), [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        for start in range(0, len(rows), _SKETCHES[0]):
+            some = sketches[start : start + _SKETCHES[0]]
+            for first in range(0, int(self.list_starts[-1]), _SKETCHES[1]):
+                lists = self.sketches[first : first + _SKETCHES[1]]
+                near = np.flatnonzero(integer_products(some, lists).numpy() > least)
+                row, column = np.divmod(near, len(lists))
+                parts.append((row + start, column + first))
+        who, lists = (np.concatenate(side) for side in zip(*parts, strict=True))
+        return who, lists
+
+    def _near_groups(self, rows: np.ndarray, counts: tuple[int, ...]) -> list[np.ndarray]:
+        """Pairs of a row and one of its so many nearest groups, as row x G + group ascending."""
+        step = max(32, _PRODUCTS // len(self.groups))
+        parts: list[list[np.ndarray]] = [[] for _ in counts]
         for start in range(0, len(rows), step):
             scores = integer_products(rows[start : start + step], self.groups).numpy()
-            chosen = [columns_near(scores, n) for n in (_VERY_FIRST, reach.groups)]
-            chosen.append(np.flatnonzero(scores >= floors[start : start + step, None]))
-            for part, some in zip(parts, chosen, strict=True):
-                part.append(some + start * count)
-        few, every, farther = (np.concatenate(part) for part in parts)
-        return few, every, farther
+            for part, count in zip(parts, counts, strict=True):
+                part.append(columns_near(scores, count) + start * len(self.groups))
+        return [np.concatenate(part) for part in parts]
 
     def _meet_near(
-        self,
-        rows: np.ndarray,
-        lists: np.ndarray,
-        near: np.ndarray,
-        visit: Callable[[np.ndarray, int, np.ndarray], None],
+        self, rows: np.ndarray, lists: np.ndarray, near: np.ndarray, visit: _Visit
     ) -> None:
         """Give to `visit`, group by group: rows near it, its first list, their products.
 
@@ -252,10 +266,6 @@ class Coarse:
             first, stop = self.list_starts[group : group + 2]
             some = who[bounds[group] : bounds[group + 1]]
             visit(some, first, integer_products(rows[some], lists[first:stop]).numpy())
-
-    @cached_property
-    def _length_of_groups(self) -> float:
-        return float(np.sqrt(np.mean(lengths_of(self.groups) ** 2)))
 
 
 @dataclass(frozen=True)
@@ -285,6 +295,51 @@ class CoarseRouter(Router):
         return routes
 
 
+@dataclass(frozen=True)
+class _Highest:
+    """Takes products of rows and lists, and keeps those that may be within reach of the highest."""
+
+    num_rows: int
+    allowed: np.ndarray
+    """(N,) int64: how far below its highest product a row's others may be."""
+    reach: Reach
+
+    @cached_property
+    def best(self) -> np.ndarray:
+        """(N,) int64: the highest so far."""
+        return np.full(self.num_rows, -(1 << 31), np.int64)
+
+    @cached_property
+    def found(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Rows, lists and products (H,)."""
+        return []
+
+    def raise_to(self, who: np.ndarray, first: int, scores: np.ndarray) -> None:
+        """Know of some products without keeping them."""
+        self.best[who] = np.maximum(self.best[who], scores.max(axis=1))
+
+    def keep(self, who: np.ndarray, first: int, scores: np.ndarray) -> None:
+        """Keep those that are high. who: (M,) rows; scores: (M, C) with C lists from `first`."""
+        self.raise_to(who, first, scores)
+        floors, most = _as_int32(self.best[who] - self.allowed[who]), self.reach.most
+        if self.reach.gap >= _WIDEST and most + 1 < scores.shape[1]:
+            of_these = np.partition(scores, -most - 1, axis=1)[:, -most - 1]
+            floors = np.maximum(floors, of_these)
+        flat = np.flatnonzero(scores >= floors[:, None])
+        row, column = np.divmod(flat, scores.shape[1])
+        self.found.append((who[row], column + first, scores.reshape(-1)[flat]))
+
+    def chosen(self, num_lists: int) -> _Met:
+        """Those within reach of the row's highest, each once."""
+        who, lists, products = (np.concatenate(part) for part in zip(*self.found, strict=True))
+        kept = np.flatnonzero(products >= (self.best - self.allowed)[who])
+        keys = who[kept] * num_lists + lists[kept]
+        order = np.argsort(keys)
+        kept = kept[order[np.diff(keys[order], prepend=-1) != 0]]
+        who, lists, below = who[kept], lists[kept], self.best[who[kept]] - products[kept]
+        return _at_most(who, lists, below, self.reach.most)
+
+
 def _limit(reach: Reach) -> np.float16:
     return np.float16(min(reach.gap, _WIDEST))
 
@@ -303,18 +358,6 @@ def _even_step(num_rows: int, threads: int) -> int:
 
 def _as_int32(floors: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(floors, -(1 << 31), (1 << 31) - 1), np.int32)
-
-
-def _products(
-    rows: np.ndarray, lists: np.ndarray, who: np.ndarray, which: np.ndarray
-) -> np.ndarray:
-    """(H,) int64: products of pairs of a row and a list."""
-    found = np.empty(len(who), np.int64)
-    for start in range(0, len(who), _ROWS_AT_ONCE):
-        some = slice(start, start + _ROWS_AT_ONCE)
-        left, right = rows[who[some]].astype(np.int32), lists[which[some]]
-        found[some] = np.einsum("nd,nd->n", left, right)
-    return found
 
 
 def _within(

@@ -26,6 +26,7 @@ FLAT = 1 << 14
 _MOST_GROUPS = 1 << 18
 """What every worker holds as 8-bit integers."""
 _GROUPS_AT_ONCE = 1 << 10
+_FEWEST_LOOSE = 16
 
 
 def lists_of(
@@ -34,40 +35,38 @@ def lists_of(
     rng: np.random.Generator,
     threads: int = 1,
     groups: np.ndarray | None = None,
-) -> np.ndarray:
-    """(L, D) float32: unit centroids of about so many lists, and of one for each group.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unit centroids, (A, D) of one list for each group and (B, D) of lists for the rest.
 
+    num_lists: how many k-means would make of all rows; the rest gets its share of them.
     rows: (S, D) int8 in random order. groups: (S,) int64, a number for those of the same group,
-    -1 for those in none; k-means then spares the groups. The largest come first.
+    -1 for those in none.
     """
+    none = np.empty((0, rows.shape[1]), np.float32)
     if groups is None or not (groups >= 0).any():
-        return _by_kmeans(rows, num_lists, rng, threads)
-    centroids, kept = _means_of_groups(rows, groups)
-    rest = rows[~kept]
-    count = round(num_lists * len(rest) / len(rows))
-    if not count:
-        return centroids
-    return np.concatenate([centroids, _by_kmeans(rest, count, rng, threads)])
+        return none, _by_kmeans(rows, num_lists, rng, threads)
+    numbers, members = np.unique(groups[groups >= 0], return_counts=True)
+    largest = numbers[np.argsort(-members, kind="stable")[:_MOST_GROUPS]]
+    rest = rows[~np.isin(groups, largest)]
+    count = max(_FEWEST_LOOSE, round(num_lists * len(rest) / len(rows)))
+    some = rest if len(rest) >= count else rows
+    return means_of_groups(rows, groups, largest), _by_kmeans(some, count, rng, threads)
 
 
-def _means_of_groups(rows: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(C, D) float32 unit means of the largest groups, and (S,) bool: the rows in them."""
-    numbers, members = np.unique(groups, return_counts=True)
-    members[numbers < 0] = 0
-    largest = np.argsort(-members, kind="stable")[: min(_MOST_GROUPS, np.count_nonzero(members))]
+def means_of_groups(rows: np.ndarray, groups: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """(C, D) float32: unit means of some groups. rows: (S, D) int8; groups: (S,); largest: (C,)."""
     place = np.full(len(rows), -1, np.int64)  # of a group's number in the result
-    place[numbers[largest]] = np.arange(len(largest))
+    place[largest] = np.arange(len(largest))
     places = np.where(groups >= 0, place[groups], -1)  # (S,)
     order = np.argsort(places, kind="stable")
     starts = np.searchsorted(places[order], np.arange(len(largest) + 1))
     means = np.empty((len(largest), rows.shape[1]), np.float32)
     for first in range(0, len(largest), _GROUPS_AT_ONCE):
         some = slice(first, min(first + _GROUPS_AT_ONCE, len(largest)))
-        members_of = order[starts[some.start] : starts[some.stop]]
-        unit = unit_rows(rows[members_of]).astype(np.float32)
-        sums = np.add.reduceat(unit, starts[some] - starts[some.start], axis=0)
-        means[some] = unit_rows(sums)
-    return means, places >= 0
+        members = order[starts[some.start] : starts[some.stop]]
+        unit = unit_rows(rows[members]).astype(np.float32)
+        means[some] = unit_rows(np.add.reduceat(unit, starts[some] - starts[some.start], axis=0))
+    return means
 
 
 def _by_kmeans(

@@ -32,8 +32,12 @@ def quantize_rows(vectors: np.ndarray) -> np.ndarray:
 
 def quantize_centroids(centroids: np.ndarray) -> np.ndarray:
     """(C, D) int8: all centroids scaled by one number, so that their products rank them."""
-    rows = np.asarray(centroids, np.float32)
-    return np.asarray(np.rint(rows * (127 / np.abs(rows).max(initial=1e-30))), np.int8)
+    largest = max(centroids.max(initial=1e-30), -centroids.min(initial=-1e-30))
+    found = np.empty(centroids.shape, np.int8)
+    for start in range(0, len(centroids), _ROWS_AT_ONCE):
+        some = centroids[start : start + _ROWS_AT_ONCE].astype(np.float32)
+        found[start : start + len(some)] = np.rint(some * np.float32(127 / largest))
+    return found
 
 
 def lengths_of(rows: np.ndarray) -> np.ndarray:

@@ -25,9 +25,7 @@ class Reach:
     groups: int = 1
     """Nearest groups whose lists a row meets, where lists are grouped."""
     near: float = np.inf
-    """Cosine of a near list: a row that has met none looks for one in farther groups."""
-    floor: float = np.inf
-    """Cosine of the groups where it looks."""
+    """Cosine of a near list: a row that has met none looks for one in all groups."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from curation import storage
 from curation.clustering import hash_ids
 from curation.neighbors.alike import alike_groups
-from curation.neighbors.coarse import Coarse, CoarseRouter
+from curation.neighbors.coarse import FIRST_GROUPS, Coarse, CoarseRouter
 from curation.neighbors.coarse_training import FLAT, lists_of
 from curation.neighbors.partition import groups_of_shards
 from curation.neighbors.quantized import integer_products, lengths_of, quantize_rows
@@ -142,7 +142,7 @@ def train_router(
         found["width"],
         found["groups"],
         found["lists"],
-        Reach(found["gap"], budget.most_visits, *found["reach"]),
+        Reach(found["gap"], budget.most_visits, found["groups_met"], budget.near),
         threads,
     )
     return router, found["list_starts"]
@@ -230,9 +230,12 @@ class _TrainCoarse(Work):
         budget = self.training.budget
         groups = None if budget.alike is None else alike_groups(rows, budget.alike, rng, threads)
         lists = lists_of(rows, self.training.num_lists, rng, threads, groups)
-        coarse = Coarse.of(lists, rng, threads)
+        coarse = Coarse.of(*lists, rng, threads)
         coarse.write(self.training.coarse_path)
-        every = coarse.reach(asked, budget.near, budget.recall, budget.most_visits)
+        met = FIRST_GROUPS
+        if budget.alike is None or not coarse.has_loose:
+            met = coarse.groups_to_meet(asked, budget.recall)
+        every = Reach(np.inf, budget.most_visits, met, budget.near)
         gap = coarse.gap_of_visits(asked, budget.mean_visits, every, threads)
         every = replace(every, gap=gap)
         few = rows[: min(_COUNTED, _COUNTED_PER_LIST * coarse.num_lists)]
@@ -242,7 +245,7 @@ class _TrainCoarse(Work):
         facts = {
             "width": self.width,
             "groups": len(coarse.groups),
-            "reach": (every.groups, every.near, every.floor),
+            "groups_met": met,
             "lists": coarse.num_lists,
             "gap": min(gap, gap_of_pairs(coarse, asked, rows, budget, every, threads)),
             "list_starts": split_evenly(expected, self._rows_per_partition()),

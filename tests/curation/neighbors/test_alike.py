@@ -114,12 +114,13 @@ def test_alike_groups__of_few_rows_and_of_none_alike():
 def test_lists_of__groups_are_lists_and_the_rest_is_clustered():
     rows, owner = grouped_rows(np.random.default_rng(5))
     quantized = quantize_rows(rows)
-    lists = lists_of(quantized, 30, np.random.default_rng(0), 2, groups=owner)
-    assert lists.shape == (200 + 10, 256)
+    of_groups, loose = lists_of(quantized, 60, np.random.default_rng(0), 2, groups=owner)
+    assert (len(of_groups), len(loose)) == (200, 20)
+    lists = np.concatenate([of_groups, loose])
     assert np.allclose(np.linalg.norm(lists, axis=1), 1, atol=1e-5)
     nearest = (rows @ lists.T).argmax(axis=1)
     inside = owner >= 0
     assert len(np.unique(nearest[inside])) == 200
     for one in range(200):
         assert len(np.unique(nearest[owner == one])) <= 2
-    assert len(lists_of(quantized, 30, np.random.default_rng(0))) == 30
+    assert [len(some) for some in lists_of(quantized, 30, np.random.default_rng(0))] == [0, 30]

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -22,7 +20,7 @@ def test_grown_centroids__find_clusters_and_do_not_depend_on_threads():
 
 
 def trained(rows: np.ndarray, num_lists: int, rng: np.random.Generator) -> Coarse:
-    return Coarse.of(lists_of(quantize_rows(rows), num_lists, rng), rng)
+    return Coarse.of(*lists_of(quantize_rows(rows), num_lists, rng), rng)
 
 
 def test_route__all_lists_hold_rows_and_rows_visit_as_many_as_they_may():
@@ -54,15 +52,17 @@ def test_route__gives_the_nearest_list_and_those_within_the_gap(threads):
     assert np.allclose(routes.gaps, below[wanted], atol=1e-3)
 
 
-def grouped_lists(monkeypatch) -> tuple[Coarse, np.ndarray]:
+def grouped_lists(monkeypatch, width: int = 256) -> tuple[Coarse, np.ndarray]:
     """2,000 lists in 31 groups, and 3,000 rows at cosine 0.6 to one of them."""
     monkeypatch.setattr("curation.neighbors.coarse._UNGROUPED", 1000)
     rng = np.random.default_rng(6)
-    lists = rng.normal(size=(2000, 64))
+    lists = rng.normal(size=(2000, width))
     lists /= np.linalg.norm(lists, axis=1, keepdims=True)
-    noise = rng.normal(size=(3000, 64)) / 8
+    noise = rng.normal(size=(3000, width)) / np.sqrt(width)
     rows = 0.6 * lists[rng.integers(0, 2000, 3000)] + 0.8 * noise
-    return Coarse.of(lists.astype(np.float32), rng), rows.astype(np.float32)
+    return Coarse.of(lists.astype(np.float32), np.empty((0, width), np.float32), rng), rows.astype(
+        np.float32
+    )
 
 
 def ungrouped(coarse: Coarse) -> Coarse:
@@ -72,7 +72,7 @@ def ungrouped(coarse: Coarse) -> Coarse:
 @pytest.mark.parametrize("reach", [(0.2, 6), (0.02, 100), (np.inf, 4), (np.inf, 1999)])
 def test_route__through_all_groups_it_is_what_all_lists_give(monkeypatch, reach):
     coarse, rows = grouped_lists(monkeypatch)
-    assert 20 < len(coarse.groups) < 32
+    assert 20 < len(coarse.groups) <= 32
     found = coarse.route(rows, Reach(*reach, len(coarse.groups)), 2)
     wanted = ungrouped(coarse).route(rows, Reach(*reach))
     for name in ("own", "bounds", "lists", "gaps"):
@@ -82,32 +82,41 @@ def test_route__through_all_groups_it_is_what_all_lists_give(monkeypatch, reach)
 def test_route__through_few_groups_most_rows_find_the_nearest_list(monkeypatch):
     coarse, rows = grouped_lists(monkeypatch)
     nearest = ungrouped(coarse).route(rows, Reach(0, 0)).own[1000:]
-    reach = replace(coarse.reach(rows[:1000], np.inf, 0.9, 5), gap=0.0)
-    assert 1 < reach.groups < len(coarse.groups)
-    found = coarse.route(rows[1000:], reach, 2)
+    met = coarse.groups_to_meet(rows[:1000], 0.9)
+    assert 1 < met < len(coarse.groups)
+    found = coarse.route(rows[1000:], Reach(0, 0, met), 2)
     assert 0.85 < (found.own == nearest).mean() < 1
-    alone = coarse.route(rows[1234:1235], reach)
+    alone = coarse.route(rows[1234:1235], Reach(0, 0, met))
     assert alone.own[0] == found.own[234]  # whoever it is asked with
 
 
-def test_route__rows_without_a_near_list_look_for_one_in_farther_groups(monkeypatch):
-    coarse, rows = grouped_lists(monkeypatch)
-    wanted = ungrouped(coarse).route(rows, Reach(0, 0)).own[1000:]
-    reach = coarse.reach(rows[:1000], 0.45, 0.95, 5)
-    assert (reach.groups, reach.near) == (8, 0.45)
-    assert 0 < reach.floor < 0.45
-    found = coarse.route(rows[1000:], reach, 2).own
-    first = coarse.route(rows[1000:], replace(reach, near=np.inf)).own
-    missed, missed_first = ((own != wanted).mean() for own in (found, first))
-    assert missed < 0.08 < 0.8 * missed_first
-    again = coarse.route(rows[1000:], replace(reach, gap=0.1))
-    keys = again.visitors * coarse.num_lists + again.lists
+@pytest.mark.parametrize("first_groups", [1, 8])
+def test_route__rows_find_a_near_list_anywhere_and_others_a_loose_one(monkeypatch, first_groups):
+    grouped, rows = grouped_lists(monkeypatch)
+    rng = np.random.default_rng(7)
+    strangers = rng.normal(size=(500, 256)).astype(np.float32)
+    lists = grouped.lists / np.linalg.norm(grouped.lists.astype(np.float32), axis=1, keepdims=True)
+    loose = rng.normal(size=(40, 256)).astype(np.float32)
+    loose /= np.linalg.norm(loose, axis=1, keepdims=True)
+    coarse = Coarse.of(lists, loose, rng)
+    assert coarse.has_loose
+    assert not grouped.has_loose
+    reach = Reach(0.1, 5, first_groups, near=0.5)
+    near, far = coarse.route(rows, reach, 2), coarse.route(strangers, reach, 2)
+    exact = ungrouped(coarse).route(rows, reach)
+    assert (near.own == exact.own).mean() > 0.95
+    assert near.own.max() < 2000
+    assert (far.own >= 2000).mean() > 0.7
+    loose_alone = Coarse(coarse.lists[:1], coarse.lists[2000:], np.array([0, 40]))
+    home = loose_alone.route(strangers, Reach(0, 0)).own + 2000
+    assert (home == far.own)[far.own >= 2000].all()
+    keys = near.visitors * coarse.num_lists + near.lists
     assert len(np.unique(keys)) == len(keys)  # what was met twice is visited once
-    assert (again.own == found).all()
+    assert not (near.lists == near.own[near.visitors]).any()
 
 
 def test_gap_of_pairs__is_that_which_alike_rows_need(monkeypatch):
-    coarse, rows = grouped_lists(monkeypatch)
+    coarse, rows = grouped_lists(monkeypatch, width=64)
     codes = quantize_rows(rows)
     every = Reach(np.inf, 1999, len(coarse.groups))
     budget = Budget(alike=0.4, recall=0.94)
