@@ -7,17 +7,25 @@ most neighbours. A group's mean lies much nearer to the group's other rows than 
 S sampled rows, D width, E edges.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from curation.neighbors.coarse_training import grown_centroids, means_of_groups
 from curation.neighbors.identical import first_identical
-from curation.neighbors.quantized import integer_products, quantize_centroids, quantize_rows
+from curation.neighbors.quantized import (
+    integer_products,
+    lengths_of,
+    quantize_centroids,
+    quantize_rows,
+)
 from curation.neighbors.selection import columns_near, ranks_within
-from curation.neighbors.sketches import least_product, sketches_of
+from curation.neighbors.sketches import least_cosine, least_product, sketches_of
 from curation.neighbors.threads import in_threads
 
+LEAST_COSINE = 0.5
+"""Below it, sketches of strangers look alike too often."""
 _ROWS_PER_LIST = 1 << 10
 _TRAINED_PER_LIST = 32
 _MOST_LISTS = 1 << 15
@@ -25,8 +33,11 @@ _FEWEST_MET, _SHARE_MET = 16, 1 / 96
 """Lists that a row meets: that many at least, or that share of them."""
 _LONGEST = 1 << 13
 """Rows of a list that others are compared with; the rest of a crowd adds nothing new."""
-_MOST_NEIGHBOURS = 32
-"""Of a row in one list: in a crowd all find the same first ones."""
+_MOST_NEIGHBOURS, _ENOUGH = 16, 32
+"""Of a row in one list, and in all before it looks no further: in a crowd all find the same first
+ones."""
+_ROUNDS = 32
+"""Rounds of lists after which it is seen which rows have found enough."""
 _VISITORS = 1 << 9
 _ROUTED = 1 << 9
 
@@ -68,20 +79,26 @@ def _merged(
 
 
 def _neighbours(rows: np.ndarray, cosine: float, rng: np.random.Generator, threads: int) -> _Edges:
-    """Most pairs of alike rows: those of which one meets the list of the other."""
-    lists, visitors, starts = _coarse_lists(rows, rng, threads)
-    order = np.argsort(lists, kind="stable")
-    home_starts = np.searchsorted(lists[order], np.arange(len(starts)))
-    sketches = sketches_of(rows, threads)
-    least = least_product(cosine)
+    """Most pairs of rows that are alike or nearly so, of which one meets the list of the other."""
+    homes, visitors, starts = _coarse_lists(rows, rng, threads)
+    order = np.argsort(homes, kind="stable")
+    home_starts = np.searchsorted(homes[order], np.arange(len(starts)))
+    compared = _Compared(rows, sketches_of(rows, threads), lengths_of(rows), cosine)
+    known, found = np.zeros(len(rows), np.int64), [np.empty(0, np.int64)]
 
-    def of_list(one: int) -> _Edges:
+    def of_list(one: int) -> np.ndarray:
         residents = order[home_starts[one] : home_starts[one + 1]][:_LONGEST]
         coming = visitors[starts[one] : starts[one + 1]]
-        return _alike_in_list(sketches, residents, coming, least)
+        return compared.pairs(residents, coming[known[coming] < _ENOUGH])
 
-    found = list(in_threads(of_list, range(len(starts) - 1), threads))
-    left, right = (np.concatenate(side) for side in zip(*found, strict=True))
+    count = len(starts) - 1
+    for first in range(0, count, step := 1 + count // _ROUNDS):
+        lists = range(first, min(first + step, count))
+        pairs = np.concatenate(list(in_threads(of_list, lists, threads)))
+        known += np.bincount(pairs >> 32, minlength=len(rows))
+        found.append(pairs)
+    pairs = np.concatenate(found)
+    left, right = pairs >> 32, pairs & 0xFFFFFFFF
     pairs = np.sort(np.minimum(left, right) << 32 | np.maximum(left, right))
     pairs = pairs[np.diff(pairs, prepend=-1) != 0]
     return pairs >> 32, pairs & 0xFFFFFFFF
@@ -114,21 +131,36 @@ def _nearest_lists(
     return scores.argmax(axis=1).astype(np.uint16), (lists << 32 | (who + start)).astype(np.uint64)
 
 
-def _alike_in_list(
-    sketches: np.ndarray, residents: np.ndarray, visitors: np.ndarray, least: int
-) -> _Edges:
-    """Pairs of a visitor and a resident (all residents visit, too) that look alike."""
-    found: list[_Edges] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-    own = sketches[residents]
-    for start in range(0, len(visitors) if len(residents) else 0, _VISITORS):
-        some = visitors[start : start + _VISITORS]
-        scores = integer_products(sketches[some], own).numpy()
-        who, which = np.divmod(np.flatnonzero(scores > least), len(residents))
-        few = ranks_within(who) <= _MOST_NEIGHBOURS  # itself is one
-        a, b = some[who[few]].astype(np.int64), residents[which[few]].astype(np.int64)
-        found.append((a[a != b], b[a != b]))
-    left, right = (np.concatenate(side) for side in zip(*found, strict=True))
-    return left, right
+@dataclass(frozen=True)
+class _Compared:
+    """Rows that are compared by their sketches, and exactly where these are alike."""
+
+    rows: np.ndarray
+    """(S, D) int8."""
+    sketches: np.ndarray
+    """(S, 128) int8."""
+    lengths: np.ndarray
+    """(S,) float64."""
+    cosine: float
+
+    def pairs(self, residents: np.ndarray, visitors: np.ndarray) -> np.ndarray:
+        """(H,) int64: visitor x 2^32 + resident of those that are nearly alike."""
+        found, own = [np.empty(0, np.int64)], self.sketches[residents]
+        least = least_product(self.cosine)
+        for start in range(0, len(visitors) if len(residents) else 0, _VISITORS):
+            some = visitors[start : start + _VISITORS]
+            scores = integer_products(self.sketches[some], own).numpy()
+            who, which = np.divmod(np.flatnonzero(scores > least), len(residents))
+            few = ranks_within(who) <= _MOST_NEIGHBOURS  # itself is one
+            found.append(self._nearly_alike(some[who[few]], residents[which[few]]))
+        return np.concatenate(found)
+
+    def _nearly_alike(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Those whose own cosine is what their sketches' had to be, and not just theirs."""
+        products = np.einsum("nd,nd->n", self.rows[left], self.rows[right], dtype=np.int32)
+        least = least_cosine(self.cosine) * self.lengths[left] * self.lengths[right]
+        good = (products > least) & (left != right)
+        return np.asarray(left[good].astype(np.int64) << 32 | right[good].astype(np.int64))
 
 
 def _leaders(num_rows: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from pydantic import Field
 from curation import storage
 from curation.config import Settings
 from curation.errors import ConfigError
+from curation.neighbors.alike import LEAST_COSINE
 from curation.neighbors.coarse import CoarseRouter
 from curation.neighbors.join import Join, Joined, join_exhaustively
 from curation.neighbors.list_join import join_by_lists
@@ -65,7 +66,7 @@ class Comparison(Settings):
             most_visits=8 * self.visits,
             rows_per_list=rows_per_list,
             recall=self.recall,
-            alike=alike,
+            alike=alike if alike is not None and alike >= LEAST_COSINE else None,
         )
 
 

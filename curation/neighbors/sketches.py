@@ -34,10 +34,14 @@ def sketches_of(rows: np.ndarray, threads: int = 1) -> np.ndarray:
     return np.concatenate(list(in_threads(of_block, blocks, threads)))
 
 
+def least_cosine(cosine: float) -> float:
+    """The cosine that all but few sketches of rows exceed whose own is this or more."""
+    return cosine - _DEVIATIONS * (1 - cosine**2) / float(np.sqrt(WIDTH))
+
+
 def least_product(cosine: float) -> int:
-    """The product of two sketches that all but few rows exceed whose cosine is this or more."""
-    doubt = _DEVIATIONS * (1 - cosine**2) / np.sqrt(WIDTH)
-    return int((cosine - doubt) * _SCALE**2)
+    """The same as a product of two sketches."""
+    return int(least_cosine(cosine) * _SCALE**2)
 
 
 def _directions(width: int) -> np.ndarray:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.neighbors.alike import alike_groups
+from curation.neighbors.alike import _neighbours, alike_groups
 from curation.neighbors.coarse_training import lists_of
 from curation.neighbors.quantized import quantize_rows
 from curation.neighbors.selection import columns_near
@@ -101,6 +101,16 @@ def test_alike_groups__identical_rows_follow_their_first_and_crowds_stay_small()
     assert len(np.unique(found[3000:6000])) == 1
     assert (found[6000:] >= 0).all()
     assert len(np.unique(found[6000:])) <= 3
+
+
+def test_neighbours__of_a_crowd_are_few_for_each_row():
+    rng = np.random.default_rng(6)
+    crowd = quantize_rows(
+        around(np.repeat(unit(rng.normal(size=(1, 256))), 8000, axis=0), 0.97, rng)
+    )
+    left, right = _neighbours(crowd, 0.8, rng, 2)
+    assert (left < right).all()
+    assert 8000 < len(left) < 64 * 8000
 
 
 def test_alike_groups__of_few_rows_and_of_none_alike():
