@@ -19,6 +19,7 @@ from curation.neighbors.coarse_training import chain, grown_centroids
 from curation.neighbors.partition import Router
 from curation.neighbors.quantized import (
     integer_products,
+    largest_of,
     lengths_of,
     nearest_centroids,
     quantize_centroids,
@@ -75,21 +76,23 @@ class Coarse:
         threads: int = 1,
     ) -> "Coarse":
         """Group lists and put them in order. Both: (L, D) float32, unit rows."""
-        lists = np.concatenate([of_groups, loose])
-        codes = quantize_centroids(lists)
-        if len(lists) <= _UNGROUPED:
-            return cls(codes[:1], codes[chain(lists)], np.array([0, len(lists)]))
-        grouped = len(of_groups) if len(loose) <= _UNGROUPED else len(lists)
-        rows = quantize_rows(lists[:grouped])
+        if len(of_groups) + len(loose) <= _UNGROUPED or len(loose) > _UNGROUPED:
+            of_groups, loose = np.concatenate([of_groups, loose]), loose[:0]
+        if len(of_groups) <= _UNGROUPED and not len(loose):
+            codes = quantize_centroids(of_groups)
+            return cls(codes[:1], codes[chain(of_groups)], np.array([0, len(codes)]))
+        rows = quantize_rows(of_groups)
         shuffled = rows[rng.permutation(len(rows))]
         groups = grown_centroids(shuffled, 1 + len(rows) // _LISTS_PER_GROUP, rng, threads)
         groups = quantize_centroids(groups[chain(groups)])
         owners = nearest_centroids(rows, groups)
         known, owners = np.unique(owners, return_inverse=True)
-        order, loose = np.argsort(owners, kind="stable"), lists[grouped:]
+        order = np.argsort(owners, kind="stable")
         starts = np.searchsorted(owners[order], np.arange(len(known) + 1))
-        order = np.concatenate([order, grouped + (chain(loose) if len(loose) else order[:0])])
-        return cls(groups[known], codes[order], starts)
+        largest = max(largest_of(of_groups), largest_of(loose))
+        last = quantize_centroids(loose[chain(loose)] if len(loose) else loose, largest)
+        codes = np.concatenate([quantize_centroids(of_groups, largest)[order], last])
+        return cls(groups[known], codes, starts)
 
     def write(self, path: str) -> None:
         """Write to a file, from which a `CoarseRouter` reads."""

@@ -30,14 +30,22 @@ def quantize_rows(vectors: np.ndarray) -> np.ndarray:
     return found
 
 
-def quantize_centroids(centroids: np.ndarray) -> np.ndarray:
-    """(C, D) int8: all centroids scaled by one number, so that their products rank them."""
-    largest = max(centroids.max(initial=1e-30), -centroids.min(initial=-1e-30))
+def quantize_centroids(centroids: np.ndarray, largest: float | None = None) -> np.ndarray:
+    """(C, D) int8: all centroids scaled by one number, so that their products rank them.
+
+    largest: what becomes 127; the largest of their own numbers where it is left out.
+    """
+    largest = largest or largest_of(centroids)
     found = np.empty(centroids.shape, np.int8)
     for start in range(0, len(centroids), _ROWS_AT_ONCE):
         some = centroids[start : start + _ROWS_AT_ONCE].astype(np.float32)
         found[start : start + len(some)] = np.rint(some * np.float32(127 / largest))
     return found
+
+
+def largest_of(rows: np.ndarray) -> float:
+    """The largest number of all, whatever its sign."""
+    return max(float(rows.max(initial=1e-30)), -float(rows.min(initial=-1e-30)))
 
 
 def lengths_of(rows: np.ndarray) -> np.ndarray:
