@@ -40,6 +40,8 @@ _ROWS_GROUPED = 1 << 16
 """So many that each group is met by some hundreds of them: small products cost their call."""
 _SKETCHES = (1 << 8, 1 << 11)
 """Rows and lists whose sketches are multiplied at a time."""
+_ROWS_SKETCHED, _LOOKED_AT = 1 << 6, 64
+"""Rows that are sampled, and lists of each that may look near by their sketches."""
 _PRODUCTS = 1 << 18
 """They stay in the cache of a core until those within reach are found."""
 FIRST_GROUPS = 32
@@ -132,6 +134,17 @@ class Coarse:
         rank = np.sort((scores > own[:, None]).sum(axis=1))
         return min(1 + int(rank[int(share * (len(rank) - 1))]), _MOST_GROUPS_MET)
 
+    def least_of_sketches(self, rows: np.ndarray) -> int:
+        """A bound for products of sketches that rows exceed with few of the lists on average.
+
+        Where space has a favoured direction, strangers look alike, and what is gained by sketches
+        would be lost by looking closer. rows: (N, D), not trained on.
+        """
+        sketches = sketches_of(quantize_rows(rows[:_ROWS_SKETCHED]))
+        scores = integer_products(sketches, self.sketches).numpy().reshape(-1)
+        most = _LOOKED_AT * len(sketches)
+        return int(np.partition(scores, -most)[-most]) if most < len(scores) else -(1 << 31)
+
     def route(self, vectors: np.ndarray, reach: Reach, threads: int = 1) -> Routes:
         """The list of each row, and those within reach. vectors: (N, D)."""
         length = self.length
@@ -175,7 +188,8 @@ class Coarse:
     def _meet_alike(self, rows: np.ndarray, allowed: np.ndarray, reach: Reach) -> _Met:
         """Near lists, by their sketches; rows that have none within reach meet the loose ones."""
         met, sketches = _Highest(len(rows), allowed, reach), sketches_of(rows)
-        least, enough = least_product(reach.near), reach.near * self.length * lengths_of(rows)
+        least = max(reach.least, least_product(reach.near))
+        enough = reach.near * self.length * lengths_of(rows)
         (near,) = self._near_groups(rows, (reach.groups,))
         self._keep_alike(rows, self._alike_near(sketches, near, least), met)
         lost = np.flatnonzero(met.best < enough)
@@ -231,19 +245,6 @@ class Coarse:
         for start in range(0, len(who) if first < self.num_lists else 0, step):
             some = who[start : start + step]
             visit(some, first, integer_products(rows[some], self.lists[first:]).numpy())
-
-    def _look_alike(self, rows: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (H,) and lists of groups (H,) the products of whose sketches are above a bound."""
-        sketches, parts = sketches_of(rows), [(np.empty(0, np.int64), np.empty(0, np.int64))]
-        for start in range(0, len(rows), _SKETCHES[0]):
-            some = sketches[start : start + _SKETCHES[0]]
-            for first in range(0, int(self.list_starts[-1]), _SKETCHES[1]):
-                lists = self.sketches[first : first + _SKETCHES[1]]
-                near = np.flatnonzero(integer_products(some, lists).numpy() > least)
-                row, column = np.divmod(near, len(lists))
-                parts.append((row + start, column + first))
-        who, lists = (np.concatenate(side) for side in zip(*parts, strict=True))
-        return who, lists
 
     def _near_groups(self, rows: np.ndarray, counts: tuple[int, ...]) -> list[np.ndarray]:
         """Pairs of a row and one of its so many nearest groups, as row x G + group ascending."""

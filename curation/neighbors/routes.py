@@ -26,6 +26,8 @@ class Reach:
     """Nearest groups whose lists a row meets, where lists are grouped."""
     near: float = np.inf
     """Cosine of a near list: a row that has met none looks for one in all groups."""
+    least: int = -(1 << 31)
+    """Product of the sketches of a row and a near list at least."""
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def train_router(
         found["width"],
         found["groups"],
         found["lists"],
-        Reach(found["gap"], budget.most_visits, found["groups_met"], budget.near),
+        Reach(found["gap"], budget.most_visits, found["groups_met"], budget.near, found["least"]),
         threads,
     )
     return router, found["list_starts"]
@@ -235,7 +235,8 @@ class _TrainCoarse(Work):
         met = FIRST_GROUPS
         if budget.alike is None or not coarse.has_loose:
             met = coarse.groups_to_meet(asked, budget.recall)
-        every = Reach(np.inf, budget.most_visits, met, budget.near)
+        least = coarse.least_of_sketches(asked)
+        every = Reach(np.inf, budget.most_visits, met, budget.near, least)
         gap = coarse.gap_of_visits(asked, budget.mean_visits, every, threads)
         every = replace(every, gap=gap)
         few = rows[: min(_COUNTED, _COUNTED_PER_LIST * coarse.num_lists)]
@@ -246,6 +247,7 @@ class _TrainCoarse(Work):
             "width": self.width,
             "groups": len(coarse.groups),
             "groups_met": met,
+            "least": least,
             "lists": coarse.num_lists,
             "gap": min(gap, gap_of_pairs(coarse, asked, rows, budget, every, threads)),
             "list_starts": split_evenly(expected, self._rows_per_partition()),

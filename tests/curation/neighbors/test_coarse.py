@@ -5,6 +5,7 @@ from curation.neighbors.coarse import Coarse
 from curation.neighbors.coarse_training import grown_centroids, lists_of
 from curation.neighbors.quantized import quantize_rows
 from curation.neighbors.routes import Reach, Routes
+from curation.neighbors.sketches import least_product, sketches_of
 from curation.neighbors.train import Budget, gap_of_pairs
 
 
@@ -113,6 +114,24 @@ def test_route__rows_find_a_near_list_anywhere_and_others_a_loose_one(monkeypatc
     keys = near.visitors * coarse.num_lists + near.lists
     assert len(np.unique(keys)) == len(keys)  # what was met twice is visited once
     assert not (near.lists == near.own[near.visitors]).any()
+
+
+def test_least_of_sketches__lets_few_lists_look_near(monkeypatch):
+    coarse, rows = grouped_lists(monkeypatch)
+    common = np.ones(256, np.float32) / 16  # all cosines are above a half
+    lists = coarse.lists / np.linalg.norm(coarse.lists.astype(np.float32), axis=1, keepdims=True)
+    leaning = lists + common
+    leaning /= np.linalg.norm(leaning, axis=1, keepdims=True)
+    coarse = Coarse.of(leaning, leaning[:20], np.random.default_rng(0))
+    some = rows + common
+    least = coarse.least_of_sketches(some)
+    sketches = sketches_of(quantize_rows(some)).astype(np.int64)
+    looking = (sketches @ coarse.sketches.T.astype(np.int64) > least).sum(axis=1)
+    assert 30 < looking.mean() < 130
+    assert least > least_product(0.5)
+    found = coarse.route(some, Reach(0.1, 5, 8, near=0.5, least=least), 2)
+    exact = ungrouped(coarse).route(some, Reach(0.1, 5))
+    assert (found.own == exact.own).mean() > 0.8
 
 
 def test_gap_of_pairs__is_that_which_alike_rows_need(monkeypatch):
