@@ -14,7 +14,7 @@ from curation import storage
 from curation.dataset import Dataset
 from curation.errors import SchemaError, SpaceError
 from curation.neighbors.centroid_index import FLAT_UP_TO, CentroidIndex
-from curation.neighbors.quantized import integer_products, quantize_rows
+from curation.neighbors.quantized import integer_products, lengths_of, quantize_rows
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.neighbors.threads import side_by_side
@@ -292,7 +292,7 @@ def spread_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.nd
     rows: (N, D) float32, unit rows, N at least `count`.
     """
     trials, quantized = 2 + int(np.log(count)), quantize_rows(rows)
-    lengths = np.sqrt(np.einsum("nd,nd->n", quantized, quantized, dtype=np.int64))  # (N,)
+    lengths = lengths_of(quantized)  # (N,)
     chosen = [int(rng.integers(len(rows)))]
     squared = _squared_distances(quantized, lengths, chosen)[0]  # (N,) to the nearest chosen row
     for _ in range(count - 1):

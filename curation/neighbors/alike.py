@@ -17,10 +17,11 @@ from curation.neighbors.identical import first_identical
 from curation.neighbors.quantized import (
     integer_products,
     lengths_of,
+    pair_products,
     quantize_centroids,
     quantize_rows,
 )
-from curation.neighbors.selection import columns_near, ranks_within
+from curation.neighbors.selection import by_group, columns_near, ranks_within
 from curation.neighbors.sketches import least_cosine, least_product, sketches_of
 from curation.neighbors.threads import in_threads
 
@@ -81,8 +82,7 @@ def _merged(
 def _neighbours(rows: np.ndarray, cosine: float, rng: np.random.Generator, threads: int) -> _Edges:
     """Most pairs of rows that are alike or nearly so, of which one meets the list of the other."""
     homes, visitors, starts = _coarse_lists(rows, rng, threads)
-    order = np.argsort(homes, kind="stable")
-    home_starts = np.searchsorted(homes[order], np.arange(len(starts)))
+    order, home_starts = by_group(homes, len(starts) - 1)
     compared = _Compared(rows, sketches_of(rows, threads), lengths_of(rows), cosine)
     known, found = np.zeros(len(rows), np.int64), [np.empty(0, np.int64)]
 
@@ -157,7 +157,7 @@ class _Compared:
 
     def _nearly_alike(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Those whose own cosine is what their sketches' had to be, and not just theirs."""
-        products = np.einsum("nd,nd->n", self.rows[left], self.rows[right], dtype=np.int32)
+        products = pair_products(self.rows, left, self.rows, right)
         least = least_cosine(self.cosine) * self.lengths[left] * self.lengths[right]
         good = (products > least) & (left != right)
         return np.asarray(left[good].astype(np.int64) << 32 | right[good].astype(np.int64))

@@ -12,6 +12,7 @@ import numpy as np
 
 from curation.neighbors.quantized import integer_products, nearest_centroids, quantize_centroids
 from curation.neighbors.row_files import map_array, write_array
+from curation.neighbors.selection import by_group
 from curation.neighbors.threads import side_by_side
 
 FLAT_UP_TO = 1 << 12
@@ -55,8 +56,7 @@ class CentroidIndex:
         owners = nearest_centroids(quantized, above)
         known, owners = np.unique(owners, return_inverse=True)
         above = above[known]  # groups without centroids have nothing to offer
-        order = np.argsort(owners, kind="stable")
-        starts = np.searchsorted(owners[order], np.arange(len(above) + 1))
+        order, starts = by_group(owners, len(above))
         rank = ranks_of_groups(sample, above, owners[nearest_centroids(sample, quantized)])
         met = 1 + int(np.sort(rank)[max(0, int(np.ceil(share * len(rank))) - 1)])
         if len(above) + met * len(centroids) / len(above) >= 0.6 * len(centroids):
@@ -85,8 +85,7 @@ class CentroidIndex:
         met, count = self.groups_met, len(self.groups)
         near = scores.argpartition(count - met, axis=1)[:, count - met :]  # (N, met)
         near = near.astype(np.uint16 if count <= 1 << 16 else np.int32).reshape(-1)
-        visits = near.argsort(kind="stable")
-        bounds = np.searchsorted(near[visits], np.arange(count + 1))
+        visits, bounds = by_group(near, count)
         best = np.full(len(rows), np.iinfo(np.int64).min)
         for group in np.flatnonzero(np.diff(bounds)):
             first, stop = self.starts[group : group + 2]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from curation.neighbors.centroid_index import ranks_of_groups
 from curation.neighbors.coarse_training import chain, grown_centroids
 from curation.neighbors.partition import Router
 from curation.neighbors.quantized import (
@@ -22,12 +23,13 @@ from curation.neighbors.quantized import (
     largest_of,
     lengths_of,
     nearest_centroids,
+    pair_products,
     quantize_centroids,
     quantize_rows,
 )
 from curation.neighbors.routes import Reach, Routes, bounds_of
 from curation.neighbors.row_files import map_array, write_array
-from curation.neighbors.selection import columns_near, ranks_within
+from curation.neighbors.selection import by_group, columns_near, ranks_within
 from curation.neighbors.sketches import least_product, sketches_of
 from curation.neighbors.threads import in_threads
 
@@ -38,8 +40,8 @@ _MOST_GROUPS_MET = 128
 _ROWS_AT_ONCE = 1 << 13
 _ROWS_GROUPED = 1 << 16
 """So many that each group is met by some hundreds of them: small products cost their call."""
-_SKETCHES = (1 << 8, 1 << 11)
-"""Rows and lists whose sketches are multiplied at a time."""
+_TILE = (1 << 8, 1 << 11)
+"""Rows and lists that are multiplied at a time where all rows meet all lists of a run."""
 _ROWS_SKETCHED, _LOOKED_AT = 1 << 6, 64
 """Rows that are sampled, and lists of each that may look near by their sketches."""
 _PRODUCTS = 1 << 18
@@ -54,6 +56,7 @@ _WIDEST = 8.0
 
 _Met = tuple[np.ndarray, np.ndarray, np.ndarray]
 """(H,) each: rows in ascending order, lists, and how far their product is below the highest."""
+_NO_PAIRS = (np.empty(0, np.int64), np.empty(0, np.int64))
 _Visit = Callable[[np.ndarray, int, np.ndarray], None]
 """What is done with some rows, the first of some lists, and their products (N, L)."""
 
@@ -89,8 +92,7 @@ class Coarse:
         groups = quantize_centroids(groups[chain(groups)])
         owners = nearest_centroids(rows, groups)
         known, owners = np.unique(owners, return_inverse=True)
-        order = np.argsort(owners, kind="stable")
-        starts = np.searchsorted(owners[order], np.arange(len(known) + 1))
+        order, starts = by_group(owners, len(known))
         largest = max(largest_of(of_groups), largest_of(loose))
         last = quantize_centroids(loose[chain(loose)] if len(loose) else loose, largest)
         codes = np.concatenate([quantize_centroids(of_groups, largest)[order], last])
@@ -129,9 +131,8 @@ class Coarse:
             return 1
         codes = quantize_rows(rows)
         owners = np.searchsorted(self.list_starts, nearest_centroids(codes, self.lists), "right")
-        scores = integer_products(codes, self.groups).numpy()  # (N, G)
-        own = scores[np.arange(len(scores)), np.minimum(owners, len(self.groups)) - 1]
-        rank = np.sort((scores > own[:, None]).sum(axis=1))
+        own = np.minimum(owners, len(self.groups)) - 1
+        rank = np.sort(ranks_of_groups(codes, self.groups, own))
         return min(1 + int(rank[int(share * (len(rank) - 1))]), _MOST_GROUPS_MET)
 
     def least_of_sketches(self, rows: np.ndarray) -> int:
@@ -147,7 +148,7 @@ class Coarse:
 
     def route(self, vectors: np.ndarray, reach: Reach, threads: int = 1) -> Routes:
         """The list of each row, and those within reach. vectors: (N, D)."""
-        length = self.length
+        length = self.length  # known before threads ask for it
         meet, step = self._meet_all, _ROWS_AT_ONCE
         if len(self.groups) > 1:
             step = _even_step(len(vectors), threads)
@@ -156,7 +157,8 @@ class Coarse:
 
         def of_block(start: int) -> Routes:
             rows = quantize_rows(vectors[start : start + step])
-            return _routes(rows, meet(rows, _allowed(rows, reach, length), reach), reach, length)
+            lengths = lengths_of(rows) * length
+            return _routes(meet(rows, lengths, reach), lengths, reach)
 
         return Routes.joined(list(in_threads(of_block, range(0, len(vectors), step), threads)))
 
@@ -167,8 +169,12 @@ class Coarse:
         vectors = vectors[:_ROWS_FOR_GAP]
         return self.route(vectors, reach, threads).gap_at(int(mean * len(vectors)))
 
-    def _meet_all(self, rows: np.ndarray, allowed: np.ndarray, reach: Reach) -> _Met:
-        """Lists within reach of all, block by block. rows: (N, D) int8; allowed: (N,)."""
+    def _meet_all(self, rows: np.ndarray, lengths: np.ndarray, reach: Reach) -> _Met:
+        """Lists within reach of all, block by block.
+
+        rows: (N, D) int8; lengths: (N,), a product divided by which is a cosine.
+        """
+        allowed = _allowed(lengths, reach)
         step, parts = max(32, _PRODUCTS // self.num_lists), []
         for start in range(0, len(rows), step):
             scores = integer_products(rows[start : start + step], self.lists).numpy()
@@ -177,74 +183,28 @@ class Coarse:
         who, lists, below = (np.concatenate(part) for part in zip(*parts, strict=True))
         return who, lists, below
 
-    def _meet_groups(self, rows: np.ndarray, allowed: np.ndarray, reach: Reach) -> _Met:
+    def _meet_groups(self, rows: np.ndarray, lengths: np.ndarray, reach: Reach) -> _Met:
         """Lists within reach of those in the nearest groups: what is highest first, then all."""
-        met = _Highest(len(rows), allowed, reach)
+        met = _Highest(lengths, reach)
         first, every = self._near_groups(rows, (_VERY_FIRST, reach.groups))
         self._meet_near(rows, self.lists, first, met.raise_to)
         self._meet_near(rows, self.lists, every, met.keep)
         return met.chosen(self.num_lists)
 
-    def _meet_alike(self, rows: np.ndarray, allowed: np.ndarray, reach: Reach) -> _Met:
+    def _meet_alike(self, rows: np.ndarray, lengths: np.ndarray, reach: Reach) -> _Met:
         """Near lists, by their sketches; rows that have none within reach meet the loose ones."""
-        met, sketches = _Highest(len(rows), allowed, reach), sketches_of(rows)
-        least = max(reach.least, least_product(reach.near))
-        enough = reach.near * self.length * lengths_of(rows)
-        (near,) = self._near_groups(rows, (reach.groups,))
-        self._keep_alike(rows, self._alike_near(sketches, near, least), met)
+        met, sketches, grouped = _Highest(lengths, reach), sketches_of(rows), self.list_starts[-1]
+        near = _Near(max(reach.least, least_product(reach.near)))
+        enough = reach.near * lengths
+        (nearest,) = self._near_groups(rows, (reach.groups,))
+        self._meet_near(sketches, self.sketches, nearest, near.keep)
+        met.take(rows, self.lists, *near.taken())
         lost = np.flatnonzero(met.best < enough)
-        who, lists = self._alike_anywhere(sketches[lost], least)
-        self._keep_alike(rows, (lost[who], lists), met)
-        self._meet_loose(rows, np.flatnonzero(met.best < enough), met.keep)
+        _meet_run(sketches, lost, self.sketches, range(grouped), near.keep)
+        met.take(rows, self.lists, *near.taken())
+        lost = np.flatnonzero(met.best < enough)
+        _meet_run(rows, lost, self.lists, range(grouped, self.num_lists), met.keep)
         return met.chosen(self.num_lists)
-
-    def _keep_alike(
-        self, rows: np.ndarray, pairs: tuple[np.ndarray, np.ndarray], met: "_Highest"
-    ) -> None:
-        """Tell what the products are of pairs of a row and a list, each there once."""
-        who, lists = pairs
-        products = np.empty(len(who), np.int64)
-        for start in range(0, len(who), _ROWS_AT_ONCE):
-            some = slice(start, start + _ROWS_AT_ONCE)
-            left, right = rows[who[some]], self.lists[lists[some]]
-            products[some] = np.einsum("nd,nd->n", left, right, dtype=np.int32)
-        np.maximum.at(met.best, who, products)
-        met.found.append((who, lists, products))
-
-    def _alike_near(
-        self, sketches: np.ndarray, near: np.ndarray, least: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (H,) and lists (H,) of groups near them whose sketches' product is above a bound."""
-        parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-
-        def keep(who: np.ndarray, first: int, scores: np.ndarray) -> None:
-            row, column = np.divmod(np.flatnonzero(scores > least), scores.shape[1])
-            parts.append((who[row], column + first))
-
-        self._meet_near(sketches, self.sketches, near, keep)
-        who, lists = (np.concatenate(side) for side in zip(*parts, strict=True))
-        return who, lists
-
-    def _alike_anywhere(self, sketches: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same with the lists of all groups."""
-        parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-        for start in range(0, len(sketches), _SKETCHES[0]):
-            some = sketches[start : start + _SKETCHES[0]]
-            for first in range(0, int(self.list_starts[-1]), _SKETCHES[1]):
-                lists = self.sketches[first : min(first + _SKETCHES[1], self.list_starts[-1])]
-                near = np.flatnonzero(integer_products(some, lists).numpy() > least)
-                row, column = np.divmod(near, len(lists))
-                parts.append((row + start, column + first))
-        who, lists = (np.concatenate(side) for side in zip(*parts, strict=True))
-        return who, lists
-
-    def _meet_loose(self, rows: np.ndarray, who: np.ndarray, visit: _Visit) -> None:
-        """Give to `visit`, block by block, some rows and their products with all loose lists."""
-        first = int(self.list_starts[-1])
-        step = max(32, _PRODUCTS // max(1, self.num_lists - first))
-        for start in range(0, len(who) if first < self.num_lists else 0, step):
-            some = who[start : start + step]
-            visit(some, first, integer_products(rows[some], self.lists[first:]).numpy())
 
     def _near_groups(self, rows: np.ndarray, counts: tuple[int, ...]) -> list[np.ndarray]:
         """Pairs of a row and one of its so many nearest groups, as row x G + group ascending."""
@@ -264,8 +224,8 @@ class Coarse:
         rows: (N, W) int8, and lists: (L, W) int8: whole or as sketches.
         """
         who, groups = np.divmod(near, len(self.groups))
-        order = np.argsort(groups.astype(np.uint16), kind="stable")
-        who, bounds = who[order], np.searchsorted(groups[order], np.arange(len(self.groups) + 1))
+        order, bounds = by_group(groups.astype(np.uint16), len(self.groups))
+        who = who[order]
         for group in np.flatnonzero(np.diff(bounds)):
             first, stop = self.list_starts[group : group + 2]
             some = who[bounds[group] : bounds[group + 1]]
@@ -299,59 +259,86 @@ class CoarseRouter(Router):
         return routes
 
 
-@dataclass(frozen=True)
+def _meet_run(
+    rows: np.ndarray, who: np.ndarray, lists: np.ndarray, run: range, visit: _Visit
+) -> None:
+    """Give to `visit`, block by block, some rows, and their products with a run of lists."""
+    for start in range(0, len(who), _TILE[0]):
+        some = who[start : start + _TILE[0]]
+        for first in run[:: _TILE[1]]:
+            stop = min(first + _TILE[1], run.stop)
+            visit(some, first, integer_products(rows[some], lists[first:stop]).numpy())
+
+
+class _Near:
+    """Takes products of sketches, and keeps whose are above a bound."""
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+        self._found = [_NO_PAIRS]
+
+    def keep(self, who: np.ndarray, first: int, scores: np.ndarray) -> None:
+        """Keep those that are high. who: (M,) rows; scores: (M, C) with C lists from `first`."""
+        row, column = np.divmod(np.flatnonzero(scores > self._least), scores.shape[1])
+        self._found.append((who[row], column + first))
+
+    def taken(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (H,) and lists (H,) that were kept, no longer."""
+        who, lists = (np.concatenate(side) for side in zip(*self._found, strict=True))
+        self._found = [_NO_PAIRS]
+        return who, lists
+
+
 class _Highest:
     """Takes products of rows and lists, and keeps those that may be within reach of the highest."""
 
-    num_rows: int
-    allowed: np.ndarray
-    """(N,) int64: how far below its highest product a row's others may be."""
-    reach: Reach
-
-    @cached_property
-    def best(self) -> np.ndarray:
-        """(N,) int64: the highest so far."""
-        return np.full(self.num_rows, -(1 << 31), np.int64)
-
-    @cached_property
-    def found(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Rows, lists and products (H,)."""
-        return []
+    def __init__(self, lengths: np.ndarray, reach: Reach) -> None:
+        self.best = np.full(len(lengths), -(1 << 31), np.int64)
+        """(N,): the highest so far."""
+        self._allowed = _allowed(lengths, reach)
+        self._reach = reach
+        self._found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def raise_to(self, who: np.ndarray, first: int, scores: np.ndarray) -> None:
         """Know of some products without keeping them."""
         self.best[who] = np.maximum(self.best[who], scores.max(axis=1))
 
+    def take(self, rows: np.ndarray, lists: np.ndarray, who: np.ndarray, which: np.ndarray) -> None:
+        """Keep what the products are of pairs of a row and a list. who, which: (H,)."""
+        products = pair_products(rows, who, lists, which)
+        np.maximum.at(self.best, who, products)
+        self._found.append((who, which, products))
+
     def keep(self, who: np.ndarray, first: int, scores: np.ndarray) -> None:
         """Keep those that are high. who: (M,) rows; scores: (M, C) with C lists from `first`."""
         self.raise_to(who, first, scores)
-        floors, most = _as_int32(self.best[who] - self.allowed[who]), self.reach.most
-        if self.reach.gap >= _WIDEST and most + 1 < scores.shape[1]:
+        floors, most = _as_int32(self.best[who] - self._allowed[who]), self._reach.most
+        if self._reach.gap >= _WIDEST and most + 1 < scores.shape[1]:
             of_these = np.partition(scores, -most - 1, axis=1)[:, -most - 1]
             floors = np.maximum(floors, of_these)
         flat = np.flatnonzero(scores >= floors[:, None])
         row, column = np.divmod(flat, scores.shape[1])
-        self.found.append((who[row], column + first, scores.reshape(-1)[flat]))
+        self._found.append((who[row], column + first, scores.reshape(-1)[flat]))
 
     def chosen(self, num_lists: int) -> _Met:
         """Those within reach of the row's highest, each once."""
-        who, lists, products = (np.concatenate(part) for part in zip(*self.found, strict=True))
-        kept = np.flatnonzero(products >= (self.best - self.allowed)[who])
+        who, lists, products = (np.concatenate(part) for part in zip(*self._found, strict=True))
+        kept = np.flatnonzero(products >= (self.best - self._allowed)[who])
         keys = who[kept] * num_lists + lists[kept]
         order = np.argsort(keys)
         kept = kept[order[np.diff(keys[order], prepend=-1) != 0]]
         who, lists, below = who[kept], lists[kept], self.best[who[kept]] - products[kept]
-        return _at_most(who, lists, below, self.reach.most)
+        return _at_most(who, lists, below, self._reach.most)
 
 
 def _limit(reach: Reach) -> np.float16:
     return np.float16(min(reach.gap, _WIDEST))
 
 
-def _allowed(rows: np.ndarray, reach: Reach, length: float) -> np.ndarray:
+def _allowed(lengths: np.ndarray, reach: Reach) -> np.ndarray:
     """(N,) int64: how far below the highest product those within reach may be."""
     limit = np.nextafter(_limit(reach), np.float16(np.inf))
-    return np.asarray(limit * (lengths_of(rows) * length)).astype(np.int64)
+    return np.asarray(limit * lengths).astype(np.int64)
 
 
 def _even_step(num_rows: int, threads: int) -> int:
@@ -401,16 +388,16 @@ def _at_most(who: np.ndarray, lists: np.ndarray, below: np.ndarray, most: int) -
     return who[kept], lists[kept], below[kept]
 
 
-def _routes(rows: np.ndarray, met: _Met, reach: Reach, length: float) -> Routes:
+def _routes(met: _Met, lengths: np.ndarray, reach: Reach) -> Routes:
     """The nearest list of each row, of equals the first, and visits to the others."""
     who, lists, below = met
     nearest = np.flatnonzero(below == 0)
     _, firsts = np.unique(who[nearest], return_index=True)
     homes = nearest[firsts]  # (N,)
-    gaps = (below / (lengths_of(rows) * length)[who]).astype(np.float16)
+    gaps = (below / lengths[who]).astype(np.float16)
     visits = gaps <= _limit(reach)  # as it will be asked, and not as it was computed
     visits[homes] = False
-    counts = np.bincount(who[visits], minlength=len(rows))
+    counts = np.bincount(who[visits], minlength=len(lengths))
     return Routes(
         lists[homes].astype(np.int32),
         bounds_of(counts),

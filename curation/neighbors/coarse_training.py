@@ -10,6 +10,7 @@ import numpy as np
 
 from curation.clustering import cluster_sums, lloyd, means_of
 from curation.neighbors.quantized import nearest_centroids, quantize_centroids
+from curation.neighbors.selection import by_group
 from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import unit_rows
 
@@ -58,8 +59,7 @@ def means_of_groups(rows: np.ndarray, groups: np.ndarray, largest: np.ndarray) -
     place = np.full(len(rows), -1, np.int64)  # of a group's number in the result
     place[largest] = np.arange(len(largest))
     places = np.where(groups >= 0, place[groups], -1)  # (S,)
-    order = np.argsort(places, kind="stable")
-    starts = np.searchsorted(places[order], np.arange(len(largest) + 1))
+    order, starts = by_group(places, len(largest))
     means = np.empty((len(largest), rows.shape[1]), np.float32)
     for first in range(0, len(largest), _GROUPS_AT_ONCE):
         some = slice(first, min(first + _GROUPS_AT_ONCE, len(largest)))

@@ -57,6 +57,18 @@ def lengths_of(rows: np.ndarray) -> np.ndarray:
     return np.sqrt(found, out=found)
 
 
+def pair_products(
+    rows: np.ndarray, who: np.ndarray, others: np.ndarray, which: np.ndarray
+) -> np.ndarray:
+    """(H,) int64: exact products of pairs of a row and another. who, which: (H,) their numbers."""
+    found = np.empty(len(who), np.int64)
+    for start in range(0, len(who), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        left, right = rows[who[some]], others[which[some]]
+        found[some] = np.einsum("nd,nd->n", left, right, dtype=np.int32)
+    return found
+
+
 def integer_products(rows: np.ndarray, centroids: np.ndarray) -> Any:
     """(N, C) int32 tensor: exact products of two blocks of 8-bit integers."""
     import torch

@@ -232,27 +232,36 @@ class _TrainCoarse(Work):
         lists = lists_of(rows, self.training.num_lists, rng, threads, groups)
         coarse = Coarse.of(*lists, rng, threads)
         coarse.write(self.training.coarse_path)
-        met = FIRST_GROUPS
-        if budget.alike is None or not coarse.has_loose:
-            met = coarse.groups_to_meet(asked, budget.recall)
-        least = coarse.least_of_sketches(asked)
-        every = Reach(np.inf, budget.most_visits, met, budget.near, least)
-        gap = coarse.gap_of_visits(asked, budget.mean_visits, every, threads)
-        every = replace(every, gap=gap)
+        reach = self._reach(coarse, asked, rows, threads)
         few = rows[: min(_COUNTED, _COUNTED_PER_LIST * coarse.num_lists)]
-        homes = coarse.route(few, replace(every, gap=0.0, most=0), threads).own
+        homes = coarse.route(few, replace(reach, gap=0.0, most=0), threads).own
         counts = np.bincount(homes, minlength=coarse.num_lists)
         expected = counts * (self.training.num_rows / max(1, len(few)))
         facts = {
             "width": self.width,
             "groups": len(coarse.groups),
-            "groups_met": met,
-            "least": least,
+            "groups_met": reach.groups,
+            "least": reach.least,
             "lists": coarse.num_lists,
-            "gap": min(gap, gap_of_pairs(coarse, asked, rows, budget, every, threads)),
+            "gap": reach.gap,
             "list_starts": split_evenly(expected, self._rows_per_partition()),
         }
         return Done([self.training.coarse_path], facts)
+
+    def _reach(self, coarse: Coarse, asked: np.ndarray, rows: np.ndarray, threads: int) -> Reach:
+        """How far rows are to look for lists, by what those held out need."""
+        budget = self.training.budget
+        reach = Reach(np.inf, budget.most_visits, near=budget.near)
+        if budget.alike is not None and coarse.has_loose:
+            least = coarse.least_of_sketches(asked)
+            reach = replace(reach, groups=FIRST_GROUPS, least=least)
+        else:
+            reach = replace(reach, groups=coarse.groups_to_meet(asked, budget.recall))
+        gap = coarse.gap_of_visits(asked, budget.mean_visits, reach, threads)
+        reach = replace(reach, gap=gap)
+        return replace(
+            reach, gap=min(gap, gap_of_pairs(coarse, asked, rows, budget, reach, threads))
+        )
 
     def _rows_per_partition(self) -> int:
         """As many rows as can be sorted in one worker's memory: they are held some six times."""
