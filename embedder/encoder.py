@@ -352,12 +352,16 @@ def embed_images(
     return [np.concatenate(parts) for parts in rows]
 
 
+def all_cpus() -> int:
+    """Cores on which this process may run, others beside it or not."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def available_cpus() -> int:
     """Cores that this process may use; OMP_NUM_THREADS names its share where others run beside."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     share = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cpus, int(share)) if share.isdigit() and int(share) > 0 else cpus
+    return min(all_cpus(), int(share)) if share.isdigit() and int(share) > 0 else all_cpus()
 
 
 @dataclass(frozen=True)

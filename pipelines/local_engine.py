@@ -101,8 +101,9 @@ class LocalEngine(Engine):
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
             context = multiprocessing.get_context("forkserver")
+            started = context.Value("i", 0)
             self._pool = ProcessPoolExecutor(
-                self._workers, context, _set_up_worker, (self._workers,)
+                self._workers, context, _set_up_worker, (self._workers, started)
             )
         return self._pool
 
@@ -152,10 +153,29 @@ def _submit(pool: ProcessPoolExecutor, task_file: str, item: Any) -> Future[Any]
         return broken
 
 
-def _set_up_worker(workers: int) -> None:
-    """In a new worker: share the cores out, before a library that computes is loaded."""
+def _set_up_worker(workers: int, started: Any) -> None:
+    """In a new worker: share cores and GPUs out, before a library that computes is loaded.
+
+    started: number of workers before this one, in memory that all of them share.
+    """
     os.environ["OMP_NUM_THREADS"] = str(max(1, available_cpus() // workers))
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpu = gpu_of_worker(number, devices, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     _keep_freed_memory()
+
+
+def gpu_of_worker(number: int, visible: str | None, installed: int) -> str | None:
+    """The one GPU that a worker shall see: they take turns. None where there is no choice.
+
+    number: of the worker, from 0. visible: the devices that this process is allowed, as CUDA's
+    environment variable names them. installed: devices of the machine.
+    """
+    names = [str(device) for device in range(installed)] if visible is None else visible.split(",")
+    return names[number % len(names)].strip() if len(names) > 1 else None
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # malloc.h

@@ -46,8 +46,16 @@ _ROWS_SKETCHED, _LOOKED_AT = 1 << 6, 64
 """Rows that are sampled, and lists of each that may look near by their sketches."""
 _PRODUCTS = 1 << 18
 """They stay in the cache of a core until those within reach are found."""
+_FEWEST_ROWS = 128
+"""Fewer that meet all groups would cost as much: groups are prepared anew for every product."""
 FIRST_GROUPS = 32
 """Nearest groups, in which most rows that are near a list find it."""
+_MORE_GROUPS, _SHARE_OF_GROUPS = 256, 1 / 8
+"""Those in which most of the others do; where that is more than a share, all groups cost less."""
+_NEARLY = 0.85
+"""Of the cosine of a near list: a row with such a list in its groups does not look through all."""
+_VISITS_AT_ONCE = 1 << 21
+"""Pairs of a row and a group that are held."""
 _VERY_FIRST = 2
 """Nearest groups that say how high the others must reach."""
 _ROWS_FOR_GAP = 1 << 9
@@ -186,7 +194,7 @@ class Coarse:
     def _meet_groups(self, rows: np.ndarray, lengths: np.ndarray, reach: Reach) -> _Met:
         """Lists within reach of those in the nearest groups: what is highest first, then all."""
         met = _Highest(lengths, reach)
-        first, every = self._near_groups(rows, (_VERY_FIRST, reach.groups))
+        first, every = self._near_groups(rows, np.arange(len(rows)), (_VERY_FIRST, reach.groups))
         self._meet_near(rows, self.lists, first, met.raise_to)
         self._meet_near(rows, self.lists, every, met.keep)
         return met.chosen(self.num_lists)
@@ -196,25 +204,41 @@ class Coarse:
         met, sketches, grouped = _Highest(lengths, reach), sketches_of(rows), self.list_starts[-1]
         near = _Near(max(reach.least, least_product(reach.near)))
         enough = reach.near * lengths
-        (nearest,) = self._near_groups(rows, (reach.groups,))
-        self._meet_near(sketches, self.sketches, nearest, near.keep)
-        met.take(rows, self.lists, *near.taken())
-        lost = np.flatnonzero(met.best < enough)
+        for count in self._groups_in_turn(reach):
+            lost = np.flatnonzero(met.best < enough)
+            for start in range(0, len(lost), step := _VISITS_AT_ONCE // count):
+                (nearest,) = self._near_groups(rows, lost[start : start + step], (count,))
+                self._meet_near(sketches, self.sketches, nearest, near.keep)
+                met.take(rows, self.lists, *near.taken())
+        lost = np.flatnonzero(met.best < _NEARLY * enough)
         _meet_run(sketches, lost, self.sketches, range(grouped), near.keep)
         met.take(rows, self.lists, *near.taken())
         lost = np.flatnonzero(met.best < enough)
         _meet_run(rows, lost, self.lists, range(grouped, self.num_lists), met.keep)
         return met.chosen(self.num_lists)
 
-    def _near_groups(self, rows: np.ndarray, counts: tuple[int, ...]) -> list[np.ndarray]:
-        """Pairs of a row and one of its so many nearest groups, as row x G + group ascending."""
-        step = max(32, _PRODUCTS // len(self.groups))
+    def _groups_in_turn(self, reach: Reach) -> tuple[int, ...]:
+        """How many nearest groups rows meet, then those that are near none of their lists."""
+        more = min(_MORE_GROUPS, int(_SHARE_OF_GROUPS * len(self.groups)))
+        return (reach.groups, more) if more >= 2 * reach.groups else (reach.groups,)
+
+    def _near_groups(
+        self, rows: np.ndarray, who: np.ndarray, counts: tuple[int, ...]
+    ) -> list[np.ndarray]:
+        """Pairs of some rows and one of their so many nearest groups: row x G + group, ascending.
+
+        who: (M,) ascending, which rows.
+        """
+        num_groups = len(self.groups)
+        step = max(_FEWEST_ROWS, _PRODUCTS // num_groups)
         parts: list[list[np.ndarray]] = [[] for _ in counts]
-        for start in range(0, len(rows), step):
-            scores = integer_products(rows[start : start + step], self.groups).numpy()
+        for start in range(0, len(who), step):
+            some = who[start : start + step]
+            scores = integer_products(rows[some], self.groups).numpy()
             for part, count in zip(parts, counts, strict=True):
-                part.append(columns_near(scores, count) + start * len(self.groups))
-        return [np.concatenate(part) for part in parts]
+                row, group = np.divmod(columns_near(scores, count), num_groups)
+                part.append(some[row] * num_groups + group)
+        return [np.concatenate([_NO_PAIRS[0], *part]) for part in parts]
 
     def _meet_near(
         self, rows: np.ndarray, lists: np.ndarray, near: np.ndarray, visit: _Visit

@@ -17,6 +17,7 @@ from curation.neighbors.pairs import Candidates, PairCollector
 from curation.neighbors.products import FLOAT32, Products
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.threads import side_by_side
 from curation.neighbors.vectors import exact_similarities
 from curation.stage import Engine
 
@@ -264,10 +265,13 @@ class _Settle(Work):
         exact = np.empty(len(found.rows), np.float32)
         for partition, where in files.by_partition(found.twins):
             vectors, start = np.asarray(files.vectors(partition)), files.starts[partition]
-            for first in range(0, len(where), _PAIRS_AT_ONCE):
-                some = where[first : first + _PAIRS_AT_ONCE]
-                twins = vectors[found.twins[some] - start]
+
+            def score(first: int) -> None:
+                some = where[first : first + _PAIRS_AT_ONCE]  # noqa: B023  (used at once)
+                twins = vectors[found.twins[some] - start]  # noqa: B023
                 exact[some] = exact_similarities(own[found.rows[some]], twins)
+
+            side_by_side(score, range(0, len(where), _PAIRS_AT_ONCE))
         return exact
 
 

@@ -9,6 +9,7 @@ M rows held at a time, D width.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from curation.stage import Engine
 
 _ROWS_HELD = 1 << 15
 _TILE = 1 << 12
+_ROWS_TOGETHER = 1 << 8
+"""Rows of short lists that are multiplied at once: small products cost their call."""
 
 
 def join_by_lists(join: Join, gap: float, engine: Engine, threads: int = 0) -> Joined:
@@ -41,6 +44,8 @@ _Bounds = tuple[int, int, int, bool]
 """Of each list: its first resident, its first visitor, its end; whether residents meet."""
 _Meeting = tuple[np.ndarray, np.ndarray, bool]
 """Positions of residents and of visitors that meet them; whether residents meet, too."""
+_Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""(H,) each: rows, rows behind them, approximate cosines."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +92,39 @@ class _MeetLists(Work):
         band = products.band(raw.shape[1])
         k = self.join.k
         collector = PairCollector(len(raw), self.join.threshold, raw.__getitem__, k)
-        for first, visitors, end, meet in chunk.bounds:
-            for left in range(first, visitors, _TILE):
-                block = prepared[left : min(left + _TILE, visitors)]
-                for right in range(left if meet else visitors, end, _TILE):
-                    others = prepared[right : min(right + _TILE, end)]
-                    a, b, scores = products.above(block, others, collector.bound(band))
-                    new = a + left < b + right  # residents meet each other once
-                    collector.add(a[new] + left, b[new] + right, scores[new], band)
+        for lists in short_together(chunk.bounds):
+            pairs = self._in_one if len(lists) == 1 else self._in_few
+            for a, b, scores in pairs(prepared, lists, collector.bound(band)):
+                collector.add(a, b, scores, band)
         some = collector.candidates()
         rows, twins = chunk.positions[some.rows], chunk.positions[some.twins]
         found = Candidates(rows, twins, some.scores, some.bands)
         return chunk.positions[collector.edges()], found.possible_of_any(k), collector.num_pairs
+
+    def _in_one(self, prepared: Any, lists: list[_Bounds], bound: float) -> Iterator[_Pairs]:
+        """Pairs in one list, block by block."""
+        first, visitors, end, meet = lists[0]
+        for left in range(first, visitors, _TILE):
+            block = prepared[left : min(left + _TILE, visitors)]
+            for right in range(left if meet else visitors, end, _TILE):
+                others = prepared[right : min(right + _TILE, end)]
+                a, b, scores = self.join.products.above(block, others, bound)
+                new = a + left < b + right  # residents meet each other once
+                yield a[new] + left, b[new] + right, scores[new]
+
+    def _in_few(self, prepared: Any, lists: list[_Bounds], bound: float) -> Iterator[_Pairs]:
+        """Pairs in each of some short lists that follow one another: those of two are left out."""
+        firsts, visitors, ends, meet = (np.array(side) for side in zip(*lists, strict=True))
+        numbers = np.arange(firsts[0], ends[-1])
+        owners = np.searchsorted(ends, numbers, "right")
+        residents = numbers < visitors[owners]
+        meeting = ~residents | meet[owners]  # whether a row meets residents at all
+        left = np.flatnonzero(residents)
+        block, products = prepared[firsts[0] : ends[-1]], self.join.products
+        a, b, scores = products.above(products.rows(block, left), block, bound)
+        a = left[a]
+        new = (owners[a] == owners[b]) & (a < b) & meeting[b]
+        yield a[new] + firsts[0], b[new] + firsts[0], scores[new]
 
     def _chunks(self, item: int) -> Iterator[_Chunk]:
         """Runs of lists that are held at once; a list too long to be held comes in pieces."""
@@ -142,6 +168,18 @@ class _MeetLists(Work):
             np.searchsorted(visited, numbers),
             visitors,
         )
+
+
+def short_together(lists: list[_Bounds]) -> Iterator[list[_Bounds]]:
+    """Runs of lists that have few rows together; a longer one is alone."""
+    run: list[_Bounds] = []
+    for one in lists:
+        if run and one[2] - run[0][0] > _ROWS_TOGETHER:
+            yield run
+            run = []
+        run.append(one)
+    if run:
+        yield run
 
 
 def pieces(residents: np.ndarray, visitors: np.ndarray, *, meet: bool = True) -> Iterator[_Meeting]:

@@ -2,8 +2,8 @@
 
 `_Route` finds lists of queries. `_Survey` tasks, which go through the lists of one partition, find
 what each query surely reaches in the few lists nearest to it, and the neighbours of some queries
-in all rows; `_Measure` says how far these must go visiting for the recall. `_Look` tasks then
-compare all queries with the lists so near, and keep few candidates.
+in all rows or half of them; `_Measure` says how far these must go visiting for the recall.
+`_Look` tasks then compare all queries with the lists so near, and keep few candidates.
 Q queries, N rows, K neighbours, S steps of the gap, H candidates.
 """
 
@@ -31,10 +31,13 @@ _MOST_LISTS = 1 << 13
 _ROWS_HELD = 1 << 15
 _QUERIES_HELD = 1 << 16
 """Queries up to which all are held ready, in every worker."""
-_CANDIDATES_WRITTEN = 1 << 18
+_CANDIDATES_WRITTEN = 1 << 20
 """Candidates of a partition that are written as they are; more are thinned out first."""
 _SAMPLED = 512
-_SURVEYED = 4
+_HALVED_FROM = 16
+"""Neighbours from which on half as many are sought, among every second row, where there are that
+many queries: as sure an answer for half of the products."""
+_SURVEYED = 8
 """Lists nearest to a query that say what it surely reaches."""
 
 
@@ -188,10 +191,18 @@ class _ThroughLists(Work):
 
 @dataclass(frozen=True)
 class _Survey(_ThroughLists):
-    """What queries surely reach near them, and the k nearest rows of sampled ones in all lists.
+    """What queries surely reach near them, and nearest rows of sampled ones in all lists.
 
-    Those of the sampled ones are found roughly: they only say in which lists neighbours lie.
+    Those of the sampled ones are found roughly: they only say in which lists neighbours lie. Of
+    many, half are sought in half of the rows: they lie as far away as the k nearest of all.
     """
+
+    @property
+    def every(self) -> int:
+        """Rows of which one is compared with sampled queries."""
+        search = self.of.search
+        enough = search.k >= _HALVED_FROM and search.queries.num_rows >= _SAMPLED
+        return 2 if enough else 1
 
     @property
     def folder(self) -> str:
@@ -219,6 +230,7 @@ class _Survey(_ThroughLists):
         prepared, sampled, questions = opened
         search, lists = self.of.search, self.lists(item)
         products, k, start = search.products, search.k, search.rows.starts[item]
+        sought = k // self.every
 
         def of_chunk(chunk: range) -> tuple[Found, Found]:
             residents, near = self.residents(item, lists, chunk), []
@@ -226,13 +238,16 @@ class _Survey(_ThroughLists):
                 best = products.highest(products.scores(queries, residents[here]), k)  # (V, K)
                 owners = np.repeat(own, best.shape[1])
                 near.append(Found(owners, np.zeros_like(owners), best.reshape(-1)))
-            found = nearest_in(products, questions, residents, k, roughly=True)
-            positions = found.positions + (start + lists.starts[chunk.start])
+            first = int(lists.starts[chunk.start])
+            some = np.arange(-(start + first) % self.every, len(residents), self.every)
+            rows = products.rows(residents, some)
+            found = nearest_in(products, questions, rows, sought, roughly=True)
+            positions = some[found.positions] + (start + first)
             return Found.joined(near), Found(sampled[found.queries], positions, found.scores)
 
         parts = list(in_threads(of_chunk, lists.chunks(), self.of.threads))
         near, found = (Found.joined(list(side)) for side in zip(*parts, strict=True))
-        found = found.possible_of_any(k, 0.0)
+        found = found.possible_of_any(sought, 0.0)
         numbers = np.asarray(search.rows.rows(item)["list"])[found.positions - start]
         write_array(self.path("floors", item), *near.surely(k))
         columns = (found.queries, found.positions, numbers, found.scores)
@@ -265,7 +280,7 @@ class _Survey(_ThroughLists):
         joined = Found.joined(found)
         order = np.lexsort((joined.positions, -joined.scores, joined.queries))
         best = joined.take(order)
-        chosen = best.ranks() < self.of.search.k
+        chosen = best.ranks() < self.of.search.k // self.every
         return best.queries[chosen], np.concatenate(lists)[order][chosen]
 
 

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -28,8 +29,8 @@ def in_threads(
     Work that calls this again goes on in its own thread.
     """
     if threads <= 1 or threading.current_thread().name.startswith(_NAME):
-        limit_threads(1)
-        yield from map(work, items)
+        with _one_thread():
+            yield from map(work, items)
         return
     pool, waiting = _pool(threads, os.getpid()), deque[Future[Result]]()
     try:
@@ -58,6 +59,19 @@ def limit_threads(count: int) -> None:
 
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products of the calling thread run on it alone until this ends."""
+    import torch
+
+    before = torch.get_num_threads()
+    limit_threads(1)
+    try:
+        yield
+    finally:
+        limit_threads(before)
 
 
 @cache

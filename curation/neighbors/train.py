@@ -23,7 +23,7 @@ from curation.neighbors.steps import Done, Work, finished_steps, run_steps
 from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine, Resources
-from embedder.encoder import available_cpus
+from embedder.encoder import all_cpus
 
 _ROWS_PER_LIST = 256
 _LONGEST = 2048
@@ -33,7 +33,7 @@ _ROWS_ASKED = 1 << 12
 """Sampled rows, held out from training, that say how many lists lie within a gap."""
 _COUNTED, _COUNTED_PER_LIST = 1 << 16, 64
 """Sampled rows that say how many rows each list will hold, at most."""
-_NEAR = 0.85
+_NEAR = 0.8
 """Of the cosine of alike rows: members of a group are at least as near to its mean."""
 _SHARE_FOR_GROUPS = 0.2
 """Share of the rows that is sampled where groups are sought: some rows of each."""
@@ -226,7 +226,7 @@ class _TrainCoarse(Work):
         asked, rows = sample[:held], sample[held:]  # those trained on lie too near their lists
         rng = np.random.default_rng(self.training.seed)
         # The other workers wait for the lists, so that their cores are free where they are here.
-        threads = min(available_cpus(), self.training.workers * self.training.threads)
+        threads = min(all_cpus(), self.training.workers * self.training.threads)
         budget = self.training.budget
         groups = None if budget.alike is None else alike_groups(rows, budget.alike, rng, threads)
         lists = lists_of(rows, self.training.num_lists, rng, threads, groups)

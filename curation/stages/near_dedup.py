@@ -30,7 +30,7 @@ from curation.stages.leaks import find_leaks
 class NearDedup(DatasetStage):
     """Keeps the best original of each component of near-duplicates."""
 
-    version = 2
+    version = 3
     reasons = ("near_duplicate", "leak:NAME", "bad_vector")
     meets_base = True
 

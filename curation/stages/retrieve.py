@@ -26,7 +26,7 @@ from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 class Retrieve(DatasetStage):
     """Keeps the images of the pool that seed sets retrieve."""
 
-    version = 2
+    version = 3
     reasons = ("not_retrieved",)
 
     embeddings: str

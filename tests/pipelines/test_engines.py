@@ -1,6 +1,7 @@
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pytest
 from curation.errors import EngineError, SchemaError
 from curation.exchange import Exchange, Mapper, Reducer
 from curation.stage import Task
-from pipelines.local_engine import LocalEngine
+from pipelines.local_engine import LocalEngine, gpu_of_worker
 
 
 @pytest.fixture(scope="module", params=["local", "processes", "ray"])
@@ -92,6 +93,44 @@ def test_map__a_worker_that_dies_while_a_result_is_used_costs_nothing(engine, tm
         time.sleep(0 if results else 0.5)
         results[item] = result
     assert results == {i: i for i in range(12)}
+
+
+@pytest.mark.parametrize(
+    ("number", "visible", "installed", "wanted"),
+    [
+        (0, None, 0, None),  # no GPU
+        (1, None, 1, None),  # one for all
+        (5, None, 4, "1"),
+        (1, "4, 6", 8, "6"),  # only those that this process is allowed
+        (1, "7", 8, None),
+        (0, "", 8, None),  # none is allowed
+    ],
+)
+def test_gpu_of_worker__takes_turns(number, visible, installed, wanted):
+    assert gpu_of_worker(number, visible, installed) == wanted
+
+
+WHICH_GPUS = """
+import os, sys, time
+from curation.stage import Task
+from pipelines.local_engine import LocalEngine
+
+class Gpu(Task):
+    def __call__(self, item, opened):
+        time.sleep(0.3)
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+if __name__ == "__main__":
+    print(*sorted(set(dict(LocalEngine(2).map(Gpu(), range(8), "gpus")).values())))
+"""
+
+
+def test_map__local_workers_share_the_gpus(tmp_path):
+    (tmp_path / "which_gpus.py").write_text(WHICH_GPUS, encoding="utf-8")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "4,6"}
+    command = [sys.executable, str(tmp_path / "which_gpus.py")]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["4", "6"]
 
 
 @dataclass(frozen=True)

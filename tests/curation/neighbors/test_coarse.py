@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from curation.neighbors import coarse as coarse_module
 from curation.neighbors.coarse import Coarse
 from curation.neighbors.coarse_training import grown_centroids, lists_of
 from curation.neighbors.quantized import quantize_rows
@@ -91,8 +92,12 @@ def test_route__through_few_groups_most_rows_find_the_nearest_list(monkeypatch):
     assert alone.own[0] == found.own[234]  # whoever it is asked with
 
 
-@pytest.mark.parametrize("first_groups", [1, 8])
-def test_route__rows_find_a_near_list_anywhere_and_others_a_loose_one(monkeypatch, first_groups):
+@pytest.mark.parametrize(("first_groups", "share"), [(1, 0), (8, 0), (1, 0.5)])
+def test_route__rows_find_a_near_list_anywhere_and_others_a_loose_one(
+    monkeypatch, first_groups, share
+):
+    monkeypatch.setattr(coarse_module, "_SHARE_OF_GROUPS", share)
+    monkeypatch.setattr(coarse_module, "_VISITS_AT_ONCE", 1 << 10)  # in many runs
     grouped, rows = grouped_lists(monkeypatch)
     rng = np.random.default_rng(7)
     strangers = rng.normal(size=(500, 256)).astype(np.float32)

@@ -3,7 +3,7 @@ import pytest
 
 from curation.neighbors import list_join
 from curation.neighbors.layout import Comparison
-from curation.neighbors.list_join import pieces
+from curation.neighbors.list_join import pieces, short_together
 from curation.neighbors.recall import shares_met
 from curation.neighbors.row_files import RowFiles, RowReader, write_array
 from curation.schema import make_id
@@ -174,11 +174,26 @@ def test_pieces__hold_every_pair_once_and_no_more_than_fits(monkeypatch, sizes, 
     assert set(met) == expected
 
 
-def test_join_by_lists__content_is_the_same_where_lists_come_in_pieces(embed, dedup, monkeypatch):
-    pool, settings = embed(crowd(3)), {"comparison": LISTS, "neighbors": 3}
-    _, whole = dedup(pool, name="whole", **settings)
-    monkeypatch.setattr(list_join, "_ROWS_HELD", 40)
-    _, cut = dedup(pool, name="cut", **settings)
+def test_short_together__runs_of_short_lists_and_long_ones_alone():
+    ends = np.cumsum([100, 100, 100, 300, 10, 256, 1])
+    lists = [(int(end - 5), int(end - 1), int(end), True) for end in ends]
+    lists = [(start, *one[1:]) for start, one in zip([0, *ends[:-1]], lists, strict=True)]
+    runs = list(short_together(lists))
+    assert [one for run in runs for one in run] == lists
+    assert [len(run) for run in runs] == [2, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("setting", "number"), [("_ROWS_HELD", 40), ("_ROWS_TOGETHER", 0)])
+def test_join_by_lists__content_is_the_same_however_lists_are_held(
+    embed, dedup, monkeypatch, setting, number
+):
+    old = embed(crowd(4), "old")  # rows of a set are not compared with each other
+    settings = {"comparison": LISTS, "neighbors": 3, "against": ("old",)}
+    pool = embed(crowd(3))
+    record, whole = dedup(pool, {"old": old}, name="whole", **settings)
+    monkeypatch.setattr(list_join, setting, number)
+    same, cut = dedup(pool, {"old": old}, name="cut", **settings)
+    assert record.figures == same.figures
     contents = [one["decisions"].manifest.content_digest for one in (whole, cut)]
     assert contents[0] == contents[1]
 

@@ -44,16 +44,34 @@ def test_search_by_lists__finds_what_exhaustive_search_finds(embed, retrieve):
     assert found.read().to_pylist() == exact.read().to_pylist()
 
 
-def test_search_by_lists__content_does_not_depend_on_shards_or_workers(embed, retrieve):
+def test_search_by_lists__recall_is_measured_on_half_of_the_rows_where_queries_are_many(
+    embed, retrieve
+):
+    pool, seeds = embed(rows(0, 3000)), embed(rows(1, 600), "s")
+    _, exact = retrieve(pool, seeds, method="all", name="all", k=16)
+    record, found = retrieve(pool, seeds, method="lists", name="lists", recall=0.9, k=16)
+    figures = record.figures["sets"]["s"]
+    assert figures["sampled_neighbours"] == 512 * 8
+    wanted, given = (
+        set(zip(*(hits.read()[name].to_pylist() for name in ("seed_id", "id")), strict=True))
+        for hits in (exact, found)
+    )
+    true = len(wanted & given) / len(wanted)
+    assert 0.9 <= true < 1
+    assert abs(figures["measured_recall"] - true) < 0.02
+
+
+@pytest.mark.parametrize(("queries", "k"), [((25, 15), 5), ((400, 120), 16)])
+def test_search_by_lists__content_does_not_depend_on_shards_or_workers(embed, retrieve, queries, k):
     ids = [make_id(str(i)) for i in range(1500)]
-    seeds = embed(rows(1, 40), "s", sizes=[25, 15])
+    seeds = embed(rows(1, sum(queries)), "s", sizes=list(queries))
     order = np.random.default_rng(0).permutation(1500)
     pools = [
         embed(rows(0, 1500), ids=ids),
         embed(rows(0, 1500), ids=ids, sizes=[700, 800], order=order),
     ]
     digests = {
-        retrieve(pool, seeds, method="lists", name=f"{i}", workers=i + 1, recall=0.8)[
+        retrieve(pool, seeds, method="lists", name=f"{i}", workers=i + 1, recall=0.8, k=k)[
             1
         ].manifest.content_digest
         for i, pool in enumerate(pools)

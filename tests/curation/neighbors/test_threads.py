@@ -6,6 +6,14 @@ import torch
 from curation.neighbors.threads import in_threads, side_by_side
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_in_threads__results_come_in_order_and_items_are_drawn_as_needed(threads):
     drawn, most = [], 0
@@ -27,6 +35,12 @@ def test_in_threads__products_run_on_one_thread_each():
     assert limits == {1}
 
 
+def test_in_threads__the_number_of_threads_of_the_caller_stays(two_threads):
+    limits = set(in_threads(lambda _: torch.get_num_threads(), range(8), 1))
+    assert limits == {1}
+    assert torch.get_num_threads() == 2
+
+
 def test_in_threads__an_error_reaches_the_caller():
     def fail(item):
         if item == 3:
@@ -35,14 +49,6 @@ def test_in_threads__an_error_reaches_the_caller():
 
     with pytest.raises(ValueError, match="item 3"):
         list(in_threads(fail, range(10), 2))
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_side_by_side__every_item_once_and_each_on_one_thread(two_threads):
