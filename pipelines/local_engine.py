@@ -7,6 +7,7 @@ import os
 import pickle
 import platform
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,12 @@ from typing import Any
 from curation.stage import Engine, Item, Result, Task
 from embedder.encoder import available_cpus
 from pipelines.attempts import Attempts, Backlog
+from pipelines.memory_guard import give_back
 
 logger = logging.getLogger(__name__)
 
 _worker_state: dict[str, Any] = {}
-"""In a worker process: the task that it has open, under its file's name."""
+"""In a worker process: the task that it has open, under its file's name; its timer at rest."""
 
 
 class LocalEngine(Engine):
@@ -190,7 +192,24 @@ def _keep_freed_memory() -> None:
         mallopt(_ARENA_MAX, 4)
 
 
+_SECONDS_BEFORE_REST = 1.0
+
+
 def _run_item(task_file: str, item: Any) -> Any:
+    """Work on an item; one that then waits for the next gives back the memory that it keeps."""
+    rest = _worker_state.pop("rest", None)
+    if rest is not None:
+        rest.cancel()
+    try:
+        return _work_on(task_file, item)
+    finally:
+        rest = threading.Timer(_SECONDS_BEFORE_REST, give_back)
+        rest.daemon = True
+        rest.start()
+        _worker_state["rest"] = rest
+
+
+def _work_on(task_file: str, item: Any) -> Any:
     if task_file not in _worker_state:
         _worker_state.clear()  # the last task's model goes first
         task = pickle.loads(Path(task_file).read_bytes())

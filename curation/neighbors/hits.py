@@ -22,17 +22,17 @@ from curation.clustering import (
 from curation.config import Settings
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.exchange import Exchange
-from curation.ledger import Receipt, commit_shard, finished_shards
 from curation.neighbors.layout import Layout, search_in
 from curation.neighbors.matching import Matching
 from curation.neighbors.review import id_bytes, ids_array
 from curation.neighbors.row_files import RowFiles, write_array
+from curation.neighbors.runs import DecideRun, num_runs, of_shard, shards_together
 from curation.neighbors.search import Search
 from curation.neighbors.selection import ranks_within
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.pool import Pool
 from curation.schema import ids_from_bytes, schema_of
-from curation.stage import DatasetStage, Engine, Shard, StageFolder, Task, reject
+from curation.stage import Engine, Shard, reject
 
 HITS = "hits"
 HIT_COLUMNS = ("id", "seed_set", "rule", "seed_id", "rank", "similarity", "cluster")
@@ -171,16 +171,18 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class HitFiles:
-    """Hits on their way to the pool's shards, and to shards of their own by id."""
+    """Hits on their way to runs of the pool's shards, and to shards of their own by id."""
 
-    by_shard: Exchange
+    by_run: Exchange
+    together: int
+    """Shards of a run."""
     by_id: Exchange
     first_items: tuple[int, ...]
     """Number of the first item of each set; at the end, that of all items."""
     set_names: tuple[str, ...]
 
     @classmethod
-    def planned(cls, retrieval: Retrieval, num_shards: int) -> "HitFiles":
+    def planned(cls, retrieval: Retrieval, pool: Pool) -> "HitFiles":
         """Number the items that will write hits, and choose the shards of the hits."""
         counts, expected = [], 0
         for rule, queries in zip(retrieval.rules, retrieval.queries, strict=True):
@@ -190,7 +192,8 @@ class HitFiles:
             expected += min(most, rule.k * queries.num_rows if sample else retrieval.pool.num_rows)
         folder = storage.join(retrieval.scratch, "hits")
         return cls(
-            Exchange(storage.join(folder, "by-shard"), max(1, num_shards)),
+            Exchange(storage.join(folder, "by-run"), num_runs(pool)),
+            shards_together(pool),
             Exchange(storage.join(folder, "by-id"), 1 + expected // _HITS_PER_SHARD),
             tuple(int(first) for first in np.cumsum([0, *counts])),
             tuple(rule.set for rule in retrieval.rules),
@@ -205,16 +208,9 @@ class HitFiles:
         """Write one item's hits to both exchanges; give the files."""
         leading = id_bytes(hits["id"])[:, :4].copy().view(">u4")[:, 0].astype(np.uint64)
         buckets = (leading * np.uint64(self.by_id.num_buckets)) >> np.uint64(32)
-        self.by_shard.write(item, hits, np.asarray(hits["shard"]))
+        self.by_run.write(item, hits, np.asarray(hits["shard"]) // self.together)
         self.by_id.write(item, hits, buckets.astype(np.int64))
-        return [self.by_shard.mapped_path(item), self.by_id.mapped_path(item)]
-
-    def decide(self, stage: DatasetStage, pool: Pool, folder: StageFolder, engine: Engine) -> None:
-        """Commit the decisions on every shard of the pool that has no receipt yet."""
-        done = finished_shards(folder)
-        waiting = [index for index in range(pool.num_shards) if index not in done]
-        for _ in engine.map(_DecideShard(stage, pool, folder, self), waiting, folder.stage):
-            pass
+        return [self.by_run.mapped_path(item), self.by_id.mapped_path(item)]
 
 
 def write_hits(hits: HitFiles, folder: str, engine: Engine, attributes: dict[str, Any]) -> None:
@@ -459,17 +455,18 @@ class _ClusterHits(Work):
 
 
 @dataclass(frozen=True)
-class _DecideShard(Task[int, Receipt]):
-    """One shard of the pool: kept where hit, with its best hit."""
+class DecideByHits(DecideRun):
+    """Images are kept where hit, with their best hit."""
 
-    stage: DatasetStage
-    pool: Pool
-    folder: StageFolder
     hits: HitFiles
 
-    def __call__(self, item: int, opened: Any) -> Receipt:
-        shard = Shard(self.pool.read(item, []), item)
-        rows = self.hits.by_shard.read(item, self.hits.num_items)
+    def read(self, run: int) -> pa.Table:
+        """All hits."""
+        return self.hits.by_run.read(run, self.hits.num_items)
+
+    def decide(self, shard: Shard, found: pa.Table) -> None:
+        """Drop what was not hit; say of the rest which hit was the best."""
+        rows = of_shard(found, shard.index)
         self._count(shard, rows)
         best = best_hits(rows)
         readable = readable_hits(best, self.hits.set_names)
@@ -481,7 +478,6 @@ class _DecideShard(Task[int, Receipt]):
             values = np.full(shard.num_rows, None, object)
             values[where] = np.array(readable[field.name].to_pylist(), object)
             shard.note(field.name, values.tolist())
-        return commit_shard(self.stage, self.folder, shard)
 
     def _count(self, shard: Shard, rows: pa.Table) -> None:
         """Count hits, and those beyond the first of an image: by one set, and by others."""

@@ -205,6 +205,11 @@ class _Survey(_ThroughLists):
         return 2 if enough else 1
 
     @property
+    def sought(self) -> int:
+        """How many of those rows are sought for each of these queries."""
+        return self.of.search.k // self.every
+
+    @property
     def folder(self) -> str:
         return storage.join(self.of.search.folder, "surveyed")
 
@@ -230,7 +235,6 @@ class _Survey(_ThroughLists):
         prepared, sampled, questions = opened
         search, lists = self.of.search, self.lists(item)
         products, k, start = search.products, search.k, search.rows.starts[item]
-        sought = k // self.every
 
         def of_chunk(chunk: range) -> tuple[Found, Found]:
             residents, near = self.residents(item, lists, chunk), []
@@ -241,13 +245,13 @@ class _Survey(_ThroughLists):
             first = int(lists.starts[chunk.start])
             some = np.arange(-(start + first) % self.every, len(residents), self.every)
             rows = products.rows(residents, some)
-            found = nearest_in(products, questions, rows, sought, roughly=True)
+            found = nearest_in(products, questions, rows, self.sought, roughly=True)
             positions = some[found.positions] + (start + first)
             return Found.joined(near), Found(sampled[found.queries], positions, found.scores)
 
         parts = list(in_threads(of_chunk, lists.chunks(), self.of.threads))
         near, found = (Found.joined(list(side)) for side in zip(*parts, strict=True))
-        found = found.possible_of_any(sought, 0.0)
+        found = found.possible_of_any(self.sought, 0.0)
         numbers = np.asarray(search.rows.rows(item)["list"])[found.positions - start]
         write_array(self.path("floors", item), *near.surely(k))
         columns = (found.queries, found.positions, numbers, found.scores)
@@ -280,7 +284,7 @@ class _Survey(_ThroughLists):
         joined = Found.joined(found)
         order = np.lexsort((joined.positions, -joined.scores, joined.queries))
         best = joined.take(order)
-        chosen = best.ranks() < self.of.search.k // self.every
+        chosen = best.ranks() < self.sought
         return best.queries[chosen], np.concatenate(lists)[order][chosen]
 
 

@@ -18,7 +18,9 @@ from curation.errors import StageError
 from curation.exchange import Exchange
 from curation.neighbors.join import Joined
 from curation.neighbors.row_files import RowFiles, map_array, write_array
+from curation.neighbors.runs import num_runs, shards_together
 from curation.neighbors.steps import Done, Work, run_steps
+from curation.pool import Pool
 from curation.stage import Engine
 
 _ROWS_PER_BUCKET = (1 << 15, 1 << 18)
@@ -102,16 +104,16 @@ class Judge(ABC):
 
 @dataclass(frozen=True)
 class Reviewed:
-    """Verdicts on the rows of components, by shard of the pool."""
+    """Verdicts on the rows of components, by run of shards of the pool."""
 
     verdicts: Exchange
     num_buckets: int
     facts: tuple[dict[str, Any], ...]
     folder: str
 
-    def read(self, shard: int) -> pa.Table:
-        """Verdicts on rows of one shard."""
-        return self.verdicts.read(shard, self.num_buckets)
+    def read(self, run: int) -> pa.Table:
+        """Verdicts on rows of one run of shards."""
+        return self.verdicts.read(run, self.num_buckets)
 
     def dropped(self) -> Iterator[np.ndarray]:
         """Positions of dropped rows, a bucket at a time: (B,) int64."""
@@ -120,15 +122,15 @@ class Reviewed:
             yield np.frombuffer(storage.read_bytes(path), np.int64)
 
 
-def review(graph: Graph, judge: Judge, folder: str, num_shards: int, engine: Engine) -> Reviewed:
+def review(graph: Graph, judge: Judge, folder: str, pool: Pool, engine: Engine) -> Reviewed:
     """Bring the members of each component together, judge them, and send verdicts to shards."""
     files = graph.files
     num_buckets = 1 + files.num_rows // int(np.clip(files.num_rows // _BUCKETS, *_ROWS_PER_BUCKET))
     members = Exchange(storage.join(folder, "members"), num_buckets)
     gather = _Gather(graph, members)
     run_steps(engine, gather, files.num_partitions, members.folder, "gather components")
-    verdicts = Exchange(storage.join(folder, "verdicts"), max(1, num_shards))
-    work = _Review(files, judge, members, verdicts, files.num_partitions)
+    verdicts = Exchange(storage.join(folder, "verdicts"), num_runs(pool))
+    work = _Review(files, judge, members, verdicts, files.num_partitions, shards_together(pool))
     facts = run_steps(engine, work, num_buckets, verdicts.folder, "judge components")
     return Reviewed(verdicts, num_buckets, tuple(facts), verdicts.folder)
 
@@ -180,6 +182,8 @@ class _Review(Work):
     members: Exchange
     verdicts: Exchange
     num_items: int
+    together: int
+    """Shards of a run."""
 
     def __call__(self, item: int, opened: Any) -> Done:
         members = self.members.read(item, self.num_items)
@@ -190,8 +194,8 @@ class _Review(Work):
         keep = of_pool["keep"].to_numpy(zero_copy_only=False)
         path = dropped_path(self.verdicts.folder, item)
         write_array(path, np.asarray(of_pool["position"])[~keep])
-        shards = np.asarray(of_pool["shard"])
-        self.verdicts.write(item, of_pool.drop_columns(["set", "position"]), shards)
+        runs = np.asarray(of_pool["shard"]) // self.together
+        self.verdicts.write(item, of_pool.drop_columns(["set", "position"]), runs)
         return Done([path, self.verdicts.mapped_path(item)], facts)
 
 

@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curation.ledger import Receipt, commit_shard, finished_shards
 from curation.neighbors.partition import read_bad_rows
 from curation.neighbors.review import Reviewed, id_bytes
-from curation.pool import Pool
+from curation.neighbors.runs import DecideRun, of_shard
 from curation.schema import ids_from_bytes
-from curation.stage import DatasetStage, Engine, Shard, StageFolder, Task, reject
+from curation.stage import Shard, reject
 
 BASE = "base"
 """The `twin_set` of a twin that an earlier delivery kept."""
@@ -38,41 +37,30 @@ class Verdicts:
 
 
 @dataclass(frozen=True)
-class _DecideShard(Task[int, Receipt]):
-    """One shard of the pool: verdicts to decisions, and its receipt."""
+class DecideByVerdicts(DecideRun):
+    """Verdicts to decisions."""
 
-    stage: DatasetStage
-    pool: Pool
-    folder: StageFolder
     verdicts: Verdicts
 
-    def __call__(self, item: int, opened: Any) -> Receipt:
-        shard = Shard(self.pool.read(item, []), item)
+    def read(self, run: int) -> tuple[pa.Table | None, pa.Table | None]:
+        """Verdicts on duplicates and on leaks."""
+        duplicates, leaks = self.verdicts.duplicates, self.verdicts.leaks
+        return duplicates and duplicates.read(run), leaks and leaks.read(run)
+
+    def decide(self, shard: Shard, found: tuple[pa.Table | None, pa.Table | None]) -> None:
+        """Drop rows without direction, duplicates and leaks; say of each what it is alike to."""
+        duplicates, leaks = found
         bad = np.zeros(shard.num_rows, bool)
-        bad[read_bad_rows(self.verdicts.bad_folder, 0, item)] = True
+        bad[read_bad_rows(self.verdicts.bad_folder, 0, shard.index)] = True
         notes = _Notes(shard, bad)
         reject(shard, bad, "bad_vector")
-        if self.verdicts.duplicates is not None:
-            notes.add_duplicates(self.verdicts.duplicates.read(item), self.verdicts)
-        if self.verdicts.leaks is not None:
-            notes.add_leaks(
-                self.verdicts.leaks.read(item),
-                self.verdicts.set_names,
-                self.verdicts.leak_threshold,
-            )
+        if duplicates is not None:
+            notes.add_duplicates(of_shard(duplicates, shard.index), self.verdicts)
+        if leaks is not None:
+            names, threshold = self.verdicts.set_names, self.verdicts.leak_threshold
+            notes.add_leaks(of_shard(leaks, shard.index), names, threshold)
         for field in self.stage.extras():
             shard.note(field.name, notes.columns[field.name])
-        return commit_shard(self.stage, self.folder, shard)
-
-
-def decide_shards(
-    stage: DatasetStage, pool: Pool, folder: StageFolder, verdicts: Verdicts, engine: Engine
-) -> None:
-    """Commit every shard that has no receipt yet."""
-    done = finished_shards(folder)
-    waiting = [index for index in range(pool.num_shards) if index not in done]
-    for _ in engine.map(_DecideShard(stage, pool, folder, verdicts), waiting, folder.stage):
-        pass
 
 
 class _Notes:

@@ -9,8 +9,9 @@ from curation import storage
 from curation.neighbors.judges import DropLeaks
 from curation.neighbors.layout import Comparison, Layout, lay_out, self_join, sources_of
 from curation.neighbors.review import Reviewed, connect, review
+from curation.neighbors.runs import decide_shards
 from curation.neighbors.vectors import default_threshold
-from curation.neighbors.verdicts import Verdicts, decide_shards
+from curation.neighbors.verdicts import DecideByVerdicts, Verdicts
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 
@@ -70,7 +71,7 @@ class Leaks(DatasetStage):
             layout, threshold, storage.join(folder.scratch, "leaks"), inputs, engine
         )
         verdicts = Verdicts(rows, leaks=leaks, leak_threshold=threshold, set_names=self.against)
-        decide_shards(self, inputs.pool, folder, verdicts, engine)
+        decide_shards(DecideByVerdicts(self, inputs.pool, folder, verdicts), engine)
         return {"threshold": threshold, **figures}
 
 
@@ -86,6 +87,6 @@ def find_leaks(
     """Verdicts on the rows that leak, and figures. active, apart: see `self_join`."""
     joined, figures = self_join(layout, threshold, folder, engine, active, apart)
     graph, _ = connect(joined, storage.join(folder, "labels.bin"))
-    leaks = review(graph, DropLeaks(threshold), folder, inputs.pool.num_shards, engine)
+    leaks = review(graph, DropLeaks(threshold), folder, inputs.pool, engine)
     leaking = sum(fact["leaking_components"] for fact in leaks.facts)
     return leaks, {"leaking_components": leaking, **figures}

@@ -20,8 +20,9 @@ from curation.neighbors.layout import Comparison, lay_out, self_join, sources_of
 from curation.neighbors.listed import PAIRS, write_pairs
 from curation.neighbors.review import Reviewed, check_largest, connect, review
 from curation.neighbors.row_files import RowFiles, write_array
+from curation.neighbors.runs import decide_shards
 from curation.neighbors.vectors import default_threshold
-from curation.neighbors.verdicts import BASE, Verdicts, decide_shards
+from curation.neighbors.verdicts import BASE, DecideByVerdicts, Verdicts
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 from curation.stages.leaks import find_leaks
@@ -111,7 +112,7 @@ class NearDedup(DatasetStage):
             leaks, found = find_leaks(layout, limit, root, inputs, engine, survivors, apart)
             verdicts = replace(verdicts, leaks=leaks, leak_threshold=limit)
             figures |= {"against_threshold": limit, "leaks": found}
-        decide_shards(self, inputs.pool, folder, verdicts, engine)
+        decide_shards(DecideByVerdicts(self, inputs.pool, folder, verdicts), engine)
         return figures
 
     def _review(
@@ -123,7 +124,7 @@ class NearDedup(DatasetStage):
             check_largest(sizes, inputs.pool.num_rows + old_rows, self.max_component_share)
         first_base = 1 + len(self.against) if inputs.base else None
         judge = KeepOne(joined.join.threshold, self.linkage, first_base)
-        reviewed = review(graph, judge, root, inputs.pool.num_shards, engine)
+        reviewed = review(graph, judge, root, inputs.pool, engine)
         worst = [one for fact in reviewed.facts for one in fact["least_alike"]]
         worst.sort(key=lambda one: (one["lowest_similarity"], one["component"]))
         return reviewed, {

@@ -11,7 +11,14 @@ from pydantic import Field, model_validator
 
 from curation import storage
 from curation.dataset import Dataset
-from curation.neighbors.hits import HITS, HitFiles, Retrieval, SeedRule, write_hits
+from curation.neighbors.hits import (
+    HITS,
+    DecideByHits,
+    HitFiles,
+    Retrieval,
+    SeedRule,
+    write_hits,
+)
 from curation.neighbors.layout import (
     SEARCHED,
     Comparison,
@@ -19,6 +26,7 @@ from curation.neighbors.layout import (
     lay_out_queries,
     sources_of,
 )
+from curation.neighbors.runs import decide_shards
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 
@@ -107,8 +115,8 @@ class Retrieve(DatasetStage):
             folder.scratch,
             self.centroids,
         )
-        hits = HitFiles.planned(retrieval, inputs.pool.num_shards)
+        hits = HitFiles.planned(retrieval, inputs.pool)
         figures = retrieval.run(hits, engine)
         write_hits(hits, folder.output(HITS), engine, {"stage": folder.stage})
-        hits.decide(self, inputs.pool, folder, engine)
+        decide_shards(DecideByHits(self, inputs.pool, folder, hits), engine)
         return figures

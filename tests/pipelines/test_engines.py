@@ -134,6 +134,34 @@ def test_map__local_workers_share_the_gpus(tmp_path):
 
 
 @dataclass(frozen=True)
+class Holds(Task[int, int]):
+    """Takes memory in small pieces, and lets it go; gives the number of its process."""
+
+    def __call__(self, item, opened):
+        held = [np.ones(1 << 20, np.uint8) for _ in range(200)]
+        time.sleep(0.2)
+        return os.getpid() if held else 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_map__local_workers_that_wait_give_memory_back():
+    engine = LocalEngine(2)
+    workers = set(dict(engine.map(Holds(), range(6), "holds")).values())
+
+    def held():
+        page = os.sysconf("SC_PAGE_SIZE")
+        sizes = [Path(f"/proc/{pid}/statm").read_text().split() for pid in workers]
+        return max(page * (int(size[1]) - int(size[2])) for size in sizes)
+
+    assert held() > 200 << 20  # kept for the next item
+    deadline = time.monotonic() + 20
+    while held() > 150 << 20 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert held() < 150 << 20
+    assert len(dict(engine.map(Holds(), range(6), "again"))) == 6
+
+
+@dataclass(frozen=True)
 class Poisonous(Task[int, int]):
     """One item kills its worker every time; the others take a while."""
 

@@ -5,7 +5,9 @@ import pyarrow as pa
 import pytest
 
 from curation.errors import ConfigError, DatasetError, SchemaError, SpaceError, StageError
+from curation.neighbors import runs as runs_module
 from curation.neighbors.layout import Comparison
+from curation.neighbors.review import Reviewed
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.near_dedup import NearDedup
@@ -114,6 +116,24 @@ def test_near_dedup__content_does_not_depend_on_shards_order_or_workers(embed, d
         for i, pool in enumerate(pools)
         for workers in ((1,), (1, 2))[i]
     }
+    assert len(digests) == 1
+
+
+def test_near_dedup__content_is_the_same_where_verdicts_of_shards_travel_together(
+    embed, dedup, monkeypatch
+):
+    rows = crowd(np.random.default_rng(1))
+    bench = {"bench": embed(rows[20:24] + 0.01, "bench")}
+    pool = embed(rows, sizes=[26] * 15 + [10])
+    alone, outputs = dedup(pool, bench, name="alone", against=("bench",))
+    assert alone.dropped.keys() == {"near_duplicate", "leak:bench"}
+    runs, read = [], Reviewed.read
+    monkeypatch.setattr(Reviewed, "read", lambda self, run: runs.append(run) or read(self, run))
+    monkeypatch.setattr(runs_module, "_FEWEST_RUNS", 5)
+    together, others = dedup(pool, bench, name="together", against=("bench",))
+    assert sorted(runs) == sorted([*range(6), *range(6)])  # 16 shards, three at a time
+    assert together.dropped == alone.dropped
+    digests = {found["decisions"].manifest.content_digest for found in (outputs, others)}
     assert len(digests) == 1
 
 

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from curation.dataset import Dataset
 from curation.errors import DatasetError, SpaceError
+from curation.neighbors import runs
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.retrieve import Retrieve, SeedRule
@@ -153,6 +154,18 @@ def test_retrieve__content_does_not_depend_on_shards_order_or_workers(embed, ret
         found = retrieve(pools[number], sets, *rules, name=name, workers=workers, clusters=8)
         digests.add(tuple(one.manifest.content_digest for one in found[1:]))
     assert len(digests) == 1
+
+
+def test_retrieve__content_is_the_same_where_hits_of_shards_travel_together(
+    embed, retrieve, monkeypatch
+):
+    pool = embed(normal(0, 300, WIDTH), sizes=[20] * 15)
+    seeds = {"seeds": embed(normal(1, 20, WIDTH), "seeds")}
+    _, alone, _ = retrieve(pool, seeds, sample("seeds"), name="alone")
+    monkeypatch.setattr(runs, "_FEWEST_RUNS", 4)
+    assert (runs.shards_together(pool), runs.num_runs(pool)) == (3, 5)
+    _, together, _ = retrieve(pool, seeds, sample("seeds"), name="together")
+    assert together.manifest.content_digest == alone.manifest.content_digest
 
 
 def test_retrieve__identical_rows_are_taken_by_smallest_id(embed, retrieve):

@@ -1,0 +1,70 @@
+"""Decisions on the shards of a pool, a run of shards at a time.
+
+What was found out about rows waits in files, one for each task that found it; whoever decides reads
+a part of every file. Those of a run of shards are read at once: a small part takes as long.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curation.ledger import commit_shard, finished_shards
+from curation.pool import Pool
+from curation.stage import DatasetStage, Engine, Shard, StageFolder, Task
+
+_ROWS_TOGETHER, _FEWEST_RUNS = 1 << 17, 32
+"""Rows of a run at most, as long as there are so many runs for workers to share."""
+
+
+def shards_together(pool: Pool) -> int:
+    """Shards of a run."""
+    most = _ROWS_TOGETHER * pool.num_shards // max(1, pool.num_rows)
+    return max(1, min(most, pool.num_shards // _FEWEST_RUNS))
+
+
+def num_runs(pool: Pool) -> int:
+    """Runs of the shards of a pool, at least one."""
+    return max(1, -(-pool.num_shards // shards_together(pool)))
+
+
+def of_shard(rows: pa.Table, shard: int) -> pa.Table:
+    """Those of the rows that stand in one shard."""
+    return rows.filter(pa.array(np.asarray(rows["shard"]) == shard))
+
+
+@dataclass(frozen=True)
+class DecideRun(Task[int, int]):
+    """Decisions on the shards of one run, and their receipts."""
+
+    stage: DatasetStage
+    pool: Pool
+    folder: StageFolder
+
+    @abstractmethod
+    def read(self, run: int) -> Any:
+        """What was found out about the rows of a run."""
+
+    @abstractmethod
+    def decide(self, shard: Shard, found: Any) -> None:
+        """Reject and describe the rows of a shard."""
+
+    def __call__(self, item: int, opened: Any) -> int:
+        """Decide on the shards of run `item`; give their number."""
+        found, together = self.read(item), shards_together(self.pool)
+        run = range(self.pool.num_shards)[item * together : (item + 1) * together]
+        for index in run:
+            shard = Shard(self.pool.read(index, []), index)
+            self.decide(shard, found)
+            commit_shard(self.stage, self.folder, shard)
+        return len(run)
+
+
+def decide_shards(task: DecideRun, engine: Engine) -> None:
+    """Commit every run of which a shard has no receipt yet."""
+    done, together = finished_shards(task.folder), shards_together(task.pool)
+    waiting = {shard // together for shard in range(task.pool.num_shards) if shard not in done}
+    for _ in engine.map(task, sorted(waiting), task.folder.stage):
+        pass
