@@ -30,14 +30,23 @@ def num_runs(pool: Pool) -> int:
     return max(1, -(-pool.num_shards // shards_together(pool)))
 
 
+def shards_of(pool: Pool, run: int) -> range:
+    """The shards of one run."""
+    together = shards_together(pool)
+    return range(pool.num_shards)[run * together : (run + 1) * together]
+
+
 def of_shard(rows: pa.Table, shard: int) -> pa.Table:
     """Those of the rows that stand in one shard."""
     return rows.filter(pa.array(np.asarray(rows["shard"]) == shard))
 
 
 @dataclass(frozen=True)
-class DecideRun(Task[int, int]):
-    """Decisions on the shards of one run, and their receipts."""
+class DecideRun(Task[tuple[str, int], int]):
+    """Decisions on the shards of one run, and their receipts.
+
+    Items are the names of runs, by which a failure is reported, and their numbers.
+    """
 
     stage: DatasetStage
     pool: Pool
@@ -51,20 +60,23 @@ class DecideRun(Task[int, int]):
     def decide(self, shard: Shard, found: Any) -> None:
         """Reject and describe the rows of a shard."""
 
-    def __call__(self, item: int, opened: Any) -> int:
-        """Decide on the shards of run `item`; give their number."""
-        found, together = self.read(item), shards_together(self.pool)
-        run = range(self.pool.num_shards)[item * together : (item + 1) * together]
-        for index in run:
+    def __call__(self, item: tuple[str, int], opened: Any) -> int:
+        """Decide on the shards of a run; give their number."""
+        found, shards = self.read(item[1]), shards_of(self.pool, item[1])
+        for index in shards:
             shard = Shard(self.pool.read(index, []), index)
             self.decide(shard, found)
             commit_shard(self.stage, self.folder, shard)
-        return len(run)
+        return len(shards)
 
 
 def decide_shards(task: DecideRun, engine: Engine) -> None:
     """Commit every run of which a shard has no receipt yet."""
-    done, together = finished_shards(task.folder), shards_together(task.pool)
-    waiting = {shard // together for shard in range(task.pool.num_shards) if shard not in done}
-    for _ in engine.map(task, sorted(waiting), task.folder.stage):
+    done, items = finished_shards(task.folder), []
+    for run in range(num_runs(task.pool)):
+        shards = shards_of(task.pool, run)
+        if any(shard not in done for shard in shards):
+            name = f"{shards[0]} to {shards[-1]}" if len(shards) > 1 else str(shards[0])
+            items.append((name, run))
+    for _ in engine.map(task, items, task.folder.stage):
         pass

@@ -4,7 +4,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.errors import ConfigError, DatasetError, SchemaError, SpaceError, StageError
+from curation.errors import (
+    ConfigError,
+    DatasetError,
+    EngineError,
+    SchemaError,
+    SpaceError,
+    StageError,
+)
 from curation.neighbors import runs as runs_module
 from curation.neighbors.layout import Comparison
 from curation.neighbors.review import Reviewed
@@ -135,6 +142,13 @@ def test_near_dedup__content_is_the_same_where_verdicts_of_shards_travel_togethe
     assert together.dropped == alone.dropped
     digests = {found["decisions"].manifest.content_digest for found in (outputs, others)}
     assert len(digests) == 1
+
+    def broken(self, run):
+        raise OSError("no luck")
+
+    monkeypatch.setattr(Reviewed, "read", broken)
+    with pytest.raises(EngineError, match=r"6 of 6 shards.*0 to 2.*no luck"):
+        dedup(pool, name="broken", engine=LocalEngine(first_pause_s=0.01))
 
 
 @pytest.mark.slow
