@@ -56,6 +56,9 @@ class StageError(CurateError):
 class EngineError(CurateError):
     """Shards that still failed after their retries: `failures` holds each with its cause."""
 
+    can_be_accepted = False
+    """Whether the stage can go on without them: where shards do not depend on each other."""
+
     def __init__(self, text: str, failures: Sequence[tuple[Any, str]] = ()) -> None:
         super().__init__(text)
         self.failures = tuple(failures)

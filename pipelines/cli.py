@@ -1041,7 +1041,8 @@ def main() -> None:
         retry = ""
         if isinstance(error, EngineError) and error.failures:
             command = shlex.join(["curate", *sys.argv[1:]])
-            retry = f"; retry them with: {command}  (--max-failed-shards N accepts some)"
+            accepts = "  (--max-failed-shards N accepts some)" if error.can_be_accepted else ""
+            retry = f"; retry them with: {command}{accepts}"
         print_error(f"{error}{retry}")
         sys.exit(2 if isinstance(error, ConfigError | EncoderError) else 1)
     except KeyboardInterrupt:

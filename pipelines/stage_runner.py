@@ -180,6 +180,7 @@ def _process_shards(
         for _, receipt in engine.map(task, waiting, folder.stage):
             yield receipt
     except EngineError as error:
+        error.can_be_accepted = bool(error.failures)
         if not 0 < len(error.failures) <= engine.max_failed_shards:
             raise
         logger.warning("%s: %s; accepted", folder.stage, error)
