@@ -363,7 +363,7 @@ def test_run__a_shard_that_keeps_failing_is_named_with_the_command_that_retries_
     line = fails(1, *words)
     assert "quality: 1 of 4 shards failed 3 times (1): StorageError" in line
     command = f"curate run {recipe} --work {work}"
-    assert f"retry them with: {command}  (--max-failed-shards N accepts some)" in line
+    assert f"retry them with: {command} (--max-failed-shards N accepts some)" in line
 
     shard.write_bytes(whole)
     assert json.loads(succeeds(*words, "--json"))["funnel"][-1]["rows_out"] == 13
