@@ -51,6 +51,8 @@ class LocalEngine(Engine):
         """Run a task on every item (see `Engine.map`)."""
         if self._workers == 1 or len(items) <= 1:
             yield from self._map_here(task, items, label)
+            if self._workers > 1 and items:
+                give_back()  # what comes next runs beside this process
         else:
             yield from self._map_in_processes(task, items, label)
 
