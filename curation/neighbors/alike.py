@@ -174,6 +174,7 @@ def _leaders(num_rows: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     rank = np.empty(num_rows, np.int64)  # the smaller, the sooner it leads
     rank[order] = np.arange(num_rows)
     leader = np.full(num_rows, -1, np.int64)
+    left, right = left.astype(np.int32), right.astype(np.int32)  # edges take most of the memory
     a, b = np.concatenate([left, right]), np.concatenate([right, left])
     by_row = np.argsort(a, kind="stable")
     a, b = a[by_row], b[by_row]

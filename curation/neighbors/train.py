@@ -229,8 +229,9 @@ class _TrainCoarse(Work):
         threads = min(all_cpus(), self.training.workers * self.training.threads)
         budget = self.training.budget
         groups = None if budget.alike is None else alike_groups(rows, budget.alike, rng, threads)
-        lists = lists_of(rows, self.training.num_lists, rng, threads, groups)
-        coarse = Coarse.of(*lists, rng, threads)
+        coarse = Coarse.of(
+            *lists_of(rows, self.training.num_lists, rng, threads, groups), rng, threads
+        )
         coarse.write(self.training.coarse_path)
         reach = self._reach(coarse, asked, rows, threads)
         few = rows[: min(_COUNTED, _COUNTED_PER_LIST * coarse.num_lists)]
