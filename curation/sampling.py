@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from curation.neighbors.selection import by_group
 from curation.schema import schema_of
 
 TREE_COLUMNS = ("level", "cluster", "parent", "rows", "drawn")
@@ -85,8 +86,7 @@ def _share_level(
 ) -> np.ndarray:
     """(C,) int64: shares of the clusters of one level, given the targets of those above."""
     shares = np.zeros(len(available), np.int64)
-    order = np.argsort(parents, kind="stable")
-    bounds = np.searchsorted(parents[order], np.arange(len(targets) + 1))
+    order, bounds = by_group(parents, len(targets))
     for parent, target in enumerate(targets):
         children = order[bounds[parent] : bounds[parent + 1]]
         shares[children] = share_out(available[children], int(target), rng)

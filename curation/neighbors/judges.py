@@ -133,11 +133,12 @@ def similarities_between(files: RowFiles, left: np.ndarray, right: np.ndarray) -
     """(M,) float32: exact cosines of pairs of positions."""
     found = np.empty(len(left), np.float32)
     for start in range(0, len(left), _ROWS_AT_ONCE):
-        pairs = np.stack([left, right])[:, start : start + _ROWS_AT_ONCE]
+        some = slice(start, start + _ROWS_AT_ONCE)
+        pairs = np.stack([left[some], right[some]])
         known, numbers = np.unique(pairs, return_inverse=True)
         vectors = files.gather("vectors", known)  # both sides at once: a partition is read once
         a, b = numbers.reshape(pairs.shape)
-        found[start : start + len(a)] = exact_similarities(vectors[a], vectors[b])
+        found[some] = exact_similarities(vectors[a], vectors[b])
     return found
 
 

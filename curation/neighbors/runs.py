@@ -30,22 +30,16 @@ def num_runs(pool: Pool) -> int:
     return max(1, -(-pool.num_shards // shards_together(pool)))
 
 
-def shards_of(pool: Pool, run: int) -> range:
-    """The shards of one run."""
-    together = shards_together(pool)
-    return range(pool.num_shards)[run * together : (run + 1) * together]
-
-
 def of_shard(rows: pa.Table, shard: int) -> pa.Table:
     """Those of the rows that stand in one shard."""
     return rows.filter(pa.array(np.asarray(rows["shard"]) == shard))
 
 
 @dataclass(frozen=True)
-class DecideRun(Task[tuple[str, int], int]):
+class DecideRun(Task[tuple[str, int, range], int]):
     """Decisions on the shards of one run, and their receipts.
 
-    Items are the names of runs, by which a failure is reported, and their numbers.
+    An item is the name of a run, by which a failure is reported, its number, and its shards.
     """
 
     stage: DatasetStage
@@ -60,9 +54,10 @@ class DecideRun(Task[tuple[str, int], int]):
     def decide(self, shard: Shard, found: Any) -> None:
         """Reject and describe the rows of a shard."""
 
-    def __call__(self, item: tuple[str, int], opened: Any) -> int:
+    def __call__(self, item: tuple[str, int, range], opened: Any) -> int:
         """Decide on the shards of a run; give their number."""
-        found, shards = self.read(item[1]), shards_of(self.pool, item[1])
+        _, run, shards = item
+        found = self.read(run)
         for index in shards:
             shard = Shard(self.pool.read(index, []), index)
             self.decide(shard, found)
@@ -72,11 +67,12 @@ class DecideRun(Task[tuple[str, int], int]):
 
 def decide_shards(task: DecideRun, engine: Engine) -> None:
     """Commit every run of which a shard has no receipt yet."""
-    done, items = finished_shards(task.folder), []
-    for run in range(num_runs(task.pool)):
-        shards = shards_of(task.pool, run)
+    done, together = finished_shards(task.folder), shards_together(task.pool)
+    every, items = range(task.pool.num_shards), []
+    for run, first in enumerate(every[::together]):
+        shards = every[first : first + together]
         if any(shard not in done for shard in shards):
             name = f"{shards[0]} to {shards[-1]}" if len(shards) > 1 else str(shards[0])
-            items.append((name, run))
+            items.append((name, run, shards))
     for _ in engine.map(task, items, task.folder.stage):
         pass
