@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import pickle
 import platform
+import signal
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from pipelines.memory_guard import give_back
 logger = logging.getLogger(__name__)
 
 _worker_state: dict[str, Any] = {}
-"""In a worker process: the task that it has open, under its file's name; its timer at rest."""
+"""In a worker process: the task that it has open, under its file's name."""
 
 
 class LocalEngine(Engine):
@@ -197,18 +197,22 @@ def _keep_freed_memory() -> None:
 _SECONDS_BEFORE_REST = 1.0
 
 
+def _rest_after(seconds: float) -> None:
+    """Have a worker that still waits then give back the memory that it keeps. 0: not at all.
+
+    By a signal, as Arrow's allocator gives back only what the thread that asks had taken.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, lambda *_: give_back())
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def _run_item(task_file: str, item: Any) -> Any:
-    """Work on an item; one that then waits for the next gives back the memory that it keeps."""
-    rest = _worker_state.pop("rest", None)
-    if rest is not None:
-        rest.cancel()
+    _rest_after(0)
     try:
         return _work_on(task_file, item)
     finally:
-        rest = threading.Timer(_SECONDS_BEFORE_REST, give_back)
-        rest.daemon = True
-        rest.start()
-        _worker_state["rest"] = rest
+        _rest_after(_SECONDS_BEFORE_REST)
 
 
 def _work_on(task_file: str, item: Any) -> Any:

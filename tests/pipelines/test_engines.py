@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from curation.errors import EngineError, SchemaError
@@ -143,10 +144,27 @@ class Holds(Task[int, int]):
         return os.getpid() if held else 0
 
 
+@dataclass(frozen=True)
+class Reads(Task[int, int]):
+    """Reads a table, which Arrow does in threads of its own; gives the number of its process."""
+
+    file: str
+
+    def __call__(self, item, opened):
+        held = pq.read_table(self.file)
+        time.sleep(0.2)
+        return os.getpid() if held else 0
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_map__local_workers_that_wait_give_memory_back():
+@pytest.mark.parametrize("what", ["numpy", "arrow"])
+def test_map__local_workers_that_wait_give_memory_back(what, tmp_path):
+    file = str(tmp_path / "vectors.parquet")
+    columns = np.random.default_rng(0).random((20, 1 << 20), np.float32)
+    pq.write_table(pa.table(list(columns), [str(c) for c in range(20)]), file)
     engine = LocalEngine(2)
-    workers = set(dict(engine.map(Holds(), range(6), "holds")).values())
+    task = Holds() if what == "numpy" else Reads(file)
+    workers = set(dict(engine.map(task, range(6), "holds")).values())
 
     def held():
         page = os.sysconf("SC_PAGE_SIZE")
@@ -158,7 +176,7 @@ def test_map__local_workers_that_wait_give_memory_back():
     while held() > 150 << 20 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert held() < 150 << 20
-    assert len(dict(engine.map(Holds(), range(6), "again"))) == 6
+    assert len(dict(engine.map(task, range(6), "again"))) == 6
 
 
 @dataclass(frozen=True)
