@@ -29,6 +29,20 @@ class EngineName(StrEnum):
     ray = "ray"
 
 
+class Linkage(StrEnum):
+    """What stays of images that are alike."""
+
+    components = "components"
+    representative = "representative"
+
+
+class OnCollision(StrEnum):
+    """What a seed gets whose neighbour another seed has already."""
+
+    keep = "keep"
+    next = "next"
+
+
 Out = Annotated[str, typer.Option("--out", help="Folder or URL of the output.")]
 Work = Annotated[str, typer.Option("--work", help="Work folder of a run.")]
 Kind = Annotated[EngineName, typer.Option("--engine", help="This machine, or a Ray cluster.")]
@@ -45,6 +59,16 @@ Seed = Annotated[int, typer.Option("--seed", help="Seeds every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", help="Change one key: KEY=VALUE. May be repeated.")
+]
+Recall = Annotated[
+    float | None,
+    typer.Option(
+        "--recall", min=0, max=1, help="Share of the pairs to be found in a large pool. [0.99]"
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", help="What tasks on one machine may hold at once. [4GB]"),
 ]
 IdColumn = Annotated[str, typer.Option("--id-column", help="Column of ids in foreign Parquet.")]
 VectorColumn = Annotated[
@@ -315,9 +339,14 @@ def dedup(
     assume_same_space: Annotated[
         bool, typer.Option("--assume-same-space", help="Compare foreign embeddings.")
     ] = False,
+    linkage: Annotated[
+        Linkage, typer.Option("--linkage", help="What stays: one a component, or more (docs).")
+    ] = Linkage.components,
     max_component_share: Annotated[
         float, typer.Option("--max-component-share", help="Largest share of one component.")
     ] = 0.01,
+    recall: Recall = None,
+    memory: Memory = None,
     pairs: Annotated[
         str | None,
         typer.Option("--pairs", help="New folder for the most similar other rows of each row."),
@@ -358,8 +387,10 @@ def dedup(
         "threshold": threshold,
         "against_threshold": against_threshold,
         "assume_same_space": assume_same_space,
+        "linkage": linkage.value,
         "max_component_share": max_component_share,
         "neighbors": neighbors if pairs else 0,
+        **verb.comparison(recall, memory),
     }
     columns = (id_column, embedding_column)
     runner = _engine(engine, workers, address)
@@ -385,6 +416,12 @@ def retrieve(
         str | None,
         typer.Option("--clusters", help="Output of cluster, for cluster rules; else trained."),
     ] = None,
+    on_collision: Annotated[
+        OnCollision,
+        typer.Option("--on-collision", help="next: every seed gets images of its own."),
+    ] = OnCollision.keep,
+    recall: Recall = None,
+    memory: Memory = None,
     changes: Changes = None,
     id_column: IdColumn = "id",
     embedding_column: VectorColumn = "embedding",
@@ -405,7 +442,11 @@ def retrieve(
     """
     from pipelines.verbs import neighbours as verb
 
-    settings: dict[str, object] = {"assume_same_space": assume_same_space}
+    settings = {
+        "assume_same_space": assume_same_space,
+        "on_collision": on_collision.value,
+        **verb.comparison(recall, memory),
+    }
     if clusters is not None:
         settings["centroids"] = f"{clusters.rstrip('/')}/_centroids"
     columns = (id_column, embedding_column)
@@ -425,6 +466,7 @@ def cluster(
             "100000x100,500000 splits each of 100000 into 100.",
         ),
     ],
+    memory: Memory = None,
     changes: Changes = None,
     id_column: IdColumn = "id",
     embedding_column: VectorColumn = "embedding",
@@ -443,7 +485,8 @@ def cluster(
 
     columns = (id_column, embedding_column)
     runner = _engine(engine, workers, address)
-    verb.run_cluster(embeddings, out, levels, changes or [], columns, seed, runner)
+    settings = verb.memory_gb(memory)
+    verb.run_cluster(embeddings, out, levels, settings, changes or [], columns, seed, runner)
 
 
 @app.command()

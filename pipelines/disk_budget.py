@@ -55,8 +55,8 @@ class DiskBudget:
         return used
 
 
-def parse_bytes(text: str) -> int:
-    """Read a size such as 200GB, 1.5T or 1e12.
+def parse_bytes(text: str, option: str = "--max-disk") -> int:
+    """Read a size such as 200GB, 1.5T or 1e12. option: what errors name.
 
     Raises:
         ConfigError: it is none.
@@ -66,9 +66,9 @@ def parse_bytes(text: str) -> int:
     try:
         size = float(number.rstrip("kmgtp")) * unit
     except ValueError:
-        raise ConfigError(f"--max-disk {text}: write a size such as 200GB or 1.5TB") from None
+        raise ConfigError(f"{option} {text}: write a size such as 200GB or 1.5TB") from None
     if size <= 0:
-        raise ConfigError(f"--max-disk {text}: must be above 0")
+        raise ConfigError(f"{option} {text}: must be above 0")
     return int(size)
 
 

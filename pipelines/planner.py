@@ -170,7 +170,7 @@ def _peak_bytes(small: Step, large: Step, rows: float) -> float:
     peak = float(large.usage["peak_bytes"])
     if large.entry.stage in _PAIRWISE:
         comparison = large.entry.record.settings.get("comparison") or {}
-        bound = comparison.get("memory_gb", 0.0) * 2.0**30
+        bound = comparison.get("memory_gb", 0.0) * 1e9
         return max(peak, bound) if rows > _EXHAUSTIVE_ROWS else peak
     added = large.shard.sample - small.shard.sample
     grown = large.usage["grown_bytes"] - small.usage["grown_bytes"]

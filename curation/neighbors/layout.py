@@ -61,7 +61,7 @@ class Comparison(Settings):
     def budget(self, rows_per_list: int, alike: float | None) -> Budget:
         """What the coarse part may cost."""
         return Budget(
-            memory=int(self.memory_gb * (1 << 30)),
+            memory=int(self.memory_gb * 1e9),
             mean_visits=self.visits,
             most_visits=8 * self.visits,
             rows_per_list=rows_per_list,

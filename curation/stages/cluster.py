@@ -45,7 +45,7 @@ CENTROIDS = "centroids"
 class Cluster(DatasetStage):
     """Finds the cluster of every row, and the clusters of clusters above it."""
 
-    version = 2
+    version = 3
     reasons = ("bad_vector",)
 
     embeddings: str
@@ -106,7 +106,7 @@ class Cluster(DatasetStage):
 
     def fit_of(self, number: int, rows: RowFiles, seed: int, threads: int) -> Fit:
         """How level `number`, from 0, is found among its rows."""
-        size, sample_bytes = self.sizes[number], int(self.memory_gb * (1 << 29))
+        size, sample_bytes = self.sizes[number], int(self.memory_gb * 1e9 / 2)
         whole = number > 0 and fits_in_memory(rows, sample_bytes)
         half = int(np.clip(-(-rows.num_rows // (2 * size.count)), 2, 10))
         usual = 10 if len(self.levels) > 1 else 0

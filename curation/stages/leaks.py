@@ -19,7 +19,7 @@ from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 class Leaks(DatasetStage):
     """Drops every component of the leak graph that holds a benchmark image."""
 
-    version = 3
+    version = 4
     reasons = ("leak:NAME", "bad_vector")
     on_sets = True
 

@@ -31,7 +31,7 @@ from curation.stages.leaks import find_leaks
 class NearDedup(DatasetStage):
     """Keeps the best original of each component of near-duplicates."""
 
-    version = 3
+    version = 4
     reasons = ("near_duplicate", "leak:NAME", "bad_vector")
     meets_base = True
 

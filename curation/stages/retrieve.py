@@ -34,7 +34,7 @@ from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 class Retrieve(DatasetStage):
     """Keeps the images of the pool that seed sets retrieve."""
 
-    version = 3
+    version = 4
     reasons = ("not_retrieved",)
 
     embeddings: str

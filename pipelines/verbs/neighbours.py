@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from curation import storage
-from curation.config import parse_settings
+from curation.config import laid_over, parse_settings
 from curation.dataset import Dataset, commit, open_foreign, write_shard
 from curation.errors import ConfigError, SchemaError
 from curation.neighbors.listed import PAIRS
@@ -15,12 +15,24 @@ from curation.registry import load_stage
 from curation.schema import ID, make_id
 from curation.stage import DECISIONS, Engine, StageInputs
 from pipelines.base import kept_by_dedup, record_inputs
+from pipelines.disk_budget import parse_bytes
 from pipelines.verbs.stages import parse_changes, run_single
 
 _LAYER = "embeddings"
 
 Columns = tuple[str, str]
 """Names of the id column and of the column of vectors."""
+
+
+def memory_gb(text: str | None) -> dict[str, Any]:
+    """The setting that --memory gives."""
+    return {} if text is None else {"memory_gb": parse_bytes(text, "--memory") / 1e9}
+
+
+def comparison(recall: float | None, memory: str | None) -> dict[str, Any]:
+    """How rows are compared, as far as --recall and --memory say so."""
+    asked = {} if recall is None else {"recall": recall}
+    return {"comparison": {**asked, **memory_gb(memory)}}
 
 
 def run_dedup(
@@ -41,8 +53,7 @@ def run_dedup(
     """
     sets = dict(_named_set(text, columns, out) for text in against)
     values = {
-        **settings,
-        **parse_changes(changes),
+        **laid_over(settings, parse_changes(changes)),
         "embeddings": _LAYER,
         "embedding_column": columns[1],
         "against": list(sets),
@@ -84,8 +95,7 @@ def run_retrieve(
     rules = [parse_seeds(text) for text in seeds]
     sets = {rule["set"]: embedding_pool(path, columns, out, rule["set"]) for rule, path in rules}
     values = {
-        **settings,
-        **parse_changes(changes),
+        **laid_over(settings, parse_changes(changes)),
         "embeddings": _LAYER,
         "embedding_column": columns[1],
         "seeds": [rule for rule, _ in rules],
@@ -99,6 +109,7 @@ def run_cluster(
     embeddings: str,
     out: str,
     levels: str,
+    settings: dict[str, Any],
     changes: list[str],
     columns: Columns,
     seed: int,
@@ -112,7 +123,7 @@ def run_cluster(
             "split: 100000x100,500000"
         )
     values = {
-        **parse_changes(changes),
+        **laid_over(settings, parse_changes(changes)),
         "embeddings": _LAYER,
         "embedding_column": columns[1],
         "levels": [int(count) if count.isdigit() else count for count in counts],

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from curation import storage
-from curation.config import apply_change, parse_settings, split_change
+from curation.config import apply_change, laid_over, parse_settings
 from curation.dataset import Dataset, open_foreign
 from curation.errors import ConfigError, SchemaError
 from curation.pool import Pool, UnionPool
@@ -48,7 +48,7 @@ def run_single(
             "rows out": record.rows_out,
             **{name: value for name, value in record.figures.items() if _is_plain(value)},
             "output": out,
-            "content digest": record.outputs.get(primary, ""),
+            "content digest": Dataset.open(folder.output(primary)).manifest.content_digest,
         },
         title=stage.name(),
     )
@@ -62,19 +62,22 @@ def _is_plain(value: Any) -> bool:
 def build(name: str, changes: list[str], **settings: Any) -> Stage:
     """Build a stage from settings and KEY=VALUE changes."""
     kind = load_stage(name, "--set")
-    return parse_settings(kind, {**settings, **parse_changes(changes)}, f"--set of '{name}'")
+    values = laid_over(settings, parse_changes(changes))
+    return parse_settings(kind, values, f"--set of '{name}'")
 
 
 def parse_changes(changes: list[str]) -> Settings:
-    """Read KEY=VALUE texts; values are YAML."""
-    return dict(split_change(change) for change in changes)
+    """Read KEY=VALUE texts; values are YAML, dots in keys lead into inner settings."""
+    values: Settings = {}
+    for change in changes:
+        apply_change(values, change)
+    return values
 
 
 def run_ingest(settings: Settings, changes: list[str], out: str, engine: Engine) -> None:
     """`curate ingest`."""
-    for change in changes:
-        apply_change(settings, change)
-    stage = parse_settings(Ingest, settings, "curate ingest")
+    values = laid_over(settings, parse_changes(changes))
+    stage = parse_settings(Ingest, values, "curate ingest")
     run_single(stage, StageInputs(Pool("pool", {})), out, "rows", engine)
 
 
@@ -138,11 +141,10 @@ def run_filter(images: str, out: str, filters: str, changes: list[str], engine: 
 
     names = [name.strip() for name in filters.split(",") if name.strip()]
     settings: dict[str, Settings] = {name: {} for name in names}
-    for key, value in parse_changes(changes).items():
-        name, _, setting = key.partition(".")
-        if name not in settings or not setting:
-            raise ConfigError(f"--set {key}: write FILTER.KEY=VALUE; filters: {', '.join(names)}")
-        settings[name][setting] = value
+    for name, values in parse_changes(changes).items():
+        if name not in settings or not isinstance(values, dict):
+            raise ConfigError(f"--set {name}: write FILTER.KEY=VALUE; filters: {', '.join(names)}")
+        settings[name] = values
     stage = Filters(filters=tuple({name: values} for name, values in settings.items()))
     pool = images_pool(images, out, engine)
     outputs = run_single(stage, StageInputs(pool), out, DECISIONS, engine)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,24 @@ def test_retrieve__sample_and_cluster_rules(embeddings, tmp_path):
     hits = Dataset.open(str(tmp_path / "hits")).read().to_pylist()
     assert len(hits) == 39
     assert {hit["rule"] for hit in hits} == {"sample"}
+
+
+def test_neighbours__take_recall_memory_and_their_choices(tmp_path):
+    rows = vectors(tmp_path / "e", 300, 8)
+    how = ("--recall", 0.9, "--memory", "2GB", "--set", "comparison.method=lists")
+    said = succeeds("dedup", rows, *how, "--linkage", "representative", "--out", tmp_path / "d")
+    assert re.search(r"asked_recall\W+0\.9\b", said)
+    settings = json.loads((tmp_path / "d" / "_stage.json").read_text())["settings"]
+    assert settings["linkage"] == "representative"
+    assert settings["comparison"]["memory_gb"] == 2
+    seeds = ("--seeds", f"s={rows}:sample:3", "--on-collision", "next")
+    said = succeeds("retrieve", rows, *seeds, *how, "--out", tmp_path / "h")
+    hits = Dataset.open(str(tmp_path / "h"))
+    assert hits.manifest.content_digest[:20] in said
+    assert len(set(hits.read()["id"].to_pylist())) == 300
+    succeeds("cluster", rows, "--levels", "12", "--memory", "1.5GB", "--out", tmp_path / "c")
+    for memory in ("lots", "-1GB"):
+        assert "--memory" in fails(2, "dedup", rows, "--memory", memory, "--out", tmp_path / "x")
 
 
 def test_cluster__then_balance(tmp_path):

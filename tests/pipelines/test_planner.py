@@ -146,7 +146,7 @@ def test_plan_stages__what_compares_lists_may_fill_the_memory_that_it_is_given(t
     large = Sample(
         large.record.replace(pool=(entry.replace(record=record),)), large.work, large.usage
     )
-    assert plan_stages(small, large, 1e9, None)[0].peak_bytes == 4 << 30
+    assert plan_stages(small, large, 1e9, None)[0].peak_bytes == 4e9
     assert plan_stages(small, large, 2000, None)[0].peak_bytes == 1 << 30
 
 
