@@ -130,6 +130,11 @@ class Steps(Engine):
         """Those of the engine."""
         return self._engine.workers
 
+    @property
+    def workers_per_node(self) -> int:
+        """Those of one machine."""
+        return self._engine.workers_per_node
+
     def map(
         self, task: Task[Item, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:

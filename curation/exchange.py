@@ -1,8 +1,9 @@
 """A keyed exchange through files: mappers split rows into buckets, reducers take a bucket each.
 
-A mapper writes one Arrow file with one record batch a bucket; a reducer reads its batch from each
-file by range. Both halves resume by finished files, so what a killed run did is kept. Nothing
-passes through the driver but small results.
+A mapper writes one file: where each bucket begins, then an Arrow stream for each that has rows; a
+reducer reads two numbers and its stream from each file, by range, however many buckets there are.
+Both halves resume by finished files, so what a killed run did is kept. Nothing passes through the
+driver but small results.
 """
 
 import itertools
@@ -15,8 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from curation import storage
+from curation.errors import StorageError
 from curation.schema import ids_to_bytes
 from curation.stage import Engine, Resources, Task
+
+_NUMBER = np.dtype("<i8")
 
 Item = TypeVar("Item")
 
@@ -53,7 +57,7 @@ class Exchange:
     ) -> list[Any]:
         """Map every item, reduce every bucket; give the reducers' results in bucket order."""
         numbered = list(enumerate(items))
-        mapped = _finished(storage.join(self.folder, "mapped"), ".arrow")
+        mapped = _finished(storage.join(self.folder, "mapped"), ".bin")
         waiting = [pair for pair in numbered if pair[0] not in mapped]
         for _ in engine.map(_Map(self, mapper), waiting, f"{self._label} (split)"):
             pass
@@ -70,36 +74,67 @@ class Exchange:
 
     def mapped_path(self, item: int) -> str:
         """File of one mapped item."""
-        return storage.join(self.folder, "mapped", f"{item:06d}.arrow")
+        return storage.join(self.folder, "mapped", f"{item:06d}.bin")
 
     def result_path(self, bucket: int) -> str:
         """File of one bucket's result: the commit of its reduction."""
         return storage.join(self.folder, "reduced", f"{bucket:06d}.json")
 
     def write(self, item: int, rows: pa.Table, buckets: np.ndarray) -> None:
-        """Write one item's rows, a record batch a bucket."""
+        """Write one item's rows, grouped by bucket. buckets: (N,) integers below `num_buckets`."""
         order = np.argsort(buckets, kind="stable")
         rows = rows.take(pa.array(order)).combine_chunks()
         bounds = np.searchsorted(buckets[order], np.arange(self.num_buckets + 1))
-        path = self.mapped_path(item)
-        with storage.open_whole(path) as file, pa.ipc.new_file(file, rows.schema) as writer:
+        none = _stream_of(rows.slice(0, 0))
+        sizes = [none.size]
+        for start, stop in itertools.pairwise(bounds):
+            batches = rows.slice(start, stop - start).to_batches()
+            size = none.size + sum(map(pa.ipc.get_record_batch_size, batches))
+            sizes.append(size if batches else 0)
+        starts = _NUMBER.itemsize * (len(sizes) + 1) + np.cumsum([0, *sizes])
+        with storage.open_whole(self.mapped_path(item)) as file:
+            file.write(starts.astype(_NUMBER).tobytes())
+            file.write(none)
             for start, stop in itertools.pairwise(bounds):
-                writer.write_batch(_single_batch(rows.slice(start, stop - start)))
+                if stop > start:
+                    file.write(_stream_of(rows.slice(start, stop - start)))
 
     def read(self, bucket: int, num_items: int) -> pa.Table:
         """Rows of one bucket from all mapped items, in item order."""
 
-        def read_item(item: int) -> pa.RecordBatch:
-            with storage.open_read(self.mapped_path(item), by_range=True) as file:
-                return pa.ipc.open_file(file).get_batch(bucket)
+        def read_item(item: int) -> pa.Table | None:
+            return self._part(item, 1 + bucket)
 
-        return pa.Table.from_batches(storage.gather(read_item, range(num_items), self.folder))
+        found = storage.gather(read_item, range(num_items), self.folder)
+        parts = [part for part in found if part is not None]
+        return pa.concat_tables(parts or [self._part(0, 0)])
 
-    def batches(self, bucket: int, num_items: int) -> Iterator[pa.RecordBatch]:
-        """Rows of one bucket, a batch an item, for buckets that are not held whole."""
+    def parts(self, bucket: int, num_items: int) -> Iterator[pa.Table]:
+        """Rows of one bucket, a table for each item that has some: for what is not held whole."""
         for item in range(num_items):
-            with storage.open_read(self.mapped_path(item), by_range=True) as file:
-                yield pa.ipc.open_file(file).get_batch(bucket)
+            part = self._part(item, 1 + bucket)
+            if part is not None:
+                yield part
+
+    def _part(self, item: int, number: int) -> pa.Table | None:
+        """Part 0 of a mapped file has no rows, and each bucket has the next; None where empty.
+
+        Raises:
+            StorageError: the file is too short.
+        """
+        path = self.mapped_path(item)
+        with storage.open_read(path, by_range=True) as file:
+            file.seek(_NUMBER.itemsize * number)
+            head, data = file.read(2 * _NUMBER.itemsize), b""
+            whole = len(head) == 2 * _NUMBER.itemsize
+            if whole:
+                start, stop = map(int, np.frombuffer(head, _NUMBER))
+                file.seek(start)
+                data = file.read(stop - start)
+                whole = len(data) == stop - start
+        if not whole:
+            raise StorageError(f"{path}: is too short; run the stage again")
+        return pa.ipc.open_stream(data).read_all() if data else None
 
 
 @dataclass(frozen=True)
@@ -151,8 +186,9 @@ def _finished(folder: str, suffix: str) -> set[int]:
     return {int(name.removesuffix(suffix)) for name in names if not name.startswith(".")}
 
 
-def _single_batch(rows: pa.Table) -> pa.RecordBatch:
-    batches = rows.combine_chunks().to_batches()
-    if batches:
-        return batches[0]
-    return pa.RecordBatch.from_pylist([], schema=rows.schema)
+def _stream_of(rows: pa.Table) -> pa.Buffer:
+    """Rows of one batch, or none, with their schema."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    return sink.getvalue()

@@ -69,6 +69,11 @@ class Engine(ABC):
     def workers(self) -> int:
         """Tasks of one core that run at once, as far as is known."""
 
+    @property
+    def workers_per_node(self) -> int:
+        """Those of one machine at most: they share its memory."""
+        return self.workers
+
     @abstractmethod
     def map(
         self, task: Task[Item, Result], items: Sequence[Item], label: str

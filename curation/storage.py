@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -153,6 +153,27 @@ def gather(function: Callable[[T], R], items: Iterable[T], path: str) -> list[R]
         return [function(item) for item in items]
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         return list(pool.map(function, items))
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Parts of files on one store, each from a byte to before another: many requests at once.
+
+    Raises:
+        StorageError: a file is missing or too short.
+    """
+    if not ranges:
+        return []
+    paths, starts, stops = (list(side) for side in zip(*ranges, strict=True))
+    fs, _ = _resolve(paths[0])
+    inner = [_resolve(path)[1] for path in paths]
+    with storage_errors(paths[0]):
+        found: list[bytes] = fs.cat_ranges(
+            inner, starts, stops, on_error="raise", batch_size=_REQUESTS_AT_ONCE
+        )
+    for (path, start, stop), data in zip(ranges, found, strict=True):
+        if len(data) != stop - start:
+            raise StorageError(f"{path}: is too short; run the stage again")
+    return found
 
 
 @contextlib.contextmanager

@@ -66,6 +66,11 @@ class ObservedEngine(Engine):
         """Tasks that run at once."""
         return self.engine.workers
 
+    @property
+    def workers_per_node(self) -> int:
+        """Those of one machine."""
+        return self.engine.workers_per_node
+
     def map(
         self, task: Task[Item, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:

@@ -61,6 +61,15 @@ class RayEngine(Engine):
         cores = int(ray.cluster_resources().get("CPU", 1))
         return min(cores, self._limit or cores)
 
+    @property
+    def workers_per_node(self) -> int:
+        """Those of the largest node."""
+        import ray
+
+        workers = self.workers
+        cores = (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+        return max(1, min(workers, int(max(cores, default=1))))
+
     def map(
         self, task: Task[Item, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:

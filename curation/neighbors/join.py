@@ -15,7 +15,7 @@ from curation import storage
 from curation.neighbors.identical import first_among
 from curation.neighbors.pairs import Candidates, PairCollector
 from curation.neighbors.products import FLOAT32, Products
-from curation.neighbors.row_files import RowFiles, map_array, write_array
+from curation.neighbors.row_files import RowFiles, RowReader, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.neighbors.threads import side_by_side
 from curation.neighbors.vectors import exact_similarities
@@ -260,18 +260,17 @@ class _Settle(Work):
         return best_of_each(files, size, local.rows, local.twins, exact)
 
     def _exact(self, item: int, found: Candidates) -> np.ndarray:
-        """(H,) float32: cosines of candidates; each partition of twins is read once, and let go."""
+        """(H,) float32: cosines of candidates, scored in the order of their twins."""
         files, own = self.join.files, np.asarray(self.join.files.vectors(item))
-        exact = np.empty(len(found.rows), np.float32)
-        for partition, where in files.by_partition(found.twins):
-            vectors, start = np.asarray(files.vectors(partition)), files.starts[partition]
+        reader, order = RowReader(files), np.argsort(found.twins, kind="stable")
+        exact = np.empty(len(order), np.float32)
 
-            def score(first: int) -> None:
-                some = where[first : first + _PAIRS_AT_ONCE]  # noqa: B023  (used at once)
-                twins = vectors[found.twins[some] - start]  # noqa: B023
-                exact[some] = exact_similarities(own[found.rows[some]], twins)
+        def score(first: int) -> None:
+            some = order[first : first + _PAIRS_AT_ONCE]
+            twins = reader.gather(found.twins[some])
+            exact[some] = exact_similarities(own[found.rows[some]], twins)
 
-            side_by_side(score, range(0, len(where), _PAIRS_AT_ONCE))
+        side_by_side(score, range(0, len(order), _PAIRS_AT_ONCE))
         return exact
 
 

@@ -19,7 +19,7 @@ from curation.neighbors.coarse import CoarseRouter
 from curation.neighbors.join import Join, Joined, join_exhaustively
 from curation.neighbors.list_join import join_by_lists
 from curation.neighbors.list_search import ListSearch
-from curation.neighbors.partition import IdRanges, Scattered, arrange
+from curation.neighbors.partition import IdRanges, Scattered, Share, arrange
 from curation.neighbors.products import Products
 from curation.neighbors.recall import measure_recall
 from curation.neighbors.row_files import RowFiles
@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 SEARCHED = 256
 """Sampled rows a list for a pool that is searched: each query gains by lists that fit closely."""
-_ROWS_PER_PARTITION = 25_000
+_ROWS_PER_PARTITION, _MOST_PARTITIONS = 25_000, 1 << 12
+"""Where all rows meet all: so many, more where there would be more partitions."""
 
 
 class Comparison(Settings):
@@ -58,10 +59,15 @@ class Comparison(Settings):
             return num_rows > self.exhaustive_rows
         return self.method == "lists"
 
+    @property
+    def memory(self) -> int:
+        """The same in bytes."""
+        return int(self.memory_gb * 1e9)
+
     def budget(self, rows_per_list: int, alike: float | None) -> Budget:
         """What the coarse part may cost."""
         return Budget(
-            memory=int(self.memory_gb * 1e9),
+            memory=self.memory,
             mean_visits=self.visits,
             most_visits=8 * self.visits,
             rows_per_list=rows_per_list,
@@ -119,6 +125,7 @@ def lay_out(
     """
     num_rows = sum(source.pool.num_rows for source in sources)
     threads, trained = threads_of(engine), None
+    share = Share(threads, comparison.memory // engine.workers_per_node)
     if num_rows and comparison.by_lists(num_rows):
         trained = train_router(
             tuple(sources),
@@ -129,11 +136,11 @@ def lay_out(
             threads=threads,
         )
     if trained is None:
-        count = 1 + num_rows // _ROWS_PER_PARTITION
-        files = arrange(sources, Scattered(count), range(count + 1), folder, engine)
+        count = _partitions_of(num_rows)
+        files = arrange(sources, Scattered(count), range(count + 1), folder, engine, share)
         return Layout(files, comparison, seed, None, threads)
     router, list_starts = trained
-    files = arrange(sources, router, list_starts, folder, engine, threads)
+    files = arrange(sources, router, list_starts, folder, engine, share)
     return Layout(files, comparison, seed, router, threads)
 
 
@@ -143,7 +150,7 @@ def lay_out_queries(source: VectorSource, rows: RowFiles, folder: str, engine: E
     Raises:
         SpaceError: their width differs from that of the rows that they search.
     """
-    count = 1 + source.pool.num_rows // _ROWS_PER_PARTITION
+    count = _partitions_of(source.pool.num_rows)
     queries = arrange([source], IdRanges(count), range(count + 1), folder, engine)
     check_widths([(source.dataset.path, queries.width), ("the pool", rows.width)])
     return queries
@@ -215,9 +222,14 @@ def _warn_of_recall(measured: float | None, comparison: Comparison) -> None:
         )
 
 
+def _partitions_of(num_rows: int) -> int:
+    """Partitions of rows that lie in no order of lists."""
+    return 1 + min(num_rows // _ROWS_PER_PARTITION, _MOST_PARTITIONS)
+
+
 def threads_of(engine: Engine) -> int:
     """Threads of one worker, so that all workers together use the machine once."""
-    return max(1, available_cpus() // max(1, engine.workers))
+    return max(1, available_cpus() // max(1, engine.workers_per_node))
 
 
 def _set_of(inputs: StageInputs, name: str) -> Pool:

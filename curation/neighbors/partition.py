@@ -26,11 +26,14 @@ from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine, Resources
 
-_SPLIT_ROWS = 1 << 16
-"""Rows that one task of the first pass reads at least, so that files are few."""
-_LEAST_SPLIT_ROWS = 1 << 13
+_ROWS_TOGETHER = 1 << 16
+_FEWEST_TOGETHER = 1 << 13
 _TASKS = 16
 """So many at least, where rows suffice: what a few workers need to be busy alike."""
+_MOST_TASKS = 1 << 12
+"""So many at most, as long as memory suffices."""
+_COPIES = 6
+"""What a worker holds of each of its rows."""
 
 _ATTRIBUTES = ("original_width", "original_height", "num_bytes")
 
@@ -77,6 +80,15 @@ class IdRanges(Router):
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one worker may use of its machine."""
+
+    threads: int = 1
+    memory: int = 1 << 30
+    """In bytes."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How the rows of some sources are to be arranged."""
 
@@ -89,8 +101,7 @@ class Plan:
     dtype: str = "float16"
     groups: tuple[tuple[int, int, int], ...] = field(default=())
     """(set, first shard, end): what each task of the first pass reads."""
-    threads: int = 1
-    """Threads of one worker."""
+    share: Share = Share()
 
     @property
     def num_partitions(self) -> int:
@@ -102,6 +113,12 @@ class Plan:
         """Files of the first pass."""
         return Exchange(storage.join(self.folder, "split"), self.num_partitions)
 
+    def bytes_read(self, item: int) -> float:
+        """Bytes of the rows that a task of the first pass reads."""
+        number, first, end = self.groups[item]
+        source = self.sources[number]
+        return float(source.pool.shard_rows()[first:end].sum() * source.row_bytes)
+
     def bad_path(self, set_number: int, shard: int) -> str:
         """File of the bad rows of one shard: (rows,) int64 row numbers."""
         return storage.join(self.folder, "bad", f"{set_number:03d}-{shard:06d}.bin")
@@ -112,13 +129,24 @@ class Plan:
             yield from (self.bad_path(number, shard) for shard in range(first, end))
 
 
+def rows_together(num_rows: int, row_bytes: float, memory: int) -> int:
+    """Rows of a task of the first pass, or of a partition: more in a larger pool.
+
+    Each partition reads a part of what each task wrote, so 65,536 rows in each would be 335 million
+    reads for 1.2 billion rows; 293,000 are 17 million. memory: bytes that a worker may hold.
+    """
+    few = int(np.clip(num_rows // _TASKS, _FEWEST_TOGETHER, _ROWS_TOGETHER))
+    fits = max(1, int(memory / (_COPIES * max(1.0, row_bytes))))
+    return min(max(num_rows // _MOST_TASKS, few), fits)
+
+
 def arrange(
     sources: Sequence[VectorSource],
     router: Router,
     list_starts: Sequence[int],
     folder: str,
     engine: Engine,
-    threads: int = 1,
+    share: Share = Share(),
 ) -> RowFiles:
     """Lay the rows of all sources out as files, in the order of their lists.
 
@@ -126,15 +154,14 @@ def arrange(
         DatasetError: an id that occurs twice in one source; names it.
         SpaceError: vectors of different widths.
     """
-    groups = groups_of_shards(sources)
     plan = Plan(
         sources=tuple(sources),
         router=router,
         list_starts=tuple(int(first) for first in list_starts),
         folder=folder,
         dtype=storage_dtype(sources),
-        groups=groups,
-        threads=threads,
+        groups=groups_of_shards(sources, share.memory),
+        share=share,
     )
     arranged = _Arrange(plan, 0).folder
     facts = finished_steps(arranged, plan.num_partitions)
@@ -162,10 +189,12 @@ def read_bad_rows(folder: str, set_number: int, shard: int) -> np.ndarray:
     return np.frombuffer(storage.read_bytes(path), np.int64)
 
 
-def groups_of_shards(sources: Sequence[VectorSource]) -> tuple[tuple[int, int, int], ...]:
-    """(set, first shard, end): runs of shards that one task reads."""
+def groups_of_shards(
+    sources: Sequence[VectorSource], memory: int
+) -> tuple[tuple[int, int, int], ...]:
+    """(set, first shard, end): runs of shards that one task reads. memory: bytes it may hold."""
     rows = sum(source.pool.num_rows for source in sources)
-    least = int(np.clip(rows // _TASKS, _LEAST_SPLIT_ROWS, _SPLIT_ROWS))
+    least = rows_together(rows, max(source.row_bytes for source in sources), memory)
     return tuple(
         group for number, one in enumerate(sources) for group in _groups(number, one, least)
     )
@@ -187,8 +216,12 @@ def _groups(number: int, source: VectorSource, least: int) -> list[tuple[int, in
 class _Split(Work):
     """First pass: rows of some shards, grouped by partition."""
 
-    resources = Resources(memory=3 << 29)
     plan: Plan
+
+    @property
+    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+        largest = max(map(self.plan.bytes_read, range(len(self.plan.groups))), default=0)
+        return Resources(memory=(1 << 30) + max(1 << 29, int(_COPIES * largest)))
 
     def open(self) -> Any:
         return self.plan.router.open()
@@ -197,7 +230,7 @@ class _Split(Work):
         number, first, end = self.plan.groups[item]
         tables, files, widths = [], [], []
         shards = range(first, end)
-        found = in_threads(lambda shard: self._read(number, shard), shards, self.plan.threads)
+        found = in_threads(lambda shard: self._read(number, shard), shards, self.plan.share.threads)
         for shard, (table, bad, width) in zip(shards, found, strict=True):
             write_array(self.plan.bad_path(number, shard), bad)
             files.append(self.plan.bad_path(number, shard))
@@ -303,20 +336,11 @@ class _Arrange(Work):
 
     def _gathered(self, item: int) -> pa.Table:
         """Rows of one partition from all files of the first pass, sorted."""
-        parts = [
-            part
-            for part in (self._part(group, item) for group in range(len(self.plan.groups)))
-            if part.num_rows
-        ]
-        rows = _concatenated(parts, [self._part(0, item)])
+        rows = self.plan.split.read(item, len(self.plan.groups))
         order = np.lexsort(
             (np.asarray(rows["set"]), *_id_keys(rows["id"])[::-1], np.asarray(rows["list"]))
         )
         return rows.take(pa.array(order)).combine_chunks()
-
-    def _part(self, group: int, item: int) -> pa.Table:
-        with storage.open_read(self.plan.split.mapped_path(group)) as file:
-            return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(item)])
 
 
 def _check_ids(plan: Plan, engine: Engine) -> None:

@@ -163,7 +163,9 @@ class _Gather(Work):
         }
         for name, values in columns.items():
             table = table.append_column(name, values)
-        self.members.write(item, table, labels % self.members.num_buckets)
+        # Those of neighbouring labels are judged together: their vectors lie near each other.
+        buckets = labels * self.members.num_buckets // files.num_rows
+        self.members.write(item, table, buckets)
         return Done([self.members.mapped_path(item)])
 
     def _sets_of(self, twins: np.ndarray) -> np.ndarray:

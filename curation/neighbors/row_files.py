@@ -14,6 +14,9 @@ import pyarrow as pa
 from curation import storage
 from curation.errors import StorageError
 
+_GAP_BYTES = 1 << 16
+"""What is fetched in vain on an object store at most, rather than with another request."""
+
 
 @dataclass(frozen=True)
 class RowFiles:
@@ -94,10 +97,15 @@ class RowFiles:
 
 
 class RowReader:
-    """Gathers rows from all partitions; local files are mapped once and stay so."""
+    """Gathers rows from all partitions.
+
+    Local files are mapped once and stay so. On an object store what is asked for is fetched, with
+    what lies between when that costs less than another request.
+    """
 
     def __init__(self, files: RowFiles, kind: str = "vectors") -> None:
         self._files = files
+        self._kind = kind
         self._of = files.vectors if kind == "vectors" else files.ids
         self._empty = np.empty((0, files.width), files.dtype)
         if kind == "ids":
@@ -106,6 +114,8 @@ class RowReader:
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         """(N, D) vectors or (N, 16) ids of any rows; fastest where positions ascend."""
+        if not storage.is_local(self._files.folder):
+            return self._fetched(positions)
         found = np.empty((len(positions), self._empty.shape[1]), self._empty.dtype)
         for partition, where in self._files.by_partition(positions):
             source = self._partition(partition)
@@ -117,6 +127,25 @@ class RowReader:
             else:
                 found[where] = source[rows]
         return found
+
+    def _fetched(self, positions: np.ndarray) -> np.ndarray:
+        """(N, W): the rows at some positions, by range reads."""
+        known, numbers = np.unique(positions, return_inverse=True)
+        width = self._empty.shape[1]
+        row_bytes = width * self._empty.itemsize
+        ranges: list[tuple[str, int, int]] = []
+        runs: list[np.ndarray] = []  # of each range, the rows that are wanted, from its first
+        for partition, where in self._files.by_partition(known):
+            path = self._files.path(self._kind, partition)
+            rows = known[where] - self._files.starts[partition]
+            far = np.flatnonzero(np.diff(rows) * row_bytes > _GAP_BYTES)
+            for run in np.split(rows, far + 1):
+                ranges.append((path, int(run[0]) * row_bytes, int(run[-1] + 1) * row_bytes))
+                runs.append(run - run[0])
+        parts = [self._empty]
+        for data, run in zip(storage.read_ranges(ranges), runs, strict=True):
+            parts.append(np.frombuffer(data, self._empty.dtype).reshape(-1, width)[run])
+        return np.concatenate(parts)[numbers]
 
     def _partition(self, partition: int) -> np.ndarray:
         if partition in self._mapped:

@@ -232,14 +232,14 @@ class _Leaves(Work):
 
     def _chunks(self, item: int) -> Iterator[pa.Table]:
         """Rows of a bucket, some ten thousand at a time, in the order of their positions."""
-        held: list[pa.RecordBatch] = []
-        for batch in self.by_cluster.batches(item, self.files.num_partitions):
-            held.append(batch)
+        held: list[pa.Table] = []
+        for part in self.by_cluster.parts(item, self.files.num_partitions):
+            held.append(part)
             if sum(one.num_rows for one in held) >= _ROWS_AT_ONCE:
-                yield pa.Table.from_batches(held).combine_chunks()
+                yield pa.concat_tables(held).combine_chunks()
                 held = []
         if held:
-            yield pa.Table.from_batches(held).combine_chunks()
+            yield pa.concat_tables(held).combine_chunks()
 
     def _vectors(self, rows: pa.Table) -> np.ndarray:
         """(n, D) of the files' own number type."""

@@ -15,7 +15,7 @@ from curation.clustering import hash_ids
 from curation.neighbors.alike import alike_groups
 from curation.neighbors.coarse import FIRST_GROUPS, Coarse, CoarseRouter
 from curation.neighbors.coarse_training import FLAT, lists_of
-from curation.neighbors.partition import groups_of_shards
+from curation.neighbors.partition import groups_of_shards, rows_together
 from curation.neighbors.quantized import integer_products, lengths_of, quantize_rows
 from curation.neighbors.routes import Reach
 from curation.neighbors.row_files import map_array, write_array
@@ -44,17 +44,13 @@ _SPARE = 3
 """Times fewer pairs missed than may be: what is left over for the error of both samples."""
 _FINDING_GROUPS = 256
 """Bytes that finding groups takes for a sampled row: its sketch, its neighbours."""
-_ROWS_PER_PARTITION = 1 << 16
-_LEAST_PER_PARTITION = 1 << 13
-_PARTITIONS = 16
-"""So many at least, where rows suffice: what a few workers need to be busy alike."""
 
 
 @dataclass(frozen=True)
 class Budget:
     """What the coarse part may cost."""
 
-    memory: int = 4 << 30
+    memory: int = 4 * 10**9
     """Bytes that all tasks of a machine may hold at once."""
     mean_visits: int = 16
     """Visits of a row that are written down, on average; a join uses those its recall needs."""
@@ -122,7 +118,7 @@ def train_router(
     least_share = 0.0 if budget.alike is None else _SHARE_FOR_GROUPS
     training = Training(
         sources=sources,
-        groups=groups_of_shards(sources),
+        groups=groups_of_shards(sources, budget.memory // engine.workers_per_node),
         folder=folder,
         seed=seed,
         share=min(1.0, max(least_share, budget.rows_per_list * num_lists / num_rows)),
@@ -131,7 +127,7 @@ def train_router(
         budget=budget,
         num_rows=num_rows,
         threads=threads,
-        workers=engine.workers,
+        workers=engine.workers_per_node,
     )
     facts = finished_steps(storage.join(folder, "trained"), 1) or _train(training, engine)
     if facts is None:
@@ -265,12 +261,9 @@ class _TrainCoarse(Work):
         )
 
     def _rows_per_partition(self) -> int:
-        """As many rows as can be sorted in one worker's memory: they are held some six times."""
-        per_row = 6 * self.width * np.dtype(self.training.dtype).itemsize
-        fits = self.training.budget.memory // (self.training.workers * per_row)
-        few = self.training.num_rows // _PARTITIONS
-        wanted = int(np.clip(few, _LEAST_PER_PARTITION, _ROWS_PER_PARTITION))
-        return int(np.clip(self.training.num_rows >> 11, wanted, max(1, fits)))
+        row_bytes = self.width * np.dtype(self.training.dtype).itemsize
+        memory = self.training.budget.memory // self.training.workers
+        return rows_together(self.training.num_rows, row_bytes, memory)
 
     def _sample(self) -> np.ndarray:
         """(S, D) sampled rows in the order of their hashes."""

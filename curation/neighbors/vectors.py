@@ -39,6 +39,12 @@ class VectorSource:
             )
         return dataset
 
+    @property
+    def row_bytes(self) -> float:
+        """Bytes of a row on average, as the side-car stores it."""
+        shards = self.dataset.manifest.shards
+        return sum(shard.num_bytes for shard in shards) / max(1, self.dataset.num_rows)
+
     def where(self, index: int) -> str:
         """Path of one shard's vectors."""
         part, local = self.pool.locate(index)
