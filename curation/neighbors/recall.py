@@ -86,11 +86,12 @@ def measure_recall(
     compare = _Compare(pick, threshold, products, reach, threads)
     compared = f"{folder}/compared"
     facts = run_steps(engine, compare, files.num_partitions, compared, "compare the sample")
-    needed = compare.total()  # (Q, S + 2)
+    picked = pick.read()
+    needed = compare.total(len(picked.positions))  # (Q, S + 2)
     pairs, sampled = int(needed.sum()), len(needed)
     both_sampled = pairs - sum(fact["with_rows_apart"] for fact in facts)
     estimated = (pairs - both_sampled / 2) * num_rows / max(1, sampled)
-    routes, gaps = pick.routes(), gap_steps(reach)
+    routes, gaps = picked.routes, gap_steps(reach)
     if pairs < _FEWEST_PAIRS:
         return Recall(reach, lists_within(routes, reach), None, 0.0, pairs, estimated)
     step, met, error = first_enough(needed, target)
@@ -134,6 +135,17 @@ def shares_met(needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
+class _Picked:
+    """The sampled rows, in the order of their positions."""
+
+    positions: np.ndarray
+    """(Q,) int64."""
+    raw: np.ndarray
+    """(Q, D) vectors as stored."""
+    routes: Routes
+
+
+@dataclass(frozen=True)
 class _Pick(Work):
     """The sampled rows of one partition: those with the smallest hash of (seed, id)."""
 
@@ -144,22 +156,26 @@ class _Pick(Work):
     """Rows that are sampled from."""
     apart: str | None = None
 
-    def path(self, partition: int) -> str:
-        return storage.join(self.folder, f"picked-{partition:06d}.bin")
+    def path(self, kind: str, partition: int) -> str:
+        return storage.join(self.folder, f"{kind}-{partition:06d}.bin")
 
-    def positions(self) -> np.ndarray:
-        """(Q,) int64: positions of all sampled rows."""
+    def read(self) -> _Picked:
+        """Those of all partitions."""
         partitions = range(self.files.num_partitions)
-        parts = [np.frombuffer(storage.read_bytes(self.path(p)), np.int64) for p in partitions]
-        return np.concatenate(parts)
+        parts = storage.gather(self._read, partitions, self.folder)
+        positions, raw, routes = zip(*parts, strict=True)
+        return _Picked(np.concatenate(positions), np.concatenate(raw), Routes.joined(routes))
 
-    def routes(self) -> Routes:
-        """Routes of all sampled rows, in the order of their positions."""
-        files, parts = self.files, []
-        for partition, where in files.by_partition(positions := self.positions()):
-            routes = Routes.read(files.path("routes", partition), files.size(partition))
-            parts.append(routes.take(positions[where] - files.starts[partition]))
-        return Routes.joined(parts)
+    def _read(self, partition: int) -> tuple[np.ndarray, np.ndarray, Routes]:
+        data = storage.read_bytes(self.path("rows", partition))
+        row_bytes = self.files.width * np.dtype(self.files.dtype).itemsize
+        count = len(data) // (8 + row_bytes)
+        raw = np.frombuffer(data, self.files.dtype, offset=8 * count)
+        return (
+            np.frombuffer(data, np.int64, count),
+            raw.reshape(count, self.files.width),
+            Routes.read(self.path("routes", partition), count),
+        )
 
     def rows_apart(self, partition: int) -> np.ndarray:
         """(N,) bool: rows of one partition that are not compared with each other."""
@@ -173,21 +189,12 @@ class _Pick(Work):
         keys = hash_ids(self.files.ids(item), "recall", self.seed)
         rows = np.flatnonzero(keys <= np.uint64(share * float(2**64 - 2**11)))
         rows = rows[~self.rows_apart(item)[rows]]
-        write_array(self.path(item), rows + self.files.starts[item])
-        return Done([self.path(item)])
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The sampled rows, in the order of their positions."""
-
-    positions: np.ndarray
-    """(Q,) int64."""
-    raw: np.ndarray
-    """(Q, D) vectors as stored."""
-    prepared: Any
-    """The same, ready for products."""
-    routes: Routes
+        positions = rows + self.files.starts[item]
+        routes = Routes.read(self.files.path("routes", item), self.files.size(item))
+        paths = [self.path(kind, item) for kind in ("rows", "routes")]
+        write_array(paths[0], positions, self.files.gather("vectors", positions))
+        routes.take(rows).write(paths[1])
+        return Done(paths)
 
 
 @dataclass(frozen=True)
@@ -203,14 +210,14 @@ class _Compare(Work):
     reach: float
     threads: int
 
-    def open(self) -> "_Asked":
-        """What every partition is asked about."""
-        positions = self.pick.positions()
-        raw = self.pick.files.gather("vectors", positions)
-        return _Asked(positions, raw, self.products.prepare(raw), self.pick.routes())
+    def open(self) -> tuple[_Picked, Any]:
+        """What every partition is asked about, and its vectors ready for products."""
+        picked = self.pick.read()
+        return picked, self.products.prepare(picked.raw)
 
-    def __call__(self, item: int, opened: "_Asked") -> Done:
-        files, queries, of_queries = self.pick.files, opened.positions, opened.routes
+    def __call__(self, item: int, opened: tuple[_Picked, Any]) -> Done:
+        picked, prepared = opened
+        files, queries, of_queries = self.pick.files, picked.positions, picked.routes
         routes = Routes.read(files.path("routes", item), files.size(item))
         gaps = gap_steps(self.reach)
         first = np.asarray(files.rows(item)["first"])
@@ -223,7 +230,7 @@ class _Compare(Work):
 
         def of_block(start: int) -> tuple[np.ndarray, np.ndarray]:
             rows = uniques[start : start + _TILE]
-            a, b = self._pairs(opened, vectors[rows])
+            a, b = self._pairs(picked.raw, prepared, vectors[rows])
             return a, rows[b]
 
         blocks = range(0, len(uniques), _TILE)
@@ -240,22 +247,24 @@ class _Compare(Work):
     def path(self, item: int) -> str:
         return storage.join(self.pick.folder, "compared", f"needed-{item:06d}.bin")
 
-    def total(self) -> np.ndarray:
+    def total(self, num_queries: int) -> np.ndarray:
         """(Q, S + 2): pairs of each sampled row by the step of the gap that they need."""
         files = self.pick.files
-        total = np.zeros((len(self.pick.positions()), _STEPS + 2), np.int64)
+        total = np.zeros((num_queries, _STEPS + 2), np.int64)
         for partition in range(files.num_partitions):
             total += map_array(self.path(partition), "int32", 0, total.shape)
         return total
 
-    def _pairs(self, asked: "_Asked", block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of queries and rows of a block above the threshold."""
+    def _pairs(
+        self, raw: np.ndarray, prepared: Any, block: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of queries and rows of a block above the threshold. raw: (Q, D)."""
         band = self.products.band(block.shape[1])
         others = self.products.prepare(block)
-        a, b, scores = self.products.above(asked.prepared, others, self.threshold - band)
+        a, b, scores = self.products.above(prepared, others, self.threshold - band)
         true = scores > self.threshold + band
         near = np.flatnonzero(~true)
-        exact = exact_similarities(asked.raw[a[near]], block[b[near]])
+        exact = exact_similarities(raw[a[near]], block[b[near]])
         true[near] = exact > np.float32(self.threshold)
         return a[true], b[true]
 

@@ -5,7 +5,7 @@ that is computed over positions depends on shards, their order, or the number of
 N rows, D width, P partitions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,13 @@ import pyarrow as pa
 from curation import storage
 from curation.errors import StorageError
 
-_GAP_BYTES = 1 << 16
+_GAP_BYTES = 1 << 20
 """What is fetched in vain on an object store at most, rather than with another request."""
+_BYTES_AT_ONCE = 1 << 28
+"""Of what is fetched, before all but the wanted rows goes."""
+
+_Run = tuple[str, int, int, np.ndarray]
+"""A file, the first byte and the end of a part of it, and the rows that are wanted, from there."""
 
 
 @dataclass(frozen=True)
@@ -131,21 +136,34 @@ class RowReader:
     def _fetched(self, positions: np.ndarray) -> np.ndarray:
         """(N, W): the rows at some positions, by range reads."""
         known, numbers = np.unique(positions, return_inverse=True)
-        width = self._empty.shape[1]
-        row_bytes = width * self._empty.itemsize
-        ranges: list[tuple[str, int, int]] = []
-        runs: list[np.ndarray] = []  # of each range, the rows that are wanted, from its first
-        for partition, where in self._files.by_partition(known):
+        parts, num_bytes = [self._empty], 0
+        waiting: list[_Run] = []
+        for run in self._runs(known):
+            waiting.append(run)
+            num_bytes += run[2] - run[1]
+            if num_bytes >= _BYTES_AT_ONCE:
+                parts += self._fetch(waiting)
+                waiting, num_bytes = [], 0
+        parts += self._fetch(waiting)
+        return np.concatenate(parts)[numbers]
+
+    def _runs(self, positions: np.ndarray) -> Iterator[_Run]:
+        """Rows that lie near each other in one file. positions: ascending."""
+        row_bytes = self._empty.shape[1] * self._empty.itemsize
+        for partition, where in self._files.by_partition(positions):
             path = self._files.path(self._kind, partition)
-            rows = known[where] - self._files.starts[partition]
+            rows = positions[where] - self._files.starts[partition]
             far = np.flatnonzero(np.diff(rows) * row_bytes > _GAP_BYTES)
             for run in np.split(rows, far + 1):
-                ranges.append((path, int(run[0]) * row_bytes, int(run[-1] + 1) * row_bytes))
-                runs.append(run - run[0])
-        parts = [self._empty]
-        for data, run in zip(storage.read_ranges(ranges), runs, strict=True):
-            parts.append(np.frombuffer(data, self._empty.dtype).reshape(-1, width)[run])
-        return np.concatenate(parts)[numbers]
+                start, stop = int(run[0]) * row_bytes, int(run[-1] + 1) * row_bytes
+                yield path, start, stop, run - run[0]
+
+    def _fetch(self, runs: Sequence[_Run]) -> list[np.ndarray]:
+        """(M, W) wanted rows of each run."""
+        found = storage.read_ranges([run[:3] for run in runs])
+        whole = (np.frombuffer(data, self._empty.dtype) for data in found)
+        width = self._empty.shape[1]
+        return [data.reshape(-1, width)[rows] for data, (*_, rows) in zip(whole, runs, strict=True)]
 
     def _partition(self, partition: int) -> np.ndarray:
         if partition in self._mapped:
@@ -181,7 +199,7 @@ def map_array(path: str, dtype: str, offset: int, shape: tuple[int, ...]) -> np.
             return np.memmap(path.removeprefix("file://"), kind, "r", offset, shape)
         except (OSError, ValueError) as error:
             raise StorageError(f"{path}: cannot be read: {error}; run the stage again") from error
-    with storage.open_read(path) as file:
+    with storage.open_read(path, by_range=True) as file:
         file.seek(offset)
         data = file.read(count * kind.itemsize)
     if len(data) != count * kind.itemsize:

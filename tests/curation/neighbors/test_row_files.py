@@ -25,9 +25,10 @@ def files(request, rows, tmp_path):
     return made
 
 
-@pytest.mark.parametrize("gap_bytes", [0, 1000, 1 << 20])
-def test_gather__any_rows_in_any_order(files, rows, gap_bytes, monkeypatch):
+@pytest.mark.parametrize(("gap_bytes", "at_once"), [(0, 1), (1000, 1 << 14), (1 << 20, 1 << 28)])
+def test_gather__any_rows_in_any_order(files, rows, gap_bytes, at_once, monkeypatch):
     monkeypatch.setattr("curation.neighbors.row_files._GAP_BYTES", gap_bytes)
+    monkeypatch.setattr("curation.neighbors.row_files._BYTES_AT_ONCE", at_once)
     reader, rng = RowReader(files), np.random.default_rng(1)
     asked = [rng.integers(0, len(rows), count) for count in (0, 1, 50, 3000)]
     for positions in [*asked, np.arange(len(rows)), np.array([999, 0, 999, 700])]:
