@@ -340,7 +340,10 @@ def dedup(
         bool, typer.Option("--assume-same-space", help="Compare foreign embeddings.")
     ] = False,
     linkage: Annotated[
-        Linkage, typer.Option("--linkage", help="What stays: one a component, or more (docs).")
+        Linkage,
+        typer.Option(
+            "--linkage", help="What stays: one of each component, or all that no kept one is near."
+        ),
     ] = Linkage.components,
     max_component_share: Annotated[
         float, typer.Option("--max-component-share", help="Largest share of one component.")

@@ -26,7 +26,7 @@ from curation.neighbors.layout import Layout, search_in
 from curation.neighbors.matching import Matching
 from curation.neighbors.review import id_bytes, ids_array
 from curation.neighbors.row_files import RowFiles, write_array
-from curation.neighbors.runs import DecideRun, num_runs, of_shard, shards_together
+from curation.neighbors.runs import ByRun, DecideRun, of_shard
 from curation.neighbors.search import Search
 from curation.neighbors.selection import ranks_within
 from curation.neighbors.steps import Done, Work, run_steps
@@ -173,9 +173,7 @@ class Retrieval:
 class HitFiles:
     """Hits on their way to runs of the pool's shards, and to shards of their own by id."""
 
-    by_run: Exchange
-    together: int
-    """Shards of a run."""
+    by_run: ByRun
     by_id: Exchange
     first_items: tuple[int, ...]
     """Number of the first item of each set; at the end, that of all items."""
@@ -192,8 +190,7 @@ class HitFiles:
             expected += min(most, rule.k * queries.num_rows if sample else retrieval.pool.num_rows)
         folder = storage.join(retrieval.scratch, "hits")
         return cls(
-            Exchange(storage.join(folder, "by-run"), num_runs(pool)),
-            shards_together(pool),
+            ByRun.of(pool, storage.join(folder, "by-run")),
             Exchange(storage.join(folder, "by-id"), 1 + expected // _HITS_PER_SHARD),
             tuple(int(first) for first in np.cumsum([0, *counts])),
             tuple(rule.set for rule in retrieval.rules),
@@ -208,7 +205,7 @@ class HitFiles:
         """Write one item's hits to both exchanges; give the files."""
         leading = id_bytes(hits["id"])[:, :4].copy().view(">u4")[:, 0].astype(np.uint64)
         buckets = (leading * np.uint64(self.by_id.num_buckets)) >> np.uint64(32)
-        self.by_run.write(item, hits, np.asarray(hits["shard"]) // self.together)
+        self.by_run.send(item, hits)
         self.by_id.write(item, hits, buckets.astype(np.int64))
         return [self.by_run.mapped_path(item), self.by_id.mapped_path(item)]
 
@@ -464,7 +461,7 @@ class DecideByHits(DecideRun):
         """All hits."""
         return self.hits.by_run.read(run, self.hits.num_items)
 
-    def decide(self, shard: Shard, found: pa.Table) -> None:
+    def decide(self, shard: Shard, found: pa.Table, opened: Any) -> None:
         """Drop what was not hit; say of the rest which hit was the best."""
         rows = of_shard(found, shard.index)
         self._count(shard, rows)

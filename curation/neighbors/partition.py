@@ -101,6 +101,8 @@ class Plan:
     dtype: str = "float16"
     groups: tuple[tuple[int, int, int], ...] = field(default=())
     """(set, first shard, end): what each task of the first pass reads."""
+    group_bytes: int = 0
+    """Of the rows of each, about."""
     share: Share = Share()
 
     @property
@@ -112,12 +114,6 @@ class Plan:
     def split(self) -> Exchange:
         """Files of the first pass."""
         return Exchange(storage.join(self.folder, "split"), self.num_partitions)
-
-    def bytes_read(self, item: int) -> float:
-        """Bytes of the rows that a task of the first pass reads."""
-        number, first, end = self.groups[item]
-        source = self.sources[number]
-        return float(source.pool.shard_rows()[first:end].sum() * source.row_bytes)
 
     def bad_path(self, set_number: int, shard: int) -> str:
         """File of the bad rows of one shard: (rows,) int64 row numbers."""
@@ -161,6 +157,7 @@ def arrange(
         folder=folder,
         dtype=storage_dtype(sources),
         groups=groups_of_shards(sources, share.memory),
+        group_bytes=int(_rows_of_group(sources, share.memory) * _row_bytes(sources)),
         share=share,
     )
     arranged = _Arrange(plan, 0).folder
@@ -193,11 +190,19 @@ def groups_of_shards(
     sources: Sequence[VectorSource], memory: int
 ) -> tuple[tuple[int, int, int], ...]:
     """(set, first shard, end): runs of shards that one task reads. memory: bytes it may hold."""
-    rows = sum(source.pool.num_rows for source in sources)
-    least = rows_together(rows, max(source.row_bytes for source in sources), memory)
+    least = _rows_of_group(sources, memory)
     return tuple(
         group for number, one in enumerate(sources) for group in _groups(number, one, least)
     )
+
+
+def _rows_of_group(sources: Sequence[VectorSource], memory: int) -> int:
+    rows = sum(source.pool.num_rows for source in sources)
+    return rows_together(rows, _row_bytes(sources), memory)
+
+
+def _row_bytes(sources: Sequence[VectorSource]) -> float:
+    return max(source.row_bytes for source in sources)
 
 
 def _groups(number: int, source: VectorSource, least: int) -> list[tuple[int, int, int]]:
@@ -220,8 +225,7 @@ class _Split(Work):
 
     @property
     def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
-        largest = max(map(self.plan.bytes_read, range(len(self.plan.groups))), default=0)
-        return Resources(memory=(1 << 30) + max(1 << 29, int(_COPIES * largest)))
+        return Resources(memory=(1 << 30) + max(1 << 29, _COPIES * self.plan.group_bytes))
 
     def open(self) -> Any:
         return self.plan.router.open()
@@ -347,8 +351,8 @@ def _check_ids(plan: Plan, engine: Engine) -> None:
     for number, source in enumerate(plan.sources):
         buckets = 1 + source.pool.num_rows // (1 << 20)
         exchange = Exchange(storage.join(plan.folder, f"ids-{number:03d}"), buckets)
-        shards = range(source.pool.num_shards)
-        twice: list[Any] = exchange.run(engine, _IdsOf(source, buckets), shards, _FindTwice())
+        runs = [shards for one, *shards in plan.groups if one == number]
+        twice: list[Any] = exchange.run(engine, _IdsOf(source, buckets), runs, _FindTwice())
         found = [name for name in twice if name]
         if found:
             raise DatasetError(
@@ -358,12 +362,16 @@ def _check_ids(plan: Plan, engine: Engine) -> None:
 
 
 @dataclass(frozen=True)
-class _IdsOf(Mapper[int]):
+class _IdsOf(Mapper[list[int]]):
+    """Ids of the shards from one to before another, by bucket."""
+
     source: VectorSource
     num_buckets: int
 
-    def __call__(self, item: int) -> tuple[pa.Table, np.ndarray]:
-        ids = self.source.pool.live_ids(item)
+    def __call__(self, item: list[int]) -> tuple[pa.Table, np.ndarray]:
+        parts = [self.source.pool.live_ids(shard) for shard in range(*item)]
+        chunks = [chunk for part in parts for chunk in part.chunks]
+        ids = pa.chunked_array(chunks, parts[0].type)
         return pa.table({"id": ids}), bucket_of_ids(ids, self.num_buckets)
 
 

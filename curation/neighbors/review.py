@@ -18,7 +18,7 @@ from curation.errors import StageError
 from curation.exchange import Exchange
 from curation.neighbors.join import Joined
 from curation.neighbors.row_files import RowFiles, map_array, write_array
-from curation.neighbors.runs import num_runs, shards_together
+from curation.neighbors.runs import ByRun
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.pool import Pool
 from curation.stage import Engine
@@ -129,8 +129,8 @@ def review(graph: Graph, judge: Judge, folder: str, pool: Pool, engine: Engine) 
     members = Exchange(storage.join(folder, "members"), num_buckets)
     gather = _Gather(graph, members)
     run_steps(engine, gather, files.num_partitions, members.folder, "gather components")
-    verdicts = Exchange(storage.join(folder, "verdicts"), num_runs(pool))
-    work = _Review(files, judge, members, verdicts, files.num_partitions, shards_together(pool))
+    verdicts = ByRun.of(pool, storage.join(folder, "verdicts"))
+    work = _Review(files, judge, members, verdicts, files.num_partitions)
     facts = run_steps(engine, work, num_buckets, verdicts.folder, "judge components")
     return Reviewed(verdicts, num_buckets, tuple(facts), verdicts.folder)
 
@@ -182,10 +182,8 @@ class _Review(Work):
     files: RowFiles
     judge: Judge
     members: Exchange
-    verdicts: Exchange
+    verdicts: ByRun
     num_items: int
-    together: int
-    """Shards of a run."""
 
     def __call__(self, item: int, opened: Any) -> Done:
         members = self.members.read(item, self.num_items)
@@ -196,8 +194,7 @@ class _Review(Work):
         keep = of_pool["keep"].to_numpy(zero_copy_only=False)
         path = dropped_path(self.verdicts.folder, item)
         write_array(path, np.asarray(of_pool["position"])[~keep])
-        runs = np.asarray(of_pool["shard"]) // self.together
-        self.verdicts.write(item, of_pool.drop_columns(["set", "position"]), runs)
+        self.verdicts.send(item, of_pool.drop_columns(["set", "position"]))
         return Done([path, self.verdicts.mapped_path(item)], facts)
 
 

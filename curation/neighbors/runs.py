@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from curation.exchange import Exchange
 from curation.ledger import commit_shard, finished_shards
 from curation.pool import Pool
 from curation.stage import DatasetStage, Engine, Shard, StageFolder, Task
@@ -36,6 +37,23 @@ def of_shard(rows: pa.Table, shard: int) -> pa.Table:
 
 
 @dataclass(frozen=True)
+class ByRun(Exchange):
+    """Rows on their way back to the shards of a pool, a run of shards in each bucket."""
+
+    together: int = 1
+    """Shards of a run."""
+
+    @classmethod
+    def of(cls, pool: Pool, folder: str) -> "ByRun":
+        """One for a pool. folder: of its files."""
+        return cls(folder, num_runs(pool), together=shards_together(pool))
+
+    def send(self, item: int, rows: pa.Table) -> None:
+        """Write one item's rows, which have a column `shard`."""
+        self.write(item, rows, np.asarray(rows["shard"]) // self.together)
+
+
+@dataclass(frozen=True)
 class DecideRun(Task[tuple[str, int, range], int]):
     """Decisions on the shards of one run, and their receipts.
 
@@ -51,8 +69,8 @@ class DecideRun(Task[tuple[str, int, range], int]):
         """What was found out about the rows of a run."""
 
     @abstractmethod
-    def decide(self, shard: Shard, found: Any) -> None:
-        """Reject and describe the rows of a shard."""
+    def decide(self, shard: Shard, found: Any, opened: Any) -> None:
+        """Reject and describe the rows of a shard. opened: what `open` gave."""
 
     def __call__(self, item: tuple[str, int, range], opened: Any) -> int:
         """Decide on the shards of a run; give their number."""
@@ -60,7 +78,7 @@ class DecideRun(Task[tuple[str, int, range], int]):
         found = self.read(run)
         for index in shards:
             shard = Shard(self.pool.read(index, []), index)
-            self.decide(shard, found)
+            self.decide(shard, found, opened)
             commit_shard(self.stage, self.folder, shard)
         return len(shards)
 

@@ -19,6 +19,7 @@ from curation.exchange import Exchange
 from curation.neighbors.levels import Fit, IndexedCentroids, rows_of_level, write_level_part
 from curation.neighbors.quantized import nearest_centroids, quantize_centroids, quantize_rows
 from curation.neighbors.row_files import RowFiles, map_array, write_array
+from curation.neighbors.runs import ByRun
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.neighbors.threads import limit_threads
 from curation.neighbors.vectors import exact_similarities
@@ -74,12 +75,12 @@ def split_clusters(
     split: int,
     fit: Fit,
     folder: str,
-    by_shard: Exchange,
+    by_shard: ByRun,
     engine: Engine,
 ) -> tuple[RowFiles, int]:
     """Split every cluster inside itself; give the leaves, and how many items told the shards.
 
-    by_shard: receives row, cluster (the leaf) and similarity of all rows.
+    by_shard: receives shard, row, cluster (the leaf) and similarity of all rows.
     """
     count = _Count(files, indexed, storage.join(folder, "parents"), fit.threads)
     run_steps(engine, count, files.num_partitions, count.folder, "assign to clusters")
@@ -176,7 +177,7 @@ class _Leaves(Work):
     leaves: RowFiles
     plan: SplitPlan
     by_cluster: Exchange
-    by_shard: Exchange
+    by_shard: ByRun
     fit: Fit
 
     def open(self) -> Any:
@@ -188,9 +189,7 @@ class _Leaves(Work):
         centroids = self._train(item, first_leaves)
         paths = write_level_part(self.leaves, item, centroids)
         told = [self._assign(rows, item, centroids, first_leaves) for rows in self._chunks(item)]
-        shards = np.concatenate([np.asarray(one["shard"]) for one in told])
-        rows = pa.concat_tables(told).drop_columns(["shard"])
-        self.by_shard.write(item, rows, shards)
+        self.by_shard.send(item, pa.concat_tables(told))
         return Done([*paths, self.by_shard.mapped_path(item)])
 
     def _train(self, item: int, first_leaves: np.ndarray) -> np.ndarray:

@@ -47,7 +47,9 @@ class DecideByVerdicts(DecideRun):
         duplicates, leaks = self.verdicts.duplicates, self.verdicts.leaks
         return duplicates and duplicates.read(run), leaks and leaks.read(run)
 
-    def decide(self, shard: Shard, found: tuple[pa.Table | None, pa.Table | None]) -> None:
+    def decide(
+        self, shard: Shard, found: tuple[pa.Table | None, pa.Table | None], opened: Any
+    ) -> None:
         """Drop rows without direction, duplicates and leaks; say of each what it is alike to."""
         duplicates, leaks = found
         bad = np.zeros(shard.num_rows, bool)

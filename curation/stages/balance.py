@@ -11,8 +11,8 @@ from curation import storage
 from curation.clustering import hash_ids
 from curation.dataset import commit, write_shard
 from curation.exchange import Exchange
-from curation.ledger import Receipt, commit_shard, finished_shards
 from curation.neighbors.row_files import map_array, write_array
+from curation.neighbors.runs import ByRun, DecideRun, decide_shards, of_shard
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.pool import Pool
 from curation.sampling import (
@@ -24,7 +24,7 @@ from curation.sampling import (
     tree_level,
 )
 from curation.schema import ID, ids_to_bytes, schema_of
-from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, Task, reject
+from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, reject
 
 TREE = "tree"
 """Output with a line a cluster: its parent, its rows, and how many were drawn."""
@@ -63,13 +63,10 @@ class Balance(DatasetStage):
         targets = leaf_targets(tree, self.target, rng, multiplier=self.multiplier)
         target_path = storage.join(scratch, "targets.bin")
         write_array(target_path, targets[0])
-        by_shard = Exchange(storage.join(scratch, "by-shard"), max(1, pool.num_shards))
+        by_shard = ByRun.of(pool, storage.join(scratch, "by-shard"))
         draw = _Draw(by_cluster, by_shard, pool.num_shards, target_path, len(targets[0]))
         run_steps(engine, draw, buckets, by_shard.folder, "draw")
-        task = _TellShard(self, inputs.pool, folder, by_shard, buckets)
-        waiting = [i for i in range(pool.num_shards) if i not in finished_shards(folder)]
-        for _ in engine.map(task, waiting, folder.stage):
-            pass
+        decide_shards(_DecideByDraws(self, inputs.pool, folder, by_shard, buckets), engine)
         levels = [
             write_shard(folder.output(TREE), level, tree_level(tree, targets, level))
             for level in range(tree.num_levels)
@@ -145,7 +142,7 @@ class _Draw(Work):
     """How often each row of some clusters is drawn."""
 
     by_cluster: Exchange
-    by_shard: Exchange
+    by_shard: ByRun
     num_items: int
     target_path: str
     num_clusters: int
@@ -155,28 +152,29 @@ class _Draw(Work):
         targets = map_array(self.target_path, "int64", 0, (self.num_clusters,))
         own = np.asarray(rows["cluster"])
         counts = draw_counts(np.asarray(rows["lot"]), own, np.asarray(targets))
-        columns = {"row": rows["row"], "cluster": own.astype(np.int32), "draws": counts}
-        self.by_shard.write(item, pa.table(columns), np.asarray(rows["shard"]))
+        told = rows.select(["shard", "row"]).append_column("draws", pa.array(counts))
+        told = told.append_column("cluster", pa.array(own.astype(np.int32)))
+        self.by_shard.send(item, told)
         return Done([self.by_shard.mapped_path(item)])
 
 
 @dataclass(frozen=True)
-class _TellShard(Task[int, Receipt]):
-    """One shard of the pool: kept where drawn."""
+class _DecideByDraws(DecideRun):
+    """Rows are kept where drawn."""
 
-    stage: Balance
-    pool: Pool
-    folder: StageFolder
-    by_shard: Exchange
+    by_shard: ByRun
     num_items: int
 
-    def __call__(self, item: int, opened: Any) -> Receipt:
-        shard = Shard(self.pool.read(item, []), item)
-        found = self.by_shard.read(item, self.num_items)
+    def read(self, run: int) -> pa.Table:
+        """How often rows were drawn."""
+        return self.by_shard.read(run, self.num_items)
+
+    def decide(self, shard: Shard, found: pa.Table, opened: Any) -> None:
+        """Drop what was not drawn; say of the rest how often, and from which cluster."""
+        found = of_shard(found, shard.index)
         rows = np.asarray(found["row"])
         draws, clusters = (np.zeros(shard.num_rows, np.int32) for _ in range(2))
         draws[rows], clusters[rows] = np.asarray(found["draws"]), np.asarray(found["cluster"])
         reject(shard, draws == 0, "not_drawn")
         shard.note("cluster", clusters)
         shard.note("draws", draws)
-        return commit_shard(self.stage, self.folder, shard)

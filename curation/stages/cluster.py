@@ -13,8 +13,6 @@ from pydantic import Field, field_validator, model_validator
 from curation import storage
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.errors import ConfigError
-from curation.exchange import Exchange
-from curation.ledger import Receipt, commit_shard, finished_shards
 from curation.neighbors.layout import Comparison, lay_out, sources_of, threads_of
 from curation.neighbors.levels import (
     Fit,
@@ -28,13 +26,13 @@ from curation.neighbors.levels import (
 from curation.neighbors.partition import read_bad_rows
 from curation.neighbors.quantized import quantize_rows
 from curation.neighbors.row_files import RowFiles
+from curation.neighbors.runs import ByRun, DecideRun, decide_shards, of_shard
 from curation.neighbors.split import split_clusters
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.neighbors.threads import limit_threads
 from curation.neighbors.vectors import exact_similarities
-from curation.pool import Pool
 from curation.schema import schema_of
-from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, Task, reject
+from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, reject
 
 logger = logging.getLogger(__name__)
 
@@ -138,23 +136,19 @@ class Cluster(DatasetStage):
         rows_folder = storage.join(folder.scratch, "rows")
         scattered = Comparison(method="all")
         files = lay_out(sources, rows_folder, engine, comparison=scattered, seed=inputs.seed).files
-        by_shard = Exchange(
-            storage.join(folder.scratch, "by-shard"), max(1, inputs.pool.num_shards)
-        )
+        by_shard = ByRun.of(inputs.pool, storage.join(folder.scratch, "by-shard"))
         lowest, items, figures = self._lowest(files, folder, by_shard, engine, inputs.seed)
         levels: list[Level] = []
         if lowest is not None:
             levels, above = self._upper(lowest, folder, engine, inputs.seed)
             figures = _joined_figures([figures, *above], levels)
             _write_centroids(levels, folder, engine)
-        task = _TellShard(self, inputs.pool, folder, by_shard, items, tuple(levels))
-        waiting = [i for i in range(inputs.pool.num_shards) if i not in finished_shards(folder)]
-        for _ in engine.map(task, waiting, folder.stage):
-            pass
+        task = _TellShards(self, inputs.pool, folder, by_shard, items, tuple(levels))
+        decide_shards(task, engine)
         return figures
 
     def _lowest(
-        self, files: RowFiles, folder: StageFolder, by_shard: Exchange, engine: Engine, seed: int
+        self, files: RowFiles, folder: StageFolder, by_shard: ByRun, engine: Engine, seed: int
     ) -> tuple[Level | None, int, dict[str, Any]]:
         """The lowest level, and how many items tell the shards of it."""
         if not files.num_rows:
@@ -278,7 +272,7 @@ class _Assign(Work):
 
     files: RowFiles
     indexed: IndexedCentroids
-    by_shard: Exchange
+    by_shard: ByRun
     threads: int
 
     def open(self) -> Any:
@@ -295,33 +289,34 @@ class _Assign(Work):
             nearest[start : start + len(rows)] = own
             cosines[start : start + len(rows)] = exact_similarities(rows, centroids[own])
         places = self.files.rows(item)
-        columns = {"row": places["row"], "cluster": nearest, "similarity": cosines}
-        self.by_shard.write(item, pa.table(columns), np.asarray(places["shard"]))
+        told = places.select(["shard", "row"]).append_column("cluster", pa.array(nearest))
+        self.by_shard.send(item, told.append_column("similarity", pa.array(cosines)))
         return Done([self.by_shard.mapped_path(item)])
 
 
 @dataclass(frozen=True)
-class _TellShard(Task[int, Receipt]):
-    """One shard of the pool with its clusters of all levels."""
+class _TellShards(DecideRun):
+    """Rows are told their clusters of all levels."""
 
-    stage: Cluster
-    pool: Pool
-    folder: StageFolder
-    by_shard: Exchange
+    by_shard: ByRun
     num_items: int
     levels: tuple[Level, ...]
 
     def open(self) -> Any:
         return [level.owners() for level in self.levels[1:]]
 
-    def __call__(self, item: int, opened: Any) -> Receipt:
-        shard = Shard(self.pool.read(item, []), item)
+    def read(self, run: int) -> pa.Table | None:
+        """The lowest cluster of each row; None where there are no clusters."""
+        return self.by_shard.read(run, self.num_items) if self.levels else None
+
+    def decide(self, shard: Shard, found: pa.Table | None, opened: Any) -> None:
+        """Drop rows without direction; give the rest its clusters."""
         bad = np.zeros(shard.num_rows, bool)
-        bad[read_bad_rows(storage.join(self.folder.scratch, "rows"), 0, item)] = True
+        bad[read_bad_rows(storage.join(self.folder.scratch, "rows"), 0, shard.index)] = True
         reject(shard, bad, "bad_vector")
         leaf, cosine = np.zeros(shard.num_rows, np.int32), np.zeros(shard.num_rows, np.float32)
-        if self.levels:
-            found = self.by_shard.read(item, self.num_items)
+        if found is not None:
+            found = of_shard(found, shard.index)
             rows = np.asarray(found["row"])
             leaf[rows] = np.asarray(found["cluster"])
             cosine[rows] = np.asarray(found["similarity"])
@@ -332,4 +327,3 @@ class _TellShard(Task[int, Receipt]):
             CLUSTERS,
             {"cluster": leaf, "similarity": cosine, "clusters": np.stack(path, axis=1).tolist()},
         )
-        return commit_shard(self.stage, self.folder, shard)

@@ -16,6 +16,7 @@ from curation.errors import EngineError, SchemaError
 from curation.exchange import Exchange, Mapper, Reducer
 from curation.stage import Task
 from pipelines.local_engine import LocalEngine, gpu_of_worker
+from pipelines.observed_engine import ObservedEngine
 
 
 @pytest.fixture(scope="module", params=["local", "processes", "ray"])
@@ -29,6 +30,12 @@ def engine(request):
         ray.shutdown()
     else:
         yield LocalEngine(1 if request.param == "local" else 2, first_pause_s=0.05)
+
+
+def test_workers_per_node__are_all_where_there_is_one(engine):
+    list(engine.map(Square(), [1], "start"))
+    observed = ObservedEngine(engine, lambda *_: None)
+    assert observed.workers_per_node == engine.workers_per_node == engine.workers
 
 
 @dataclass(frozen=True)

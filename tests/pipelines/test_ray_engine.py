@@ -200,6 +200,7 @@ def test_map__nodes_that_join_are_used(cluster):
             cluster.add_node(**_node())
         nodes.add(node)
     assert len(nodes) == 2
+    assert (engine.workers, engine.workers_per_node) == (2, 1)
 
 
 class Killer(Silent):
