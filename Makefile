@@ -21,7 +21,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -q --durations=15
+	$(BIN)/pytest -q --durations=15 --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: install
 	$(BIN)/pytest -q -m slow --durations=15

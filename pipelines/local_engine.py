@@ -19,12 +19,16 @@ from typing import Any
 from curation.stage import Engine, Item, Result, Task
 from embedder.encoder import available_cpus
 from pipelines.attempts import Attempts, Backlog
-from pipelines.memory_guard import give_back
+from pipelines.memory_guard import give_back, private_bytes
 
 logger = logging.getLogger(__name__)
 
 _worker_state: dict[str, Any] = {}
 """In a worker process: the task that it has open, under its file's name."""
+
+
+_WORTH_GIVING_BACK = 1 << 28
+"""Bytes; looking for them takes a tenth of a second."""
 
 
 class LocalEngine(Engine):
@@ -50,8 +54,9 @@ class LocalEngine(Engine):
     ) -> Iterator[tuple[Item, Result]]:
         """Run a task on every item (see `Engine.map`)."""
         if self._workers == 1 or len(items) <= 1:
+            before = private_bytes()
             yield from self._map_here(task, items, label)
-            if self._workers > 1 and items:
+            if self._workers > 1 and private_bytes() > before + _WORTH_GIVING_BACK:
                 give_back()  # what comes next runs beside this process
         else:
             yield from self._map_in_processes(task, items, label)
