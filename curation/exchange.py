@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation import storage
-from curation.errors import StorageError
+from curation.grouping import by_group
 from curation.schema import ids_to_bytes
 from curation.stage import Engine, Resources, Task
 
@@ -82,22 +82,18 @@ class Exchange:
 
     def write(self, item: int, rows: pa.Table, buckets: np.ndarray) -> None:
         """Write one item's rows, grouped by bucket. buckets: (N,) integers below `num_buckets`."""
-        order = np.argsort(buckets, kind="stable")
+        order, bounds = by_group(buckets, self.num_buckets)
         rows = rows.take(pa.array(order)).combine_chunks()
-        bounds = np.searchsorted(buckets[order], np.arange(self.num_buckets + 1))
+        parts = [rows.slice(start, stop - start) for start, stop in itertools.pairwise(bounds)]
         none = _stream_of(rows.slice(0, 0))
-        sizes = [none.size]
-        for start, stop in itertools.pairwise(bounds):
-            batches = rows.slice(start, stop - start).to_batches()
-            size = none.size + sum(map(pa.ipc.get_record_batch_size, batches))
-            sizes.append(size if batches else 0)
+        sizes = [none.size, *(_stream_size(part, none.size) for part in parts)]
         starts = _NUMBER.itemsize * (len(sizes) + 1) + np.cumsum([0, *sizes])
         with storage.open_whole(self.mapped_path(item)) as file:
             file.write(starts.astype(_NUMBER).tobytes())
             file.write(none)
-            for start, stop in itertools.pairwise(bounds):
-                if stop > start:
-                    file.write(_stream_of(rows.slice(start, stop - start)))
+            for part in parts:
+                if part.num_rows:
+                    file.write(_stream_of(part))
 
     def read(self, bucket: int, num_items: int) -> pa.Table:
         """Rows of one bucket from all mapped items, in item order."""
@@ -122,19 +118,13 @@ class Exchange:
         Raises:
             StorageError: the file is too short.
         """
-        path = self.mapped_path(item)
-        with storage.open_read(path, by_range=True) as file:
-            file.seek(_NUMBER.itemsize * number)
-            head, data = file.read(2 * _NUMBER.itemsize), b""
-            whole = len(head) == 2 * _NUMBER.itemsize
-            if whole:
-                start, stop = map(int, np.frombuffer(head, _NUMBER))
-                file.seek(start)
-                data = file.read(stop - start)
-                whole = len(data) == stop - start
-        if not whole:
-            raise StorageError(f"{path}: is too short; run the stage again")
-        return pa.ipc.open_stream(data).read_all() if data else None
+        path, place = self.mapped_path(item), _NUMBER.itemsize * number
+        (head,) = storage.read_ranges([(path, place, place + 2 * _NUMBER.itemsize)])
+        start, stop = map(int, np.frombuffer(head, _NUMBER))
+        if start == stop:
+            return None
+        (data,) = storage.read_ranges([(path, start, stop)])
+        return pa.ipc.open_stream(data).read_all()
 
 
 @dataclass(frozen=True)
@@ -184,6 +174,12 @@ def bucket_of_id(row_id: str, num_buckets: int) -> int:
 def _finished(folder: str, suffix: str) -> set[int]:
     names = storage.list_files(folder, suffix)
     return {int(name.removesuffix(suffix)) for name in names if not name.startswith(".")}
+
+
+def _stream_size(rows: pa.Table, head: int) -> int:
+    """Bytes of the stream of rows; none for none. head: bytes of one without rows."""
+    batches = rows.to_batches()
+    return head + sum(map(pa.ipc.get_record_batch_size, batches)) if batches else 0
 
 
 def _stream_of(rows: pa.Table) -> pa.Buffer:

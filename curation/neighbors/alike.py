@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from curation.grouping import by_group
 from curation.neighbors.coarse_training import grown_centroids, means_of_groups
 from curation.neighbors.identical import first_identical
 from curation.neighbors.quantized import (
@@ -21,7 +22,7 @@ from curation.neighbors.quantized import (
     quantize_centroids,
     quantize_rows,
 )
-from curation.neighbors.selection import by_group, columns_near, ranks_within
+from curation.neighbors.selection import columns_near, ranks_within
 from curation.neighbors.sketches import least_cosine, least_product, sketches_of
 from curation.neighbors.threads import in_threads
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from curation.grouping import by_group
 from curation.neighbors.quantized import integer_products, nearest_centroids, quantize_centroids
 from curation.neighbors.row_files import map_array, write_array
-from curation.neighbors.selection import by_group
 from curation.neighbors.threads import side_by_side
 
 FLAT_UP_TO = 1 << 12

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from curation.grouping import by_group
 from curation.neighbors.centroid_index import ranks_of_groups
 from curation.neighbors.coarse_training import chain, grown_centroids
 from curation.neighbors.partition import Router
@@ -29,7 +30,7 @@ from curation.neighbors.quantized import (
 )
 from curation.neighbors.routes import Reach, Routes, bounds_of
 from curation.neighbors.row_files import map_array, write_array
-from curation.neighbors.selection import by_group, columns_near, ranks_within
+from curation.neighbors.selection import columns_near, ranks_within
 from curation.neighbors.sketches import least_product, sketches_of
 from curation.neighbors.threads import in_threads
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from curation.clustering import cluster_sums, lloyd, means_of
+from curation.grouping import by_group
 from curation.neighbors.quantized import nearest_centroids, quantize_centroids
-from curation.neighbors.selection import by_group
 from curation.neighbors.threads import in_threads
 from curation.neighbors.vectors import unit_rows
 

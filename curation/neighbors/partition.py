@@ -101,8 +101,6 @@ class Plan:
     dtype: str = "float16"
     groups: tuple[tuple[int, int, int], ...] = field(default=())
     """(set, first shard, end): what each task of the first pass reads."""
-    group_bytes: int = 0
-    """Of the rows of each, about."""
     share: Share = Share()
 
     @property
@@ -157,7 +155,6 @@ def arrange(
         folder=folder,
         dtype=storage_dtype(sources),
         groups=groups_of_shards(sources, share.memory),
-        group_bytes=int(_rows_of_group(sources, share.memory) * _row_bytes(sources)),
         share=share,
     )
     arranged = _Arrange(plan, 0).folder
@@ -225,7 +222,9 @@ class _Split(Work):
 
     @property
     def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
-        return Resources(memory=(1 << 30) + max(1 << 29, _COPIES * self.plan.group_bytes))
+        sources = self.plan.sources
+        held = _COPIES * _rows_of_group(sources, self.plan.share.memory) * _row_bytes(sources)
+        return Resources(memory=(1 << 30) + max(1 << 29, int(held)))
 
     def open(self) -> Any:
         return self.plan.router.open()

@@ -199,9 +199,5 @@ def map_array(path: str, dtype: str, offset: int, shape: tuple[int, ...]) -> np.
             return np.memmap(path.removeprefix("file://"), kind, "r", offset, shape)
         except (OSError, ValueError) as error:
             raise StorageError(f"{path}: cannot be read: {error}; run the stage again") from error
-    with storage.open_read(path, by_range=True) as file:
-        file.seek(offset)
-        data = file.read(count * kind.itemsize)
-    if len(data) != count * kind.itemsize:
-        raise StorageError(f"{path}: is too short; run the stage again")
+    (data,) = storage.read_ranges([(path, offset, offset + count * kind.itemsize)])
     return np.frombuffer(data, kind).reshape(shape)

@@ -22,15 +22,6 @@ def columns_near(scores: np.ndarray, count: int) -> np.ndarray:
     return np.flatnonzero(scores >= floors[:, None])
 
 
-def by_group(groups: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) the rows group by group, and (count + 1,) where those of each group begin.
-
-    groups: (N,) number of each row's group; rows of negative ones come before all.
-    """
-    order = np.argsort(groups, kind="stable")
-    return order, np.searchsorted(groups[order], np.arange(count + 1))
-
-
 def ranks_within(groups: np.ndarray) -> np.ndarray:
     """(H,) int64: 0, 1, … inside each run of equal numbers. groups: (H,) sorted."""
     numbers = np.arange(len(groups))
