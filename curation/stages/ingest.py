@@ -29,7 +29,9 @@ from curation.schema import (
     make_id,
     schema_of,
 )
-from curation.sources import URLS, ImageFiles, Piece, UrlList, read_references
+from curation.sources.images import ImageFiles, read_references
+from curation.sources.lists import URLS, UrlList
+from curation.sources.pieces import Piece
 from curation.stage import (
     DatasetStage,
     Engine,

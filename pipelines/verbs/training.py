@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import ConfigError, DatasetError
-from curation.sources import IMAGE_SUFFIXES
+from curation.sources.images import IMAGE_SUFFIXES
 from pipelines import console
 
 if TYPE_CHECKING:
