@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -596,6 +596,9 @@ def sql(
         str | None, typer.Argument(help="One SELECT in DuckDB's SQL; none: list the views.")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Rows shown.")] = 100,
+    allow_files: Annotated[
+        bool, typer.Option("--allow-files", help="Let it read files outside the work folder.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Ask a run in SQL: decisions, rows, images, fetches, hits, manifest, packed, stages.
@@ -608,7 +611,7 @@ def sql(
     """
     from pipelines.verbs import audit as verb
 
-    verb.print_answer(work, query, limit, json)
+    verb.print_answer(work, query, limit, json, allow_files=allow_files)
 
 
 @app.command()
@@ -1071,19 +1074,35 @@ def _engine(
     return engine
 
 
+_INTERRUPTED = 130
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""What the command line does not allow; typer keeps the tree of its errors to itself."""
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line, and where help is."""
+    verb = error.ctx.command_path.partition(" ")[2] if error.ctx else ""
+    place, words = (f"{verb}: ", f"curate {verb}") if verb else ("", "curate")
+    return f"{place}{error.format_message().rstrip('.')}; see `{words} --help`"
+
+
 def main() -> None:
     """Run a verb; every error of ours becomes one line and an exit code."""
     # Threads that spin while they wait starve each other where cores are shared: a training step
     # took six times as long. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from curation.errors import ConfigError, EngineError
     from embedder.errors import CurateError, EncoderError
+    from pipelines.console import let_all_be_written, print_error
 
+    let_all_be_written()
     try:
-        app()
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        if type(error).__name__ != "NoArgsIsHelpError":  # that has shown the help by now
+            print_error(_usage(error))
+        sys.exit(2)
     except CurateError as error:
-        from curation.errors import ConfigError, EngineError
-        from pipelines.console import print_error
-
         retry = ""
         if isinstance(error, EngineError) and error.failures:
             command = shlex.join(["curate", *sys.argv[1:]])
@@ -1091,6 +1110,6 @@ def main() -> None:
             retry = f"; retry them with: {command}{accepts}"
         print_error(f"{error}{retry}")
         sys.exit(2 if isinstance(error, ConfigError | EncoderError) else 1)
-    except KeyboardInterrupt:
-        sys.stderr.write("curate: stopped; run the same command again to go on\n")
-        sys.exit(130)
+    if code == _INTERRUPTED:
+        print_error("stopped; run the same command again to go on")
+    sys.exit(code)

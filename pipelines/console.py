@@ -1,9 +1,15 @@
-"""The terminal: the one place that configures logging, draws bars and prints tables."""
+"""The terminal: the one place that configures logging, draws bars and prints tables.
 
+Alternative texts, URLs and paths come from strangers: whatever is shown here is shown as it is,
+never as markup, and what a terminal would obey is escaped (`visible`).
+"""
+
+import io
 import json
 import logging
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -18,25 +24,64 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from curation.ledger import Receipt, StageRecord
 from pipelines.forecast import Forecast, share_done
 from pipelines.funnel import FunnelRow
+from pipelines.tables import plain
 
 _SECONDS_BETWEEN_LINES = 60.0
 
 
+def visible(text: str) -> str:
+    """A text as one line that a terminal only shows: what it would obey is escaped.
+
+    That is controls and line ends, marks that turn the direction of writing, and all else that has
+    no shape of its own. Spaces of every width stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if _has_shape(one) else _escaped(one) for one in text)
+
+
+def _has_shape(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+class _Lines(logging.Formatter):
+    """Log lines of what can be seen."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return visible(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return "\n".join(map(visible, super().formatException(ei).splitlines()))
+
+
 def set_up_logging(verbose: bool) -> None:
     """Send our warnings and progress (or everything) to stderr, one line each."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.WARNING)
     logging.getLogger("curation.progress").setLevel(logging.INFO)
+
+
+def let_all_be_written() -> None:
+    """Characters that an old terminal or a pipe cannot take are escaped, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A console that takes no text for markup."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 class ConsoleWatcher:
@@ -47,7 +92,7 @@ class ConsoleWatcher:
 
     def __init__(self, *, quiet: bool = False, planned: Mapping[str, float] | None = None) -> None:
         """planned: seconds by stage."""
-        self._console = Console(stderr=True)
+        self._console = _console(stderr=True)
         self._quiet = quiet
         self._forecast = Forecast(planned)
         self._stage = ""
@@ -66,15 +111,17 @@ class ConsoleWatcher:
         if self._quiet or not self._console.is_terminal:
             return
         self._bars = Progress(
-            TextColumn("{task.description:>14}"),
+            TextColumn("{task.description:>14}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             _TimeLeft(self),
             console=self._console,
             transient=True,
         )
-        self._bar = self._bars.add_task(stage, total=total or None, completed=done, rate="")
+        self._bar = self._bars.add_task(
+            visible(stage), total=total or None, completed=done, rate=""
+        )
         self._bars.start()
 
     def advanced(self, stage: str, receipt: Receipt) -> None:
@@ -86,7 +133,7 @@ class ConsoleWatcher:
             self._bars.update(self._bar, completed=self._done, rate=self._rate())
         elif not self._quiet and time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
             self._spoke = time.monotonic()
-            self._console.print(self._line(stage), highlight=False)
+            self._console.print(visible(self._line(stage)))
 
     def finished(self, stage: str, record: StageRecord, reused: bool) -> None:
         """End the bar with one line on what the stage did."""
@@ -103,7 +150,8 @@ class ConsoleWatcher:
             state += f" (planned {planned_s:.1f} s)"
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in record.dropped.items())
         kept = f"{record.rows_in:>8,} in {record.rows_out:>8,} out"
-        self._console.print(f"{stage:>22}  {kept}  {state:>11}  {dropped}", highlight=False)
+        line = f"{stage:>22}  {kept}  {state:>11}  {dropped}"
+        self._console.print(visible(line))
 
     def _rate(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-3)
@@ -150,15 +198,15 @@ class TrainingWatcher:
     """Shows the losses of a training run: a bar on a terminal, else about a line a minute."""
 
     def __init__(self, total_steps: int, *, quiet: bool = False) -> None:
-        self._console = Console(stderr=True)
+        self._console = _console(stderr=True)
         self._total = total_steps
         self._spoke = float("-inf")
         self._quiet = quiet
         self._bars = Progress(
-            TextColumn("{task.description:>14}"),
+            TextColumn("{task.description:>14}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[losses]}"),
+            TextColumn("{task.fields[losses]}", markup=False),
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
@@ -179,7 +227,7 @@ class TrainingWatcher:
         if time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
             self._spoke = time.monotonic()
             line = f"pretrain: step {record['step']}/{self._total}, {losses}"
-            self._console.print(line, highlight=False)
+            self._console.print(visible(line))
 
     def close(self) -> None:
         """Take the bar away."""
@@ -188,67 +236,75 @@ class TrainingWatcher:
 
 def print_funnel(rows: list[FunnelRow], *, title: str) -> None:
     """Print the funnel as a table."""
-    table = Table(title=title, title_justify="left")
-    for name, justify in (("stage", "left"), ("in", "right"), ("added", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("dropped", justify="right")
-    table.add_column("out", justify="right")
-    table.add_column("reasons")
+    table = _table(title)
+    for name in ("stage", "in", "added", "dropped", "out", "reasons"):
+        table.add_column(name, justify="left" if name in ("stage", "reasons") else "right")
     for row in rows:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in row.dropped.items())
         added = f"+{row.added:,}" if row.added else ""
-        dropped = f"{sum(row.dropped.values()):,}"
-        table.add_row(row.stage, f"{row.rows_in:,}", added, dropped, f"{row.rows_out:,}", reasons)
-    Console().print(table)
+        dropped = sum(row.dropped.values())
+        _add(table, row.stage, row.rows_in, added, dropped, row.rows_out, reasons)
+    _console().print(table)
 
 
 def print_marks(marks: dict[str, dict[str, Any]]) -> None:
     """Print how the demo's planted troubles fared."""
-    table = Table(title="planted troubles", title_justify="left")
+    table = _table("planted troubles")
     for name in ("kind", "planted", "caught", "share"):
         table.add_column(name, justify="left" if name == "kind" else "right")
     for kind, tally in marks.items():
         name = "innocent, dropped as copy or leak" if kind == "innocent" else kind
         share = tally["caught"] / max(tally["planted"], 1)
-        table.add_row(name, str(tally["planted"]), str(tally["caught"]), f"{share:.1%}")
-    Console().print(table)
+        _add(table, name, tally["planted"], tally["caught"], f"{share:.1%}")
+    _console().print(table)
 
 
 def print_rows(names: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
     """Print a plain table."""
-    columns = (Column(name, overflow="fold") for name in names)
-    table = Table(*columns, title=title, title_justify="left")
+    table = _table(title)
+    for name in names:
+        table.add_column(visible(name), overflow="fold")
     for row in rows:
-        table.add_row(*(_shown(value) for value in row))
-    Console().print(table)
+        _add(table, *row)
+    _console().print(table)
+
+
+def print_pairs(pairs: dict[str, Any], *, title: str) -> None:
+    """Print names and values in two columns; a list of texts takes a line each."""
+    table = _table(title, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in pairs.items():
+        lines = value if isinstance(value, list) else [value]
+        shown = (str(one) if isinstance(one, float) else _shown(one) for one in lines)
+        table.add_row(visible(name), "\n".join(shown))
+    _console().print(table)
+
+
+def _table(title: str, **options: Any) -> Table:
+    return Table(title=visible(title), title_justify="left", **options)
+
+
+def _add(table: Table, *values: object) -> None:
+    table.add_row(*(_shown(value) for value in values))
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:,.1f}" if isinstance(value, float) else str(value)
+    return f"{value:,.1f}" if isinstance(value, float) else visible(str(value))
 
 
 def print_json(value: Any) -> None:
     """Print JSON for machines."""
-    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
-
-
-def print_pairs(pairs: dict[str, Any], *, title: str) -> None:
-    """Print names and values in two columns."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in pairs.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
+    sys.stdout.write(json.dumps(plain(value), indent=1) + "\n")
 
 
 def print_line(text: str) -> None:
     """Print one line of result."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(visible(text) + "\n")
 
 
 def print_error(text: str) -> None:
     """Print one line of error."""
-    sys.stderr.write(f"curate: {' '.join(text.split())}\n")
+    sys.stderr.write(f"curate: {visible(' '.join(text.split()))}\n")

@@ -21,8 +21,10 @@ class Answer:
     """Whether rows were left out."""
 
 
-def ask(path: str, query: str, limit: int) -> Answer:
+def ask(path: str, query: str, limit: int, *, allow_files: bool = False) -> Answer:
     """Run one SELECT on the views of a run.
+
+    allow_files: let it read files outside the work folder, too.
 
     Raises:
         ConfigError: the query is no single SELECT.
@@ -31,6 +33,8 @@ def ask(path: str, query: str, limit: int) -> Answer:
     check_select(query)
     with Tables() as tables:
         define_views(WorkFolder(path.rstrip("/")), tables)
+        if not allow_files:
+            tables.confine(path)
         rows: list[Row] = []
         for row in tables.batches(query):
             if len(rows) == limit:

@@ -1,6 +1,7 @@
 """DuckDB over our Parquet: bounded memory, only the columns asked for, texts only as parameters."""
 
 import contextlib
+import glob
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 from curation import storage
 from curation.dataset import Dataset
-from curation.errors import DatasetError, StorageError
+from curation.errors import ConfigError, DatasetError, StorageError
 
 Row = dict[str, Any]
 
 _MEMORY = "1500MB"
 _THREADS = 2
+_AS_NAMED = "hive_partitioning = false"
+"""Folders called KEY=VALUE on the way to a file give its rows no columns."""
 
 
 class Tables:
@@ -24,7 +27,15 @@ class Tables:
 
         scratch = str(Path(tempfile.gettempdir()) / "curate-duckdb")
         self._connection = duckdb.connect(
-            config={"memory_limit": _MEMORY, "threads": _THREADS, "temp_directory": scratch}
+            config={
+                "memory_limit": _MEMORY,
+                "threads": _THREADS,
+                "temp_directory": scratch,
+                # nothing is fetched, and no name of a query is looked for among Python's variables
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+                "python_enable_replacements": False,
+            }
         )
         self._connection.execute("set enable_progress_bar = false")
         self._remote = False
@@ -58,7 +69,7 @@ class Tables:
                     for column, value in (labels[number] if labels else {}).items()
                 )
                 listed = ", ".join(quoted(file) for file in files)
-                parts.append(f"select *{extra} from read_parquet([{listed}])")
+                parts.append(f"select *{extra} from read_parquet([{listed}], {_AS_NAMED})")
         if not parts:
             return False
         self._files[name] = [file for one in datasets for file in _files_of(one, shards)]
@@ -73,9 +84,17 @@ class Tables:
         """Make a function that queries may call."""
         self._run(f"create or replace macro {name}({argument}) as {expression}")
 
+    def confine(self, folder: str) -> None:
+        """Let queries read nothing but what lies below a folder, and change no setting."""
+        below = f"{storage.full_path(folder)}/"
+        allowed = ", ".join(quoted(one) for one in (below, glob.escape(below)))
+        self._run(f"set allowed_directories = [{allowed}]")
+        self._run("set enable_external_access = false")
+        self._run("set lock_configuration = true")
+
     def attach(self, file: str, name: str) -> None:
         """Open a DuckDB file for writing; new tables are made in it."""
-        self._run(f"attach {quoted(file)} as {named(name)}")
+        self._run(f"attach {quoted(storage.full_path(file))} as {named(name)}")
         self._run(f"use {named(name)}")
 
     def run(self, query: str, parameters: Sequence[Any] = ()) -> None:
@@ -141,6 +160,10 @@ def duckdb_errors() -> Iterator[None]:
         yield
     except duckdb.IOException as error:
         raise StorageError(_one_line(error)) from error
+    except duckdb.PermissionException as error:
+        raise ConfigError(
+            f"{_one_line(error)}; `curate sql` reads the run alone: --allow-files lets it read more"
+        ) from error
     except (duckdb.Error, UnicodeDecodeError) as error:
         raise DatasetError(f"query failed: {_one_line(error)}") from error
 
@@ -159,6 +182,17 @@ def named(column: str) -> str:
     return '"' + column.replace('"', '""') + '"'
 
 
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: numbers that are none become null, other things their text."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
 def host_of(column: str = "source") -> str:
     """SQL for the host of a URL; null for what is no URL."""
     pattern = "^[a-zA-Z]+://(?:[^/@]*@)?([^/:?#]+)"
@@ -172,7 +206,7 @@ def _files_of(dataset: Dataset, chosen: Sequence[int] | None = None) -> list[str
     filled = [i for i in numbers if shards[i].num_rows]
     if chosen is None:
         filled = filled or list(numbers)[:1]
-    return [dataset.shard_path(i).removeprefix("file://") for i in filled]
+    return [glob.escape(storage.full_path(dataset.shard_path(i))) for i in filled]
 
 
 def _one_line(error: Exception) -> str:

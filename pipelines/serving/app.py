@@ -23,6 +23,7 @@ from pipelines.serving import pages
 from pipelines.serving.catalog import Catalog, Filter, Order
 from pipelines.serving.catalog_file import FACETS
 from pipelines.serving.photos import Size, picture
+from pipelines.tables import plain
 from pipelines.work_folder import WorkFolder
 
 _STATIC = {
@@ -372,17 +373,6 @@ def _add_files(app: FastAPI, audit: Audit) -> None:
         """Style and script of the pages."""
         kind, folder = _STATIC[name]
         return Response((folder / name).read_bytes(), media_type=kind)
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON holds it: numbers that are none become null, other things their text."""
-    if isinstance(value, dict):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def listening(host: str, port: int) -> socket.socket:

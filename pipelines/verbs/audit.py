@@ -36,7 +36,9 @@ def print_stats(path: str, as_json: bool, by: str | None = None, csv: str | None
         _print_dataset(found)
 
 
-def print_answer(work: str, query: str | None, limit: int, as_json: bool) -> None:
+def print_answer(
+    work: str, query: str | None, limit: int, as_json: bool, *, allow_files: bool = False
+) -> None:
     """`curate sql`."""
     from pipelines.sql import ask, views_of
 
@@ -47,7 +49,7 @@ def print_answer(work: str, query: str | None, limit: int, as_json: bool) -> Non
         else:
             console.print_pairs({n: ", ".join(c) for n, c in views.items()}, title="views")
         return
-    answer = ask(work, query, limit)
+    answer = ask(work, query, limit, allow_files=allow_files)
     if as_json:
         console.print_json(answer.rows)
         return
@@ -143,7 +145,7 @@ def print_proof(path: str, shard: str, as_json: bool) -> bool:
         console.print_json({"path": path, "ok": not proof.defects, **vars(proof)})
         return not proof.defects
     pairs = {"shard": f"{proof.shard}, number {proof.number} of {proof.shards}"}
-    pairs |= {"files": proof.leaf, "hashed with": "\n".join(proof.path)}
+    pairs |= {"files": proof.leaf, "hashed with": proof.path}
     console.print_pairs(pairs | {"files digest": proof.files_digest}, title="proof")
     for defect in proof.defects:
         console.print_line(f"DEFECT {path}: {defect}")

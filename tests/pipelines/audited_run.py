@@ -16,8 +16,8 @@ from pipelines.recipe import load_recipe
 from pipelines.runner import RecipeRun
 from pipelines.stage_runner import Silent
 
-HOSTILE = "<img src=x onerror=alert(1)>&\"'.jpg"
-"""A file name that must be shown as text."""
+HOSTILE = "<img src=x onerror=alert(1)>&\"'[red]cc[/red][/b]\x1b[31m\u202e.jpg"
+"""The path of a file, which must be shown as text."""
 
 RECIPE = """
 name: audited
@@ -98,8 +98,8 @@ def write_images(work: Path) -> None:
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write files into a new folder."""
-    folder.mkdir(parents=True)
     for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
 
 

@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from curation.errors import ConfigError, DatasetError
@@ -60,6 +61,46 @@ def test_ask__duckdb_refusals_are_one_line():
     with pytest.raises(DatasetError, match="query failed") as error:
         answer("select nope from manifest")
     assert "\n" not in str(error.value)
+
+
+OUTSIDE = [
+    "select * from read_text('FILE')",
+    "from 'FILE'",
+    "from read_csv('FILE')",
+    "from sniff_csv('FILE')",
+    "from glob('/*')",
+    "from read_text('WORK/../outside.csv')",
+    "from read_csv('https://127.0.0.1:1/x.csv')",
+    "from read_parquet('s3://bucket/x.parquet')",
+    "from duckdb_secrets()",
+]
+
+
+@pytest.mark.parametrize("query", OUTSIDE)
+def test_ask__reads_nothing_outside_the_work_folder(query, tmp_path):
+    outside = tmp_path / "outside.csv"
+    outside.write_text("secret\n1\n")
+    query = query.replace("FILE", str(outside)).replace("WORK", str(finished_run()))
+    with pytest.raises(ConfigError, match="--allow-files lets it read more"):
+        answer(query)
+
+
+def test_ask__sees_no_variable_of_the_program():
+    rows_here = pa.table({"a": [1]})
+    with pytest.raises(DatasetError, match="rows_here does not exist"):
+        ask(str(finished_run()), "from rows_here", rows_here.num_rows)
+
+
+def test_ask__allow_files_reads_others(tmp_path):
+    outside = tmp_path / "outside.csv"
+    outside.write_text("n\n7\n")
+    query = f"select n, (select count(*) from manifest) as m from '{outside}'"
+    assert ask(str(finished_run()), query, 10, allow_files=True).rows == [{"n": 7, "m": 17}]
+
+
+def test_ask__a_big_sort_spills_all_the_same():
+    query = "select count(distinct hash(i)) as n from range(3000000) t(i)"
+    assert answer(query) == [{"n": 3_000_000}]
 
 
 def test_print_answer__views_and_rows(capsys):
