@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import itertools
 import json
@@ -39,6 +40,12 @@ def join(path: str, *names: str) -> str:
 def is_local(path: str) -> bool:
     """Whether the path lies on this machine's file system."""
     return "://" not in path or path.startswith("file://")
+
+
+def full_path(path: str) -> str:
+    """The path as its file system names it, from the root on."""
+    fs, inner = _resolve(path)
+    return inner if is_local(path) else str(fs.unstrip_protocol(inner))
 
 
 def exists(path: str) -> bool:
@@ -118,8 +125,9 @@ def _entries(fs: Any, folder: str) -> list[dict[str, Any]]:
 def remove(path: str) -> None:
     """Remove a file or a folder with all below it; a no-op where it is absent."""
     fs, inner = _resolve(path)
+    named = inner if is_local(path) else glob.escape(inner)  # object stores take it for a pattern
     with storage_errors(path), contextlib.suppress(FileNotFoundError):
-        fs.rm(inner, recursive=True)
+        fs.rm(named, recursive=True)
 
 
 def size_of(path: str) -> int:

@@ -85,10 +85,14 @@ def key_of(path: str) -> str:
 
 
 def write_catalog(path: str, target: str, key: str) -> None:
-    """Make a catalog; it appears whole or not at all."""
+    """Make a catalog; it appears whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written there.
+    """
     partial = Path(f"{target}.partial")
-    partial.unlink(missing_ok=True)
     is_run = WorkFolder.is_one(path)
+    _check_can_be_written(partial)
     with Tables() as tables:
         tables.attach(str(partial), "catalog")
         scores = _scores_of_run(WorkFolder(path)) if is_run else _scores_of(open_any(path))
@@ -102,6 +106,21 @@ def write_catalog(path: str, target: str, key: str) -> None:
         _sort(tables, scores)
         tables.run("create table facts as select ? as json", [json.dumps(facts)])
     partial.replace(target)
+
+
+def _check_can_be_written(partial: Path) -> None:
+    """Say in one line where a catalog may lie instead; leave nothing of an earlier attempt."""
+    if "?" in storage.full_path(str(partial)):
+        raise ConfigError(
+            f"{partial}: DuckDB writes nothing where a '?' is in the path; name another file for "
+            "the catalog, --catalog FILE"
+        )
+    try:
+        with storage.storage_errors(str(partial)):
+            partial.touch()
+            partial.unlink()
+    except StorageError as error:
+        raise StorageError(f"{error}; name another file for the catalog, --catalog FILE") from error
 
 
 def _key_in(file: str) -> str:

@@ -144,7 +144,7 @@ def print_proof(path: str, shard: str, as_json: bool) -> bool:
     if as_json:
         console.print_json({"path": path, "ok": not proof.defects, **vars(proof)})
         return not proof.defects
-    pairs = {"shard": f"{proof.shard}, number {proof.number} of {proof.shards}"}
+    pairs: Row = {"shard": f"{proof.shard}, number {proof.number} of {proof.shards}"}
     pairs |= {"files": proof.leaf, "hashed with": proof.path}
     console.print_pairs(pairs | {"files digest": proof.files_digest}, title="proof")
     for defect in proof.defects:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from curation.errors import ConfigError
+from curation.errors import ConfigError, StorageError
 from pipelines.serving import catalog as catalog_module
 from pipelines.serving.app import listening
 from pipelines.serving.catalog import Catalog, Filter
@@ -308,3 +308,10 @@ def test_command__serves_until_interrupted(tmp_path):
         url = line.split()[1]
         assert httpx.get(url + "/api/images?limit=1").json()["total"] == 40
         process.terminate()
+
+
+def test_catalog_of__a_folder_that_takes_no_files(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(StorageError, match="name another file for the catalog, --catalog FILE"):
+        catalog_of(str(finished_run()), f"{file}/catalog.duckdb")
