@@ -6,6 +6,7 @@ and still refuses "3" for 3.
 
 import difflib
 import json
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -79,13 +80,30 @@ def split_change(change: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {change}: the value is not valid YAML") from error
 
 
-def apply_change(values: dict[str, Any], change: str) -> None:
-    """Put KEY=VALUE into nested values; dots in the key lead into inner settings.
+def apply_changes(values: dict[str, Any], changes: Iterable[str]) -> None:
+    """Put several KEY=VALUE into nested values; dots in a key lead into inner settings.
+
+    Of plain values given for one key the last counts.
 
     Raises:
-        ConfigError: not KEY=VALUE, or the key leads into something that is no settings.
+        ConfigError: not KEY=VALUE, a key leads into something that is no settings, or a change
+            would take back a list or settings of an earlier one.
     """
-    key, value = split_change(change)
+    given: dict[str, Any] = {}
+    for change in changes:
+        key, value = split_change(change)
+        for earlier, old in given.items():
+            same = earlier == key and isinstance(old, list | dict)
+            if same or earlier.startswith(f"{key}."):
+                raise ConfigError(
+                    f"--set {change}: takes back what --set {earlier}=… says; give all of "
+                    f"'{key}' in one --set"
+                )
+        _put(values, key, value, change)
+        given[key] = value
+
+
+def _put(values: dict[str, Any], key: str, value: Any, change: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         inner = values.setdefault(parent, {})

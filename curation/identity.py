@@ -4,9 +4,14 @@ The rules are part of the data: another rule gives other ids. They are versioned
 """
 
 import re
+from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote_to_bytes, urlsplit, urlunsplit
 
+from curation.errors import ConfigError
+
 NORMALISATION_VERSION = 1
+SET_NAME_VERSION = 2
+"""What a folder's set is called where nobody says: 1: "web"; 2: as the folder itself."""
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _SAFE_PATH = "/:@!$&'()*+,;=~-._"
@@ -38,6 +43,32 @@ def normalise_url(url: str) -> str:
 def file_source(set_name: str, relative_path: str) -> str:
     """What the id of a file is made from: its set's name and its path below the set's root."""
     return f"{set_name}/{relative_path.replace(chr(92), '/').lstrip('/')}"
+
+
+def set_name_of(path: str) -> str:
+    """The set that a folder or file of images is, where nobody names it: its own last name.
+
+    However a folder is written, with links, dots or slashes at its end, its set is the same.
+
+    Raises:
+        ConfigError: it has no name, as the root has none.
+    """
+    local = path.removeprefix("file://")
+    whole = path if "://" in local else Path(local).resolve().as_posix()
+    return checked_set_name(whole.rstrip("/").rpartition("/")[2], "--set-name")
+
+
+def checked_set_name(name: str, where: str) -> str:
+    """Give a name that can be part of ids and of paths, as it is.
+
+    Raises:
+        ConfigError: it is empty, leads elsewhere, or holds slashes or control characters.
+    """
+    if name in ("", ".", "..") or any(char in "/\\" or not char.isprintable() for char in name):
+        raise ConfigError(
+            f"{where}: {name!a} cannot name a set; give a name without slashes, such as photos"
+        )
+    return name
 
 
 def _authority(parts: SplitResult) -> str:

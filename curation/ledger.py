@@ -220,7 +220,7 @@ def _commit_output(
     stage: Stage, folder: StageFolder, name: str, schema: pa.Schema, receipts: list[Receipt]
 ) -> Dataset:
     shards = [receipt.outputs[name] for receipt in receipts]
-    attributes = {"stage": folder.stage, **stage.attributes().get(name, {})}
+    attributes = {"stage": folder.stage, **dict(folder.facts), **stage.attributes().get(name, {})}
     failed = {str(one.index): one.failure for one in receipts if one.failure}
     if failed:
         attributes["failed_shards"] = failed

@@ -1,6 +1,7 @@
 """Rows that repeat another in one column, found by exchange: once by that column, once by shard."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +33,8 @@ class RepeatFinder:
     base_key: str = ""
     """Column of the base that is held against `key`; `key` itself where it is empty."""
 
-    def run(self, engine: Engine, scratch: str, writer: Reducer) -> None:
-        """Find the repeats and hand those of each shard to `writer`.
+    def run(self, engine: Engine, scratch: str, writer: Reducer) -> list[Any]:
+        """Find the repeats and hand those of each shard to `writer`; give what it says.
 
         The writer's rows have id, twin (the first of the group), and each of `columns` and the
         number of the shard for the row itself and, as `twin_<column>`, for its twin; the shard is
@@ -45,7 +46,7 @@ class RepeatFinder:
         shards = [(number, shard) for number in range(len(pools)) for shard in self._shards(number)]
         groups.run(engine, _ByKey(self, buckets), shards, _FindFirst(self, groups.folder))
         back = Exchange(storage.join(scratch, "repeats"), self.pool.num_shards)
-        back.run(engine, _ByShard(groups.folder), range(buckets), writer)
+        return back.run(engine, _ByShard(groups.folder), range(buckets), writer)
 
     def read(self, number: int, shard: int) -> pa.Table:
         """One shard's rows, of the pool (0) or of a base: id, key, columns and shard."""

@@ -23,6 +23,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 DECISIONS = "decisions"
+ABOUT = "about"
+"""Attribute of what single verbs write: a digest of the images that the rows are about."""
 DEVICE_BUSY_S = "device_busy_s"
 """Counter of seconds in which a worker's GPU, or its cores as one, computed on batches."""
 
@@ -184,6 +186,8 @@ class StageFolder:
     primary: str | None = None
     elsewhere: tuple[tuple[str, str], ...] = ()
     """Outputs that lie in folders of their own: their names, and where."""
+    facts: tuple[tuple[str, Any], ...] = ()
+    """What a single verb knows of all that it writes: attributes and their values."""
 
     def output(self, name: str) -> str:
         """Folder of one output."""

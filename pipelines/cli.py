@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipelines.options import OneValueEach
+
 if TYPE_CHECKING:
     from curation.stage import Engine
 
@@ -71,6 +73,14 @@ Memory = Annotated[
     typer.Option("--memory", help="What tasks on one machine may hold at once. [4GB]"),
 ]
 IdColumn = Annotated[str, typer.Option("--id-column", help="Column of ids in foreign Parquet.")]
+SetName = Annotated[
+    str | None,
+    typer.Option(
+        "--set-name",
+        "--source-set",
+        help="Set of a folder of files, part of their ids. [the folder's own name]",
+    ),
+]
 VectorColumn = Annotated[
     str, typer.Option("--embedding-column", help="Column of vectors in foreign Parquet.")
 ]
@@ -165,7 +175,7 @@ def ingest(
     ] = None,
     images: Annotated[str | None, typer.Option("--images", help="Folder of images.")] = None,
     url_column: Annotated[str, typer.Option("--url-column", help="Column of the URL.")] = "url",
-    set_name: Annotated[str, typer.Option("--set-name", help="Name of the set.")] = "web",
+    set_name: SetName = None,
     rows_per_shard: Annotated[int, typer.Option("--rows-per-shard", min=1)] = 10_000,
     changes: Changes = None,
     engine: Kind = EngineName.local,
@@ -187,10 +197,9 @@ def ingest(
         "archives": archives,
         "images": images,
         "url_column": url_column,
-        "source_set": set_name,
         "rows_per_shard": rows_per_shard,
     }
-    verb.run_ingest(settings, changes or [], out, _engine(engine, workers, address))
+    verb.run_ingest(settings, set_name, changes or [], out, _engine(engine, workers, address))
 
 
 @app.command()
@@ -234,9 +243,12 @@ def download(
 
 @app.command()
 def canonicalize(
-    raw: Annotated[str, typer.Argument(help="Output of download, or a folder of images.")],
+    raw: Annotated[
+        str, typer.Argument(help="Output of download or ingest --images, or a folder of images.")
+    ],
     out: Out,
     changes: Changes = None,
+    set_name: SetName = None,
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
@@ -250,9 +262,8 @@ def canonicalize(
     """
     from pipelines.verbs import stages as verb
 
-    verb.run_canonicalize(
-        raw, out, changes or [], _engine(engine, workers, address, max_failed_shards)
-    )
+    runner = _engine(engine, workers, address, max_failed_shards)
+    verb.run_canonicalize(raw, out, changes or [], set_name, runner)
 
 
 @app.command("filter")
@@ -263,6 +274,7 @@ def filter_images(
         str, typer.Option("--filters", help="Filters in order, by the names of their stages.")
     ] = "quality,nsfw",
     changes: Changes = None,
+    set_name: SetName = None,
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
@@ -278,9 +290,8 @@ def filter_images(
     """
     from pipelines.verbs import stages as verb
 
-    verb.run_filter(
-        images, out, filters, changes or [], _engine(engine, workers, address, max_failed_shards)
-    )
+    runner = _engine(engine, workers, address, max_failed_shards)
+    verb.run_filter(images, out, filters, changes or [], set_name, runner)
 
 
 @app.command()
@@ -298,6 +309,7 @@ def embed(
         bool, typer.Option("--allow-hub", help="Fetch weights that are not here from a hub.")
     ] = False,
     changes: Changes = None,
+    set_name: SetName = None,
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
@@ -315,10 +327,9 @@ def embed(
     """
     from pipelines.verbs import stages as verb
 
-    settings = {"device": device, "allow_hub": allow_hub, **verb.parse_changes(changes or [])}
-    verb.run_embed(
-        images, out, encoder, like, settings, _engine(engine, workers, address, max_failed_shards)
-    )
+    settings = {"device": device, "allow_hub": allow_hub}
+    runner = _engine(engine, workers, address, max_failed_shards)
+    verb.run_embed(images, out, encoder, like, settings, changes or [], set_name, runner)
 
 
 @app.command()
@@ -526,7 +537,9 @@ def select(
     out: Out,
     keep: Annotated[
         list[str] | None,
-        typer.Option("--keep", help="NAME=DECISIONS: take only images with keep = true."),
+        typer.Option(
+            "--keep", help="NAME=DECISIONS: take only images with keep = true. May be repeated."
+        ),
     ] = None,
     engine: Kind = EngineName.local,
     workers: Workers = None,
@@ -548,9 +561,13 @@ def pack(
     images: Annotated[str, typer.Argument(help="Output of canonicalize, or a folder of images.")],
     out: Out,
     keep: Annotated[
-        str | None, typer.Option("--keep", help="Decisions: pack only images with keep = true.")
+        list[str] | None,
+        typer.Option(
+            "--keep", help="Decisions: pack only images that all of them keep. May be repeated."
+        ),
     ] = None,
     rows_per_tar: Annotated[int, typer.Option("--rows-per-tar", min=1)] = 10_000,
+    set_name: SetName = None,
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
@@ -559,11 +576,12 @@ def pack(
 
     Example:
 
-        curate pack images --keep verdicts --out packed
+        curate pack images --keep verdicts --keep safe --out packed
     """
     from pipelines.verbs import stages as verb
 
-    verb.run_pack(images, keep, rows_per_tar, out, _engine(engine, workers, address))
+    runner = _engine(engine, workers, address)
+    verb.run_pack(images, keep or [], rows_per_tar, out, set_name, runner)
 
 
 @app.command()
@@ -897,8 +915,11 @@ def pretrain(
 
         curate pretrain highres_518 --continue runs/vitl14 --data manifest --out runs/vitl14-518
     """
+    from curation.errors import ConfigError
     from pipelines.verbs import training as verb
 
+    if config and config_file:
+        raise ConfigError(f"curate pretrain {config}: and --config {config_file}; give one of them")
     verb.run_pretrain(config or config_file, data, out, continued, changes or [])
 
 
@@ -1056,6 +1077,10 @@ def encoders(
     from pipelines.verbs import stages as verb
 
     verb.print_encoders(names or [], json)
+
+
+for _registered in app.registered_commands:
+    _registered.cls = OneValueEach
 
 
 def _engine(

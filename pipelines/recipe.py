@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from curation.config import Settings, apply_change, find_config, parse_settings, read_yaml
+from curation.config import Settings, apply_changes, find_config, parse_settings, read_yaml
 from curation.errors import ConfigError
 from curation.registry import load_stage
 from curation.stage import Stage
@@ -158,8 +158,7 @@ def load_recipe(name: str, variables: dict[str, str], changes: Iterable[str] = (
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
-    for change in changes:
-        apply_change(values, change)
+    apply_changes(values, changes)
     known = {**variables, **{key: str(value) for key, value in (values.get("paths") or {}).items()}}
     filled = _fill(values, known, str(path))
     checked = CheckedRecipe(recipe=parse_settings(Recipe, filled, str(path)), where=str(path))

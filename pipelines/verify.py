@@ -19,6 +19,7 @@ from curation.dataset import MANIFEST, Dataset, Manifest, ShardInfo, files_diges
 from curation.digest import Content
 from curation.errors import ConfigError, CurateError, StorageError
 from curation.ledger import RECEIPTS, Receipt, read_receipt, read_stage
+from curation.neighbors.hits import HIT_COLUMNS
 from curation.schema import ID, KEEP
 from curation.stage import DECISIONS, StageFolder
 from pipelines.run_record import POOL
@@ -61,7 +62,8 @@ def verify(path: str) -> list[Checked]:
     if WorkFolder.is_one(path):
         return list(verify_run(WorkFolder(path)))
     if Dataset.is_finished(path):
-        return [verify_dataset(path)]
+        checked = verify_dataset(path)
+        return [checked, _guarded(f"{path}: ids", partial(_check_unique, path))]
     return [verify_foreign(path)]
 
 
@@ -186,6 +188,7 @@ def _verify_packed(work: WorkFolder, checked: Checked) -> None:
     path = storage.join(work.path, str(work.record.packed))
     _merge(checked, verify_dataset(path))
     packed = Dataset.open(path)
+    _check_unique(path, checked)
     for index, info in enumerate(packed.manifest.shards):
         for name in info.companion:
             _check_tar(packed, index, name, checked)
@@ -207,6 +210,14 @@ def _verify_manifest(work: WorkFolder, checked: Checked) -> None:
         if dataset.num_rows != stage.entry.record.rows_out:
             kept = stage.entry.record.rows_out
             checked.blame("", f"holds {dataset.num_rows:,} rows, 'select' kept {kept:,}")
+    _check_unique(path, checked)
+
+
+def _check_unique(path: str, checked: Checked) -> None:
+    """An id stands once where a row is an image; verdicts and hits may name one repeatedly."""
+    dataset = Dataset.open(path)
+    if ID not in dataset.columns or KEEP in dataset.columns or dataset.columns == [*HIT_COLUMNS]:
+        return
     for row_id, count in repeated_ids(dataset):
         checked.blame("", f"id {row_id} stands there {count} times")
 

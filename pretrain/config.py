@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from curation.config import Settings, apply_change, find_config, parse_settings, read_yaml
+from curation.config import Settings, apply_changes, find_config, parse_settings, read_yaml
 from curation.errors import ConfigError
 from embedder.vit import ViTConfig, vit_config
 
@@ -369,6 +369,5 @@ def load_distill_config(
 
 def _read(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     values: dict[str, Any] = read_yaml(path) or {}
-    for override in overrides:
-        apply_change(values, override)
+    apply_changes(values, overrides)
     return values

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curation.config import apply_change, find_config, laid_over, parse_settings, read_yaml
+from curation.config import apply_changes, find_config, laid_over, parse_settings, read_yaml
 from curation.errors import ConfigError
 from pretrain import checkpoint
 from pretrain.config import PretrainConfig
@@ -36,8 +36,7 @@ def load_continued_config(
         raise ConfigError(f"{run}: is a distillation; only `curate pretrain` runs can be continued")
     above: dict[str, Any] = read_yaml(find_config("pretrain", path_or_name)) or {}
     values = laid_over({**saved, "init": None}, above)
-    for override in overrides:
-        apply_change(values, override)
+    apply_changes(values, overrides)
     values["continue_run"] = str(Path(run).resolve())
     return parse_settings(PretrainConfig, values, where=path_or_name)
 

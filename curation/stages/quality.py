@@ -22,12 +22,13 @@ class Quality(ShardStage):
 
     version = 2
 
-    min_side: int = Field(64, ge=1)
-    """Shortest side of the original, in pixels; smaller images are dropped as too_small."""
-    max_aspect: float = Field(4.0, ge=1)
+    min_side: int | None = Field(64, ge=1)
+    """Shortest side of the original, in pixels; smaller images are dropped as too_small. Null: they
+    are not judged by it; so for all below."""
+    max_aspect: float | None = Field(4.0, ge=1)
     """Longest side over shortest; narrower images are dropped for their aspect."""
     min_contrast: float | None = Field(4.0, ge=0)
-    """Standard deviation of the luma (0-255); flatter images are blank. null: do not judge."""
+    """Standard deviation of the luma (0-255); flatter images are blank."""
     min_entropy: float | None = Field(1.0, ge=0, le=8)
     """Entropy of the luma's histogram, in bits (0-8); lower images are blank."""
     min_sharpness: float | None = Field(None, ge=0)
@@ -60,8 +61,9 @@ class Quality(ShardStage):
         _judge(shard, short, self.min_side, "too_small")
         aspect = _aspect(shard)
         shard.note("aspect", aspect)
-        shard.judge(aspect, self.max_aspect)
-        reject(shard, aspect > self.max_aspect, "aspect")
+        if self.max_aspect is not None:
+            shard.judge(aspect, self.max_aspect)
+            reject(shard, aspect > self.max_aspect, "aspect")
         contrast, entropy, sharpness = self._pixel_statistics(shard)
         _judge(shard, sharpness, self.min_sharpness, "blurred")
         _judge(shard, entropy, self.min_entropy, "blank")

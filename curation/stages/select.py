@@ -3,7 +3,7 @@
 Its output is the manifest: one row for every image of the finished set.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from curation.ledger import (
     open_outputs,
     read_stage,
 )
-from curation.pool import Pool
+from curation.pool import Pool, UnionPool
 from curation.repeats import RepeatFinder
+from curation.same_ids import SameIds
 from curation.schema import ID, column_type, schema_of
 from curation.stage import (
     DECISIONS,
@@ -46,11 +47,13 @@ MANIFEST_COLUMNS = (
 class Select(DatasetStage):
     """Joins the sets taken as they are with the pool's survivors, in this order of precedence.
 
-    Duplicates across them fall; a set taken as it is keeps what it holds twice itself. What the
-    manifest of an earlier delivery holds is not taken again, whichever flow it comes from.
+    Duplicates across them fall; a set taken as it is keeps what it holds twice itself. So does a
+    URL that an earlier set has, whatever it showed there; files under one id that differ end the
+    run. What the manifest of an earlier delivery holds is not taken again, whichever flow it comes
+    from.
     """
 
-    version = 2
+    version = 3
 
     as_is: tuple[str, ...] = ()
     """Sets of which every image that is no leak is taken."""
@@ -90,13 +93,18 @@ class Select(DatasetStage):
         (shard, id) is the first by (flow, id), however many shards a flow has.
         """
         compared, key, base_key = inputs.pool, "pixel_hash", "pixel_hash"
+        if isinstance(compared, UnionPool) and len(compared.parts) > 1:
+            once = storage.join(folder.scratch, "once")
+            compared = SameIds(compared, "pixel_hash").without_repeats(engine, once)
+        writer = _WriteManifest(self, inputs.pool, compared, folder)
         if self.embeddings is not None:
+            inputs = replace(inputs, pool=compared)
             components = self._near_duplicates(self.embeddings, inputs, folder, engine)
             compared = compared.with_layer("near_dedup", components)
             key, base_key = "component", ID  # a component with rows of a base has the id of one
         order = (("shard", "ascending"),)
         finder = RepeatFinder(compared, key, (), order, inputs.base, base_key)
-        finder.run(engine, folder.scratch, _WriteManifest(self, inputs.pool, folder))
+        finder.run(engine, folder.scratch, writer)
         return {"compared_by": key}
 
     def _near_duplicates(
@@ -116,6 +124,8 @@ class Select(DatasetStage):
 class _WriteManifest(Reducer):
     stage: Select
     pool: Pool
+    once: Pool
+    """The same, each id once."""
     folder: StageFolder
 
     def __call__(self, bucket: int, rows: pa.Table) -> int:
@@ -127,8 +137,10 @@ class _WriteManifest(Reducer):
         place = pc.index_in(shard.ids, value_set=rows[ID].combine_chunks())
         in_base = pc.less(rows["twin_shard"], 0).take(place)
         reject(shard, np.asarray(pc.fill_null(in_base, False)), "in_base")
-        reject(shard, np.asarray(pc.is_valid(place)), "duplicate_in_union")
-        shard.note("twin", rows["twin"].take(place))
+        again = pc.invert(pc.is_in(shard.ids, self.once.live_ids(bucket).combine_chunks()))
+        reject(shard, np.asarray(pc.or_(pc.is_valid(place), again)), "duplicate_in_union")
+        twins = rows["twin"].take(place)
+        shard.note("twin", pc.if_else(again, shard.ids, twins))
         commit_shard(self.stage, self.folder, shard)
         return shard.num_rows
 

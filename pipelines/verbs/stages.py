@@ -6,12 +6,15 @@ from typing import Any
 import pyarrow as pa
 
 from curation import storage
-from curation.config import apply_change, laid_over, parse_settings
+from curation.config import apply_changes, laid_over, parse_settings
 from curation.dataset import Dataset, open_foreign
+from curation.digest import digest_of
 from curation.errors import ConfigError, SchemaError
+from curation.identity import SET_NAME_VERSION, checked_set_name, set_name_of
 from curation.pool import Pool, UnionPool
 from curation.registry import load_stage
-from curation.stage import DECISIONS, Engine, Stage, StageFolder, StageInputs
+from curation.same_ids import SameIds
+from curation.stage import ABOUT, DECISIONS, Engine, Stage, StageFolder, StageInputs
 from curation.stages.embed import Embed
 from curation.stages.filters import Filters
 from curation.stages.ingest import Ingest
@@ -19,9 +22,12 @@ from curation.stages.pack import Pack
 from curation.stages.select import Select
 from pipelines import console
 from pipelines.stage_runner import run_stage
+from pipelines.verbs.verdicts import about, check_about, kept_by
 
 Settings = dict[str, Any]
 _HOSTS_SHOWN = 10
+_NAMED = {"set_name_version": SET_NAME_VERSION}
+"""How ids were made, beside what the manifest's stage says of it."""
 
 
 def run_single(
@@ -31,14 +37,15 @@ def run_single(
     primary: str,
     engine: Engine,
     elsewhere: dict[str, str] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> dict[str, Dataset]:
     """Run one stage with its main output at the root of `out`; print a line on it.
 
-    elsewhere: outputs that lie in folders of their own.
+    elsewhere: outputs that lie in folders of their own. facts: what is true of all outputs.
     """
     console.set_up_logging(False)
-    others = tuple((elsewhere or {}).items())
-    folder = StageFolder(out.rstrip("/"), stage.name(), primary, others)
+    others, known = (tuple((some or {}).items()) for some in (elsewhere, facts))
+    folder = StageFolder(out.rstrip("/"), stage.name(), primary, others, known)
     watcher = console.ConsoleWatcher()
     record, outputs = run_stage(stage, inputs, folder, engine, watcher)
     console.print_pairs(
@@ -66,19 +73,37 @@ def build(name: str, changes: list[str], **settings: Any) -> Stage:
     return parse_settings(kind, values, f"--set of '{name}'")
 
 
+def with_options(verb: str, settings: Settings, changed: Settings, given: Settings) -> Settings:
+    """Settings of a verb, with the changes that --set asks for.
+
+    given: settings that other options say.
+
+    Raises:
+        ConfigError: --set changes one of `given`, which would be lost.
+    """
+    for key in sorted(given.keys() & changed.keys()):
+        raise ConfigError(f"curate {verb}: --set {key}: is said by the verb's own options")
+    return {**laid_over(settings, changed), **given}
+
+
 def parse_changes(changes: list[str]) -> Settings:
     """Read KEY=VALUE texts; values are YAML, dots in keys lead into inner settings."""
     values: Settings = {}
-    for change in changes:
-        apply_change(values, change)
+    apply_changes(values, changes)
     return values
 
 
-def run_ingest(settings: Settings, changes: list[str], out: str, engine: Engine) -> None:
+def run_ingest(
+    settings: Settings, set_name: str | None, changes: list[str], out: str, engine: Engine
+) -> None:
     """`curate ingest`."""
     values = laid_over(settings, parse_changes(changes))
+    if values.get("images") is not None:
+        values = {"source_set": _set_name(str(values["images"]), set_name), **values}
+    elif set_name is not None:
+        values = {"source_set": checked_set_name(set_name, "--set-name"), **values}
     stage = parse_settings(Ingest, values, "curate ingest")
-    run_single(stage, StageInputs(Pool("pool", {})), out, "rows", engine)
+    run_single(stage, StageInputs(Pool("pool", {})), out, "rows", engine, facts=_NAMED)
 
 
 def run_download(
@@ -93,13 +118,16 @@ def run_download(
     from curation.fetching.hosts import summarise_hosts
 
     stage = build("download", changes, **settings)
+    if Dataset.is_finished(storage.join(rows, "_raw")):
+        raise SchemaError(f"{rows}: holds images, not URLs; give it to canonicalize, or to embed")
     if Dataset.is_finished(rows):
         pool = Pool.of(Dataset.open(rows))
     else:
         pool = _ingested(Ingest(urls=rows), out, engine)
+    facts = {ABOUT: about(rows_of(pool), engine)}
     if retry_failed is not None:
-        pool = _failed_before(pool, retry_failed, out)
-    outputs = run_single(stage, StageInputs(pool), out, "raw", engine)
+        pool = _failed_before(pool, retry_failed, out, engine)
+    outputs = run_single(stage, StageInputs(pool), out, "raw", engine, facts=facts)
     _print_hosts(summarise_hosts(outputs["fetches"]))
 
 
@@ -112,7 +140,7 @@ def _print_hosts(hosts: pa.Table) -> None:
     console.print_rows(hosts.column_names, list(zip(*columns, strict=True)), title)
 
 
-def _failed_before(pool: Pool, previous: str, out: str) -> Pool:
+def _failed_before(pool: Pool, previous: str, out: str, engine: Engine) -> Pool:
     """Only the rows that an earlier download of the same rows may fetch now.
 
     Raises:
@@ -121,35 +149,51 @@ def _failed_before(pool: Pool, previous: str, out: str) -> Pool:
     from curation.fetching.retry import retryable_rows
 
     decisions = Dataset.open(storage.join(previous, f"_{DECISIONS}"))
-    if decisions.num_shards != pool.num_shards:
-        raise SchemaError(
-            f"{previous}: has {decisions.num_shards} shards, the rows have {pool.num_shards}; "
-            "give a download of the same rows"
-        )
+    check_about(decisions, pool, rows_of(pool), engine)
     return pool.with_stage({}, retryable_rows(decisions, storage.join(out, "_retried")))
 
 
-def run_canonicalize(raw: str, out: str, changes: list[str], engine: Engine) -> None:
+def run_canonicalize(
+    raw: str, out: str, changes: list[str], set_name: str | None, engine: Engine
+) -> None:
     """`curate canonicalize`."""
     stage = build("canonicalize", changes)
-    run_single(stage, StageInputs(_raw_pool(raw, out, engine)), out, "images", engine)
+    pool = _raw_pool(raw, out, engine, set_name=set_name)
+    run_single(stage, StageInputs(pool), out, "images", engine)
 
 
-def run_filter(images: str, out: str, filters: str, changes: list[str], engine: Engine) -> None:
+def run_filter(
+    images: str, out: str, filters: str, changes: list[str], set_name: str | None, engine: Engine
+) -> None:
     """`curate filter`."""
     from curation.fetching.hosts import summarise_verdicts
 
-    names = [name.strip() for name in filters.split(",") if name.strip()]
+    stage = _filters(filters, changes)
+    pool = images_pool(images, out, engine, set_name=set_name)
+    facts = {ABOUT: about(images_of(pool), engine)}
+    outputs = run_single(stage, StageInputs(pool), out, DECISIONS, engine, facts=facts)
+    if "source" in pool.columns:
+        _print_hosts(summarise_verdicts(pool, outputs[DECISIONS]))
+
+
+def _filters(text: str, changes: list[str]) -> Filters:
+    """The filters named in order, with the settings of each.
+
+    Raises:
+        ConfigError: a name that is no filter or stands there twice, or a setting that cannot be.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
     settings: dict[str, Settings] = {name: {} for name in names}
+    if len(settings) < len(names):
+        raise ConfigError(f"--filters {text}: names a filter twice; name each once, in order")
     for name, values in parse_changes(changes).items():
         if name not in settings or not isinstance(values, dict):
             raise ConfigError(f"--set {name}: write FILTER.KEY=VALUE; filters: {', '.join(names)}")
         settings[name] = values
-    stage = Filters(filters=tuple({name: values} for name, values in settings.items()))
-    pool = images_pool(images, out, engine)
-    outputs = run_single(stage, StageInputs(pool), out, DECISIONS, engine)
-    if "source" in pool.columns:
-        _print_hosts(summarise_verdicts(pool, outputs[DECISIONS]))
+    for name, values in settings.items():
+        parse_settings(load_stage(name, "--filters"), values, f"--set of '{name}'")
+    chain = [{name: values} for name, values in settings.items()]
+    return parse_settings(Filters, {"filters": chain}, "curate filter")
 
 
 def run_embed(
@@ -158,36 +202,63 @@ def run_embed(
     encoder: str | None,
     like: str | None,
     settings: Settings,
+    changes: list[str],
+    set_name: str | None,
     engine: Engine,
 ) -> None:
     """`curate embed`."""
     if (encoder is None) == (like is None):
         raise ConfigError("curate embed: give either --encoder NAME or --like EMBEDDINGS")
     name = encoder or _encoder_of(str(like))
-    stage = parse_settings(Embed, {**settings, "encoders": {"embedding": name}}, "curate embed")
+    given = {"encoders": {"embedding": name}}
+    values = with_options("embed", settings, parse_changes(changes), given)
+    stage = parse_settings(Embed, values, "curate embed")
     stage.outputs()  # an unknown encoder or a missing file is an error before any work
-    pool = images_pool(images, out, engine)
-    run_single(stage, StageInputs(pool), out, "embedding", engine)
+    pool = images_pool(images, out, engine, set_name=set_name)
+    facts = {ABOUT: about(images_of(pool), engine)}
+    run_single(stage, StageInputs(pool), out, "embedding", engine, facts=facts)
 
 
 def run_select(images: list[str], keep: list[str], out: str, engine: Engine) -> None:
     """`curate select`."""
-    verdicts = dict(_named(text, "--keep") for text in keep)
-    named = [_named(text, "IMAGES") for text in images]
-    unknown = set(verdicts) - {name for name, _ in named}
-    if unknown:
-        raise ConfigError(f"--keep {unknown.pop()}=…: no images of that name are given")
+    named = dict(once_each([named_path(text, "IMAGES") for text in images], "IMAGES"))
+    verdicts: dict[str, list[str]] = {name: [] for name in named}
+    for name, path in (named_path(text, "--keep") for text in keep):
+        if name not in verdicts:
+            raise ConfigError(f"--keep {name}=…: no images of that name; {', '.join(named)} are")
+        verdicts[name].append(path)
     pools = [
-        _kept(images_pool(path, out, engine, name), verdicts.get(name)) for name, path in named
+        _kept(images_pool(path, out, engine, name, name), verdicts[name], out, engine)
+        for name, path in named.items()
     ]
     union = UnionPool("union", {}, None, tuple(pools))
     run_single(Select(), StageInputs(union), out, "manifest", engine)
 
 
-def run_pack(images: str, keep: str | None, rows_per_tar: int, out: str, engine: Engine) -> None:
+def run_pack(
+    images: str,
+    keep: list[str],
+    rows_per_tar: int,
+    out: str,
+    set_name: str | None,
+    engine: Engine,
+) -> None:
     """`curate pack`."""
-    pool = _kept(images_pool(images, out, engine), keep)
+    pool = _kept(images_pool(images, out, engine, set_name=set_name), keep, out, engine)
+    refuse_clashes((pool,), "sha256", out, engine)
     run_single(Pack(rows_per_tar=rows_per_tar), StageInputs(pool), out, "packed", engine)
+
+
+def refuse_clashes(pools: Sequence[Pool], column: str, out: str, engine: Engine) -> None:
+    """Refuse sets that hold one id for different images. column: what tells images apart.
+
+    Raises:
+        DatasetError: names two sets and an id.
+    """
+    union = UnionPool("sets", {}, None, tuple(pools))
+    folder = storage.join(out, "_scratch", f"ids-{digest_of(union.fingerprint([column]))}")
+    SameIds(union, column).without_repeats(engine, folder)
+    storage.remove(folder)
 
 
 def print_encoders(names: Sequence[str], as_json: bool) -> None:
@@ -204,14 +275,17 @@ def print_encoders(names: Sequence[str], as_json: bool) -> None:
     )
 
 
-def images_pool(path: str, out: str, engine: Engine, name: str = "pool") -> Pool:
+def images_pool(
+    path: str, out: str, engine: Engine, name: str = "pool", set_name: str | None = None
+) -> Pool:
     """The images of a finished data set, or of a folder of files, tars or Parquet.
 
-    A folder is ingested and canonicalized below `out` first.
+    A folder is ingested and canonicalized below `out` first. set_name: of a folder; by default its
+    own name.
     """
     if Dataset.is_finished(path) and "image" in Dataset.open(path).columns:
         return Pool.of(Dataset.open(path), name)
-    raw = _raw_pool(path, out, engine, name)
+    raw = _raw_pool(path, out, engine, name, set_name)
     folder = StageFolder(storage.join(out, f"_images-{name}"), "canonicalize")
     watcher = console.ConsoleWatcher()
     stage = build("canonicalize", [])
@@ -220,36 +294,54 @@ def images_pool(path: str, out: str, engine: Engine, name: str = "pool") -> Pool
     return raw.with_stage(outputs, decisions)
 
 
-def _raw_pool(path: str, out: str, engine: Engine, name: str = "pool") -> Pool:
-    if Dataset.is_finished(path):
-        return Pool.of(Dataset.open(path), name)
-    source = "web" if name == "pool" else name
-    return _ingested(Ingest(images=path, source_set=source), out, engine, name)
+def images_of(pool: Pool) -> Dataset:
+    """The side-car that holds the images of a pool."""
+    return next(one for one in reversed(pool.layers.values()) if "image" in one.columns)
+
+
+def rows_of(pool: Pool) -> Dataset:
+    """The side-car that says where the rows of a pool are from."""
+    return next(iter(pool.layers.values()))
+
+
+def _raw_pool(
+    path: str, out: str, engine: Engine, name: str = "pool", set_name: str | None = None
+) -> Pool:
+    """Images as they were fetched: what download or ingest wrote, or a folder that is ingested.
+
+    Raises:
+        SchemaError: a data set without such images.
+    """
+    if not Dataset.is_finished(path):
+        stage = Ingest(images=path, source_set=_set_name(path, set_name))
+        return _ingested(stage, out, engine, name)
+    dataset, raw = Dataset.open(path), storage.join(path, "_raw")
+    if "raw" in dataset.columns:
+        return Pool.of(dataset, name)
+    if Dataset.is_finished(raw):  # `curate ingest --images` lays the bytes beside the rows
+        return Pool(name, {"rows": dataset, "raw": Dataset.open(raw)})
+    raise SchemaError(
+        f"{path}: holds no images as they were fetched; found: {', '.join(dataset.columns)}; give "
+        "the output of download or of ingest --images, or a folder of images"
+    )
+
+
+def _set_name(path: str, given: str | None) -> str:
+    return set_name_of(path) if given is None else checked_set_name(given, "--set-name")
 
 
 def _ingested(stage: Ingest, out: str, engine: Engine, name: str = "pool") -> Pool:
-    folder = StageFolder(storage.join(out, f"_ingest-{name}"), "ingest")
+    root = storage.join(out, f"_ingest-{name}")
+    folder = StageFolder(root, "ingest", facts=tuple(_NAMED.items()))
     pool = Pool(name, {})
     _, outputs = run_stage(stage, StageInputs(pool), folder, engine, console.ConsoleWatcher())
     decisions = outputs.pop(DECISIONS)
     return pool.with_stage(outputs, decisions)
 
 
-def _kept(pool: Pool, decisions: str | None) -> Pool:
-    """Only the rows with keep = true in some decisions.
-
-    Raises:
-        SchemaError: the decisions are not about these images.
-    """
-    if decisions is None:
-        return pool
-    verdicts = Dataset.open(decisions)
-    if verdicts.num_shards != pool.num_shards:
-        raise SchemaError(
-            f"{decisions}: has {verdicts.num_shards} shards, the images have {pool.num_shards}; "
-            "give decisions that were made on these images"
-        )
-    return pool.with_stage({}, verdicts)
+def _kept(pool: Pool, decisions: Sequence[str], out: str, engine: Engine) -> Pool:
+    """Only the images that all of some decisions keep."""
+    return kept_by(pool, images_of(pool), decisions, out, engine)
 
 
 def _encoder_of(embeddings: str) -> str:
@@ -259,8 +351,26 @@ def _encoder_of(embeddings: str) -> str:
     return str(dataset.attributes["encoder"])
 
 
-def _named(text: str, what: str) -> tuple[str, str]:
+def named_path(text: str, what: str) -> tuple[str, str]:
+    """Read NAME=PATH.
+
+    Raises:
+        ConfigError: it is not, or the name can be none.
+    """
     name, equals, path = text.partition("=")
-    if not equals or not name or not path:
+    if not (equals and path):
         raise ConfigError(f"{what} {text}: write NAME=PATH")
-    return name, path
+    return checked_set_name(name, what), path
+
+
+def once_each(named: Sequence[tuple[str, Any]], what: str) -> Sequence[tuple[str, Any]]:
+    """Give what is named as it is.
+
+    Raises:
+        ConfigError: two have one name, so that one of them would be lost.
+    """
+    names = [name for name, _ in named]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{what} {name}: stands there twice; give each set its own name")
+    return named

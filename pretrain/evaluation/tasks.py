@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from curation.config import Settings, parse_settings, split_change
+from curation.config import Settings, apply_changes, parse_settings
 from curation.dataset import Dataset
 from curation.errors import ConfigError
 from embedder.encoder import Encoder, load_encoder
@@ -95,7 +95,8 @@ def run_task(request: Request) -> Result:
         known = ", ".join(TASKS)
         raise ConfigError(f"curate evaluate {request.task}: unknown task; known: {known}")
     task = TASKS[request.task]
-    changes = dict(split_change(change) for change in request.changes)
+    changes: dict[str, Any] = {}
+    apply_changes(changes, request.changes)
     settings = parse_settings(task.settings, changes, f"--set of '{request.task}'")
     start = time.monotonic()
     device = local_device(request.device)

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.identity import file_source, normalise_url
+from curation.errors import ConfigError
+from curation.identity import file_source, normalise_url, set_name_of
 
 SAME = [
     ("http://example.com", "http://example.com/"),
@@ -42,3 +43,26 @@ def test_normalise_url__is_idempotent_and_raises_only_value_errors(tail):
 
 def test_file_source__names_set_and_path():
     assert file_source("flowers", "a\\b.jpg") == "flowers/a/b.jpg"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("val/tench", "tench"),
+        ("val/tench///", "tench"),
+        ("val/church/../tench/.", "tench"),
+        ("file:///data/val/tench/", "tench"),
+        ("s3://bucket/val/tench/", "tench"),
+        ("s3://bucket", "bucket"),
+        ("/data/tench.tar", "tench.tar"),
+        ("/data/my photos ü", "my photos ü"),
+    ],
+)
+def test_set_name_of__is_the_folders_own(path, name):
+    assert set_name_of(path) == name
+
+
+@pytest.mark.parametrize("path", ["/", "//", "/data/\udcff"])
+def test_set_name_of__a_folder_without_a_name_wants_one(path):
+    with pytest.raises(ConfigError, match="--set-name"):
+        set_name_of(path)
