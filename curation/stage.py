@@ -5,10 +5,11 @@ handed an engine. Both drop rows only through `reject`, and both are frozen sett
 are their keys in YAML.
 """
 
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -75,6 +76,13 @@ class Engine(ABC):
     def workers_per_node(self) -> int:
         """Those of one machine at most: they share its memory."""
         return self.workers
+
+    def everywhere(self, task: Task[None, Result], label: str) -> list[tuple[str, Result]]:
+        """Run a task once in every local worker, or on every node that meets its needs.
+
+        Gives where, and the result. Nothing is retried: an error of one is the error of all.
+        """
+        return [(platform.node(), task(None, task.open()))]
 
     @abstractmethod
     def map(
@@ -267,6 +275,17 @@ class Stage(Settings, ABC):
     def resources(self) -> Resources:
         """What one shard's task needs."""
         return Resources()
+
+    def settled(self, engine: Engine) -> Self:
+        """The stage with settings that depend on the machine, such as `auto`, as they are there.
+
+        Asked once for a work folder, whose later runs keep the answer.
+        """
+        return self
+
+    def informed(self, engine: Engine) -> Self:
+        """The stage with what its key and its outputs need to know of models, told by a worker."""
+        return self
 
     def fingerprint(self) -> str:
         """What the content depends on beside settings and inputs: weights, lists, files."""

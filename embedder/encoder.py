@@ -62,6 +62,10 @@ class Encoder(Protocol):
         """Hex digest of weights, preprocessing, precision and whitening: who shares it compares."""
 
     @property
+    def parts(self) -> Mapping[str, str]:
+        """What `space` is a digest of, by name: two encoders that differ differ in one of these."""
+
+    @property
     def thresholds(self) -> Thresholds | None:
         """Default thresholds; None for an encoder that is not made for copies."""
 
@@ -86,6 +90,47 @@ class Encoder(Protocol):
 
     def encode(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """(B, …) inputs to (B, D) unit rows."""
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """What is true of an encoder wherever it is loaded; small enough to be sent."""
+
+    name: str
+    space: str
+    parts: tuple[tuple[str, str], ...]
+    """Names and values of what the space is a digest of."""
+    width: int
+    licence: str
+    thresholds: Thresholds | None
+    memory: EncoderMemory
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> "EncoderFacts":
+        """Those of an encoder that is loaded."""
+        return cls(
+            encoder.name,
+            encoder.space,
+            tuple(sorted(encoder.parts.items())),
+            encoder.width,
+            encoder.licence,
+            encoder.thresholds,
+            encoder.memory,
+        )
+
+    def differences(self, other: Mapping[str, str]) -> list[str]:
+        """What differs in another encoder's parts: NAME there, and here."""
+        mine = dict(self.parts)
+        pairs = ((n, other.get(n, "none"), mine.get(n, "none")) for n in sorted({*mine, *other}))
+        return [
+            f"{name} {there[:_SHOWN]} in place of {here[:_SHOWN]}"
+            for name, there, here in pairs
+            if there != here
+        ]
+
+
+_SHOWN = 120
+"""Characters of a part that errors show."""
 
 
 class Trunk(Protocol):

@@ -64,6 +64,17 @@ class BaseRuns:
             return ()
         return tuple(_pool_after(work, stage.name()) for work in self.works)
 
+    def settled(self, stage: Stage) -> Stage:
+        """The stage with what it leaves to the machine as the latest run had it."""
+        done = self.works[0].stage(POOL, stage.name())
+        values = stage.model_dump(mode="json")
+        left_open = [name for name, value in values.items() if value == "auto"]
+        if done is None or not left_open:
+            return stage
+        recorded = done.entry.record.settings
+        known = {name: recorded[name] for name in left_open if name in recorded}
+        return parse_settings(type(stage), {**values, **known}, done.path)
+
 
 def _pool_after(work: WorkFolder, stage_name: str) -> Pool:
     """The pool of a finished run as it was after the last stage of a name."""

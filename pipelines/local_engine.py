@@ -49,6 +49,16 @@ class LocalEngine(Engine):
         """Processes that run at once."""
         return self._workers
 
+    def everywhere(self, task: Task[None, Result], label: str) -> list[tuple[str, Result]]:
+        """Run a task once in each worker (see `Engine.everywhere`)."""
+        if self._workers == 1:
+            return super().everywhere(task, label)
+        pool, host = self._processes(), platform.node()
+        text = pickle.dumps(task)
+        waiting = [pool.submit(_run_once, text) for _ in range(self._workers)]
+        found = sorted(future.result() for future in waiting)
+        return [(f"{host}, worker {number + 1}", pickle.loads(r)) for number, r in found]
+
     def map(
         self, task: Task[Item, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:
@@ -110,9 +120,9 @@ class LocalEngine(Engine):
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
             context = multiprocessing.get_context("forkserver")
-            started = context.Value("i", 0)
+            started, all_here = context.Value("i", 0), context.Barrier(self._workers)
             self._pool = ProcessPoolExecutor(
-                self._workers, context, _set_up_worker, (self._workers, started)
+                self._workers, context, _set_up_worker, (self._workers, started, all_here)
             )
         return self._pool
 
@@ -162,14 +172,28 @@ def _submit(pool: ProcessPoolExecutor, task_file: str, item: Any) -> Future[Any]
         return broken
 
 
-def _set_up_worker(workers: int, started: Any) -> None:
+_SECONDS_TO_MEET = 120.0
+_place: dict[str, Any] = {}
+"""In a worker process: its number, and where all workers meet."""
+
+
+def _run_once(task: bytes) -> tuple[int, bytes]:
+    """Run a task in this worker and in no other twice: none goes on before all have begun."""
+    _place["all_here"].wait(_SECONDS_TO_MEET)
+    opened = pickle.loads(task)
+    return _place["number"], pickle.dumps(opened(None, opened.open()))
+
+
+def _set_up_worker(workers: int, started: Any, all_here: Any) -> None:
     """In a new worker: share cores and GPUs out, before a library that computes is loaded.
 
-    started: number of workers before this one, in memory that all of them share.
+    started: number of workers before this one, in memory that all of them share. all_here: a
+    barrier for all of them.
     """
     os.environ["OMP_NUM_THREADS"] = str(max(1, available_cpus() // workers))
     with started.get_lock():
         number, started.value = started.value, started.value + 1
+    _place.update(number=number, all_here=all_here)
     devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpu = gpu_of_worker(number, devices, len(list(Path("/dev").glob("nvidia[0-9]*"))))
     if gpu is not None:

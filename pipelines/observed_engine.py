@@ -71,6 +71,10 @@ class ObservedEngine(Engine):
         """Those of one machine."""
         return self.engine.workers_per_node
 
+    def everywhere(self, task: Task[None, Result], label: str) -> list[tuple[str, Result]]:
+        """Run a task once in every worker or node."""
+        return self.engine.everywhere(task, label)
+
     def map(
         self, task: Task[Item, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:

@@ -24,6 +24,8 @@ _SECONDS_BETWEEN_LOOKS = 5.0
 """How often the cluster is asked whether it has grown."""
 _SECONDS_BETWEEN_WARNINGS = 60.0
 _SECONDS_TO_ANSWER = 5.0
+_SECONDS_TO_OPEN = 600.0
+"""For a node to open models, when all are asked."""
 _LIBRARIES_BYTES = 1 << 30
 """What a worker may hold besides its items."""
 
@@ -82,6 +84,39 @@ class RayEngine(Engine):
         yield from pool.run(task, Backlog(items), attempts)
         self.retries += attempts.retries
         attempts.raise_failures(len(items))
+
+    def everywhere(self, task: Task[None, Result], label: str) -> list[tuple[str, Result]]:
+        """Run a task once on each node that meets its needs (see `Engine.everywhere`).
+
+        The workers of the last task go first, so that theirs is free.
+
+        Raises:
+            ConfigError: no node meets them.
+            EngineError: a node is lost or does not answer.
+        """
+        _connect(self._limit, self._address)
+        import ray
+
+        if not _places(task.resources):
+            raise ConfigError(_too_small(task.resources, label))
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        nodes = [one for one in ray.nodes() if one["Alive"]]
+        actors = {
+            _name_of(node): _actor_on(node, task.resources)
+            for node in nodes
+            if _fits(node["Resources"], task.resources)
+        }
+        try:
+            limit = 2 * task.resources.memory + _LIBRARIES_BYTES
+            sent = {
+                name: actor.run.remote(label, task, limit, None) for name, actor in actors.items()
+            }
+            return [(name, _answer_of(name, reference, label)) for name, reference in sent.items()]
+        finally:
+            for actor in actors.values():
+                ray.kill(actor)
 
     def _pool_for(self, needed: Resources, label: str) -> "_ActorPool":
         """The pool of the last task where it fits, else a new one in its place.
@@ -185,6 +220,40 @@ class _Worker:
                 self._opened = task.open()
                 self._key = key
             return task(item, self._opened)
+
+
+def _name_of(node: dict[str, Any]) -> str:
+    """Nodes of one host differ in their ids."""
+    return f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
+
+
+def _actor_on(node: dict[str, Any], needed: Resources) -> Any:
+    """An actor on one node, which waits for nobody's cores."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    kind = ray.remote(_Worker).options(
+        num_cpus=0, num_gpus=needed.gpus, max_restarts=0, scheduling_strategy=there
+    )
+    return kind.remote(str(Path.cwd()))
+
+
+def _answer_of(name: str, reference: Any, label: str) -> Any:
+    """What an actor answers.
+
+    Raises:
+        EngineError: it does not; names its node. Errors of the task are raised as they are.
+    """
+    import ray
+
+    try:
+        return ray.get(reference, timeout=_SECONDS_TO_OPEN)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause or error) from error
+    except ray.exceptions.RayError as error:
+        text = " ".join(str(error).split())[:300]
+        raise EngineError(f"{label}: node {name} does not answer: {text}") from error
 
 
 @dataclass(eq=False)

@@ -22,6 +22,7 @@ from curation.stages.ingest import Ingest
 from curation.stages.select import MANIFEST_COLUMNS
 from pipelines.recipe import CheckedRecipe
 from pipelines.run_record import POOL, RUN_FILE, RunRecord, StageEntry, read_run
+from pipelines.settling import Settling
 from pipelines.stage_runner import OfSet, Watcher, run_stage, stage_key
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,9 @@ class Base(Protocol):
 
     def kept_by(self, stage: Stage) -> tuple[Pool, ...]:
         """The rows that each kept at a stage; none for a stage that meets no base."""
+
+    def settled(self, stage: Stage) -> Stage:
+        """The stage with what it leaves to the machine as the latest run had it."""
 
 
 @dataclass
@@ -71,6 +75,8 @@ class RecipeRun:
         self._watcher = watcher
         self._sets: dict[str, _Flow] = {}
         self._as_is: tuple[str, ...] = ()
+        settled = storage.join(work, "work", "_settled.json")
+        self._settling = Settling(engine, settled, base.settled if base else None)
         self.published = False
         """Whether this run wrote a record; not so where everything was finished before."""
 
@@ -104,6 +110,7 @@ class RecipeRun:
 
     def _advance(self, flow: _Flow, stage: Stage, where: str) -> None:
         """Run one stage of a flow and put its outputs on top of the pool."""
+        stage = self._settling.settle(stage)
         base = self._base.kept_by(stage) if self._base and where == POOL else ()
         inputs = StageInputs(flow.pool, self._named_sets(stage), self._recipe.seed, base)
         key = stage_key(stage, inputs)

@@ -15,7 +15,7 @@ from curation.errors import DatasetError, SpaceError
 from curation.registry import load_stage
 from curation.schema import ID, KEEP, column_type
 from curation.stage import Shard, ShardStage
-from embedder.encoder import Encoder, embed_images, load_encoder
+from embedder.encoder import Encoder, Precision, embed_images, load_encoder
 from embedder.errors import ImageError
 from embedder.images import CanonicalImage, Limits, canonicalize
 from pipelines.certificate import embeddings_of_leaks, unit_rows
@@ -164,7 +164,8 @@ def encoder_of(work: WorkFolder, name: str) -> Encoder:
     if stage is None:
         raise DatasetError(f"{work.path}: its pool has no embeddings '{name}'")
     attributes = stage.output(name).attributes
-    encoder = load_encoder(str(attributes["encoder"]))
+    precision: Precision = attributes.get("precision") or "auto"
+    encoder = load_encoder(str(attributes["encoder"]), precision=precision)
     if encoder.space != attributes["space"]:
         raise SpaceError(
             f"{work.path}: was embedded into space {attributes['space']}, and "

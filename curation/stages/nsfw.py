@@ -1,6 +1,7 @@
 """Drops images that a classifier takes for pornographic or otherwise not safe for work."""
 
 import hashlib
+import platform
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import Field, model_validator
 
 from curation.config import Settings
 from curation.decoding import UNREADABLE, measure_images
-from curation.errors import StageError
+from curation.errors import ConfigError, StageError
 from curation.schema import schema_of
 from curation.stage import Resources, Shard, ShardStage, reject
 from embedder.images import Pixels, resize
@@ -53,8 +54,8 @@ class Nsfw(ShardStage):
     probe: str | None = None
     """NumPy file (.npz) with `weight` (D,) and `bias` (): scores the column `embedding` instead of
     pixels. The embedding must be of the space that the probe was fitted on."""
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
-    """ONNX Runtime's execution providers, the preferred one first."""
+    providers: tuple[str, ...] = Field(("CPUExecutionProvider",), min_length=1)
+    """ONNX Runtime's execution providers; a worker that lacks the first is refused."""
     threads: int = Field(2, ge=1)
     """Images scored at once."""
 
@@ -124,6 +125,7 @@ def _opennsfw_score(providers: tuple[str, ...]) -> Score:
     # The path is given so that neither the environment nor a download can change the weights.
     path, names = str(_opennsfw_file()), list(providers)
     classifier = NSFWClassifier(path, providers=names, intra_op_num_threads=1)
+    _check_provider(classifier._session, providers)
     return lambda pixels: float(classifier.classify(pixels).nsfw)
 
 
@@ -133,6 +135,7 @@ def _onnx_score(settings: OnnxClassifier, providers: tuple[str, ...]) -> Score:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(settings.file, options, providers=list(providers))
+    _check_provider(session, providers)
     (given,) = session.get_inputs()
     channels_last = given.shape[-1] == 3
     mean, std = (np.array(values, np.float32) for values in (settings.mean, settings.std))
@@ -147,6 +150,20 @@ def _onnx_score(settings: OnnxClassifier, providers: tuple[str, ...]) -> Score:
         return _probability(np.asarray(outputs, np.float64).ravel(), settings)
 
     return score
+
+
+def _check_provider(session: Any, providers: tuple[str, ...]) -> None:
+    """Refuse what onnxruntime takes in silence where the preferred provider is not there.
+
+    Raises:
+        ConfigError: scores would be another device's than on other workers.
+    """
+    found = session.get_providers()[0]
+    if found != providers[0]:
+        raise ConfigError(
+            f"{platform.node()}: nsfw is to run on {providers[0]}, and onnxruntime has {found} "
+            "here; let `providers` name first what every worker has"
+        )
 
 
 def _probability(outputs: np.ndarray, settings: OnnxClassifier) -> float:

@@ -53,10 +53,21 @@ class SameConv(nn.Module):
         """(B, C, H, W) to (B, C', H / stride, W / stride)."""
         if self.before != self.after:
             x = F.pad(x, (self.before, self.after, self.before, self.after))
-        if x.is_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        if x.is_cpu and _is_fused(x.dtype):
             return _convolve_on_cpu(x, self.conv, self.relu6)
         convolved: Tensor = self.conv(x)
         return convolved.clamp_(0, 6) if self.relu6 else convolved
+
+
+def _is_fused(dtype: torch.dtype) -> bool:
+    """Whether this CPU convolves and clamps at once; plain ones do not in half precision."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.float32:
+        return True
+    ops = torch.ops.mkldnn
+    half = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return bool(getattr(ops, half[dtype])())
 
 
 def _convolve_on_cpu(x: Tensor, conv: nn.Conv2d, relu6: bool) -> Tensor:

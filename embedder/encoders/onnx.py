@@ -26,6 +26,7 @@ from embedder.encoders.torch_trunk import (
     check_device,
     digest_of,
     existing_file,
+    texts_of,
 )
 from embedder.errors import EncoderError
 from embedder.images import Pixels
@@ -41,6 +42,7 @@ class OnnxEncoder:
     """An ONNX session with its preprocessing."""
 
     name: str
+    parts: Mapping[str, str]
     space: str
     width: int
     batch_size: int
@@ -76,6 +78,8 @@ def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
     """Load an ONNX file; it runs on CUDA where onnxruntime has it."""
     path = existing_file(name, argument)
     session = _open_session(path, _providers(name, options.device))
+    if options.device.startswith("cuda") and session.get_providers()[0] == "CPUExecutionProvider":
+        raise EncoderError(f"encoder {name!r}: onnxruntime finds no CUDA device here")
     metadata = session.get_modelmeta().custom_metadata_map
     batch, size = _input_shape(name, session, metadata, options.batch_size)
     width = session.get_outputs()[0].shape[-1]
@@ -90,9 +94,10 @@ def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
             size, "short_side", round(size * 256 / 224), "bicubic", mean, std
         )
     weights = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    space = digest_of(weights=weights, preprocessing=asdict(preprocessing))
+    parts = {"weights": weights, "preprocessing": asdict(preprocessing)}
+    space = digest_of(**parts)
     memory = EncoderMemory(2 * path.stat().st_size, _BYTES_PER_INPUT * batch * 3 * size * size)
-    return OnnxEncoder(name, space, width, batch, preprocessing, session, memory)
+    return OnnxEncoder(name, texts_of(parts), space, width, batch, preprocessing, session, memory)
 
 
 def _providers(name: str, device: str) -> list[Any]:

@@ -5,8 +5,9 @@ Legend: B images, H W positions, D width.
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from embedder.encoder import EncoderMemory, LoadOptions, Thresholds
+from embedder.encoder import EncoderMemory, LoadOptions, Precision, Thresholds
 from embedder.encoders.lane import CPU_BATCH_SIZE, Lane, largest_batch
 from embedder.errors import EncoderError
 from embedder.images import Pixels, center_crop, resize, resize_short_side
@@ -30,6 +31,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 _DEVICES = r"auto|cpu|cuda(:\d+)?"
+_ISAS_WITHOUT_BFLOAT16 = (
+    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"),
+    *("AVX512_CORE", "AVX512_CORE_VNNI"),
+)
+"""Instruction sets that oneDNN, which multiplies for torch, can be held to by its environment."""
 ResizeKind = Literal["squash", "short_side", "whole"]
 
 _ACTIVATIONS_HELD = 4
@@ -92,20 +98,25 @@ def place(options: LoadOptions) -> Placement:
 
     Raises: EncoderError where the device is not there.
     """
-    wanted = options.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(wanted)
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise EncoderError(f"device {wanted!r}: torch sees no CUDA device here")
-    precision = _fastest_precision(wanted) if options.precision == "auto" else options.precision
+    precision = options.precision
+    if precision == "auto":
+        precision = fastest_precision(options.device)
     return Placement(
-        torch.device(wanted),
+        torch.device(_device_of(options.device)),
         getattr(torch, precision),
         options.compile,
         options.batch_size,
         options.device_share,
     )
+
+
+def _device_of(wanted: str) -> str:
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(wanted)
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise EncoderError(f"device {wanted!r}: torch sees no CUDA device here")
+    return wanted
 
 
 def check_device(name: str) -> None:
@@ -117,7 +128,12 @@ def check_device(name: str) -> None:
         raise EncoderError(f"unknown device {name!r}; known are auto, cpu, cuda, cuda:N")
 
 
-def _fastest_precision(device: str) -> str:
+def fastest_precision(wanted: str) -> Precision:
+    """What precision auto is here. wanted: a device, or auto.
+
+    Raises: EncoderError where the device is not there.
+    """
+    device = _device_of(wanted)
     if not device.startswith("cuda"):
         return "bfloat16" if _cpu_multiplies_bfloat16() else "float32"
     capability = torch.cuda.get_device_capability(device)
@@ -126,8 +142,13 @@ def _fastest_precision(device: str) -> str:
     return "float16" if capability >= (7, 0) else "float32"
 
 
-@lru_cache(maxsize=1)
 def _cpu_multiplies_bfloat16() -> bool:
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
+    return allowed.upper() not in _ISAS_WITHOUT_BFLOAT16 and _cpu_has_bfloat16()
+
+
+@lru_cache(maxsize=1)
+def _cpu_has_bfloat16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return False
@@ -173,9 +194,13 @@ class TorchTrunk:
         self.preprocessing = preprocessing
         self.placement = placement
         self._lane = Lane.to(placement.device)
-        parts: dict[str, Any] = {"precision": placement.precision}
-        parts |= {"compiled": True} if placement.compiled else {}
-        self.key = digest_of(weights=weights, preprocessing=asdict(preprocessing), **parts)
+        self.parts: dict[str, Any] = {
+            "weights": weights,
+            "preprocessing": asdict(preprocessing),
+            "precision": placement.precision,
+            **({"compiled": True} if placement.compiled else {}),
+        }
+        self.key = digest_of(**self.parts)
         self._mean = 255 * torch.tensor(preprocessing.mean, device=placement.device)[:, None, None]
         self._std = 255 * torch.tensor(preprocessing.std, device=placement.device)[:, None, None]
 
@@ -245,6 +270,11 @@ class TrunkEncoder:
         return digest_of(trunk=self.trunk.key, head=self.head_digest)
 
     @property
+    def parts(self) -> dict[str, str]:
+        """What the space is a digest of."""
+        return texts_of({**self.trunk.parts, "head": self.head_digest})
+
+    @property
     def precision(self) -> str:
         """float32, bfloat16 or float16."""
         return self.trunk.placement.precision
@@ -303,6 +333,14 @@ def digest_of(**parts: Any) -> str:
     """Hex digest of named JSON values."""
     text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def texts_of(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Named JSON values as texts."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for name, value in parts.items()
+    }
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """Verbs that run one stage on explicit inputs and outputs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 
@@ -9,7 +9,7 @@ from curation import storage
 from curation.config import apply_changes, laid_over, parse_settings
 from curation.dataset import Dataset, open_foreign
 from curation.digest import digest_of
-from curation.errors import ConfigError, SchemaError
+from curation.errors import ConfigError, SchemaError, SpaceError
 from curation.identity import SET_NAME_VERSION, checked_set_name, set_name_of
 from curation.pool import Pool, UnionPool
 from curation.registry import load_stage
@@ -20,7 +20,9 @@ from curation.stages.filters import Filters
 from curation.stages.ingest import Ingest
 from curation.stages.pack import Pack
 from curation.stages.select import Select
+from embedder.encoder import Precision
 from pipelines import console
+from pipelines.settling import Settling
 from pipelines.stage_runner import run_stage
 from pipelines.verbs.verdicts import about, check_about, kept_by
 
@@ -46,6 +48,7 @@ def run_single(
     console.set_up_logging(False)
     others, known = (tuple((some or {}).items()) for some in (elsewhere, facts))
     folder = StageFolder(out.rstrip("/"), stage.name(), primary, others, known)
+    stage = _settling(out, engine).settle(stage)
     watcher = console.ConsoleWatcher()
     record, outputs = run_stage(stage, inputs, folder, engine, watcher)
     console.print_pairs(
@@ -60,6 +63,10 @@ def run_single(
         title=stage.name(),
     )
     return outputs
+
+
+def _settling(out: str, engine: Engine) -> Settling:
+    return Settling(engine, storage.join(out, "_settled", "settings.json"))
 
 
 def _is_plain(value: Any) -> bool:
@@ -213,10 +220,37 @@ def run_embed(
     given = {"encoders": {"embedding": name}}
     values = with_options("embed", settings, parse_changes(changes), given)
     stage = parse_settings(Embed, values, "curate embed")
-    stage.outputs()  # an unknown encoder or a missing file is an error before any work
+    # An unknown encoder, a missing file or another space is an error before any work.
+    if like is None:
+        settled = _settling(out, engine).settle(stage)
+    else:
+        settled = _in_space_of(str(like), stage, engine)
     pool = images_pool(images, out, engine, set_name=set_name)
     facts = {ABOUT: about(images_of(pool), engine)}
-    run_single(stage, StageInputs(pool), out, "embedding", engine, facts=facts)
+    run_single(settled, StageInputs(pool), out, "embedding", engine, facts=facts)
+
+
+def _in_space_of(embeddings: str, stage: Embed, engine: Engine) -> Embed:
+    """The stage in the precision that gives the space of some embeddings.
+
+    Raises:
+        SpaceError: none does: other weights, preprocessing or whitening.
+    """
+    attributes = open_foreign(embeddings).attributes
+    space, recorded = attributes.get("space"), attributes.get("precision")
+    tried = [str(recorded)] if recorded else list(get_args(Precision)[1:])
+    if stage.precision != "auto":
+        tried = [stage.precision]
+    found = []
+    for precision in tried:
+        like = stage.replace(precision=precision).informed(engine)
+        found.append(like.fingerprint())
+        if space in (None, found[-1]):
+            return like
+    raise SpaceError(
+        f"{embeddings}: is in space {space}, and its encoder gives {', '.join(found)} here "
+        f"({', '.join(tried)}): other weights or another version of them"
+    )
 
 
 def run_select(images: list[str], keep: list[str], out: str, engine: Engine) -> None:

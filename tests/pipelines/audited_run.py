@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from embedder.encoder import Thresholds
+from embedder.encoder import EncoderMemory, Thresholds
 from embedder.images import encode_jpeg, resize
 from pipelines.local_engine import LocalEngine
 from pipelines.recipe import load_recipe
@@ -50,6 +50,7 @@ class TinyEncoder:
     name, space, licence = "lite-copy", "tiny", "none"
     width, batch_size, device = 768, 8, "cpu"
     thresholds = Thresholds(0.93, 0.9)
+    parts, memory = {"weights": "tiny"}, EncoderMemory(0, 0)
 
     def preprocess(self, pixels):
         return resize(pixels, 16, 16).astype(np.float32)

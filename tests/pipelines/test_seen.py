@@ -14,7 +14,7 @@ from tests.pipelines.audited_run import TinyEncoder, finished_run, picture
 
 @pytest.fixture(autouse=True)
 def tiny_encoder():
-    with patch("pipelines.seen.load_encoder", lambda name: TinyEncoder()):
+    with patch("pipelines.seen.load_encoder", lambda name, precision: TinyEncoder()):
         yield
 
 

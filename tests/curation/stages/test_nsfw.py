@@ -3,6 +3,7 @@ from importlib import resources
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from curation.config import parse_settings
 from curation.errors import ConfigError, StageError
@@ -95,3 +96,12 @@ def test_nsfw__settings_name_what_is_wrong(tmp_path):
     both = {"onnx": {"file": "x"}, "probe": "y"}
     with pytest.raises(ConfigError, match="'onnx' or 'probe', not both"):
         parse_settings(Nsfw, both, "nsfw")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_open__a_worker_without_the_preferred_provider_is_refused():
+    stage = Nsfw(providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is here")
+    with pytest.raises(ConfigError, match=r"nsfw is to run on CUDA.*has CPUExecutionProvider here"):
+        stage.open()
