@@ -300,11 +300,11 @@ def masked_guesses(method: Any, config: Any, batches: int = 8) -> dict[str, floa
     import torch
     import torch.nn.functional as F
 
-    from pretrain.data import open_loader
+    from pretrain.data import read_batches
     from pretrain.sources import open_source
 
     losses, cosines = [], []
-    loader = open_loader(open_source(str(TRAIN)), config, 0, 0, 1)
+    loader = read_batches(open_source(str(TRAIN)), config, 0, 0, 1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for batch in (raw.to(torch.device("cpu")) for raw in itertools.islice(loader, batches)):
             targets = method.targets([batch], config.teacher.temperature[0])

@@ -8,7 +8,6 @@ does not fit is an error that lists the keys: a silently half-loaded backbone is
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embedder import peers
-from embedder.errors import CheckpointError, reason_of
+from embedder.errors import CheckpointError, foreign_weights, reason_of
 from embedder.vit import VisionTransformer, ViTConfig
 
 CONFIG_KEY = "vit_config"
@@ -55,12 +54,23 @@ def save_state(
 def write_safetensors(
     weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
 ) -> None:
-    """Write named tensors to a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write named tensors to a file, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    save_file(dict(weights), partial, metadata=dict(metadata))
-    partial.chmod(0o644)  # safetensors makes files for their owner only
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(weights), partial, metadata=dict(metadata))
+        partial.chmod(0o644)  # safetensors makes files for their owner only
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        size = sum(value.nbytes for value in weights.values()) / 1e6
+        raise CheckpointError(
+            f"{path}: cannot be written, and takes {size:,.1f} MB: {reason_of(error)}"
+        ) from error
 
 
 def load_backbone(path: Path | str, config: ViTConfig | None = None) -> VisionTransformer:
@@ -75,16 +85,41 @@ def load_backbone(path: Path | str, config: ViTConfig | None = None) -> VisionTr
     """
     weights, saved = read_weights(path)
     config = config or saved or infer_config(weights, where=str(path))
-    config = replace(config, image_size=_grid(weights, str(path)) * config.patch)
-    with torch.device("meta"):
-        model = VisionTransformer(config)
+    model = _described_model(weights, config, where=str(path))
+    refuse_misfit(model, weights, where=str(path))
     model.to_empty(device="cpu")
     load_state(model, weights, where=str(path))
     return model.eval()
 
 
+def _described_model(
+    weights: Mapping[str, Tensor], config: ViTConfig, where: str
+) -> VisionTransformer:
+    """Build a model without memory: what a file says of it may have no bounds."""
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    with foreign_weights(f"{where}: describes no backbone", CheckpointError), torch.device("meta"):
+        if config.depth > len(blocks):
+            raise CheckpointError(
+                f"{where}: weights do not fit the model: missing: {config.depth - len(blocks)} of "
+                f"its {config.depth} blocks"
+            )
+        return VisionTransformer(
+            replace(config, image_size=position_grid(weights, where) * config.patch)
+        )
+
+
 def load_state(model: VisionTransformer, weights: Mapping[str, Tensor], where: str) -> None:
     """Copy weights into a model; every key must be there and fit.
+
+    Raises:
+        CheckpointError: listing missing, unexpected and misshapen keys.
+    """
+    refuse_misfit(model, weights, where)
+    model.load_state_dict(dict(weights))
+
+
+def refuse_misfit(model: VisionTransformer, weights: Mapping[str, Tensor], where: str) -> None:
+    """Hold weights against a model's names and shapes.
 
     Raises:
         CheckpointError: listing missing, unexpected and misshapen keys.
@@ -101,7 +136,6 @@ def load_state(model: VisionTransformer, weights: Mapping[str, Tensor], where: s
     if any(troubles.values()):
         listed = "; ".join(f"{kind}: {_listed(keys)}" for kind, keys in troubles.items() if keys)
         raise CheckpointError(f"{where}: weights do not fit the model: {listed}")
-    model.load_state_dict(dict(weights))
 
 
 def read_weights(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig | None]:
@@ -119,7 +153,16 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig | None]
         state, config = _read_safetensors(path)
     else:
         state, config = _read_torch(path), None
-    return public_names(state, where=str(path)), config
+    return public_names(state, str(path), path.stat().st_size), config
+
+
+def _refuse_more_than_the_file(state: Mapping[str, Any], max_bytes: int, where: str) -> None:
+    """Strides of zero make tensors of any size out of a few bytes."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{where}: '{name}' is no tensor but a {type(value).__name__}")
+        if value.layout != torch.strided or value.is_meta or value.nbytes > max_bytes:
+            raise CheckpointError(f"{where}: '{name}' is said to be larger than the file")
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Tensor], ViTConfig | None]:
@@ -130,7 +173,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], ViTConfig | None]:
             f"{path}: is a folder; expected model.safetensors and config.json in it"
         )
     weights, config = read_weights(weights_file)
-    try:
+    with foreign_weights(f"{config_file}: describes no DINOv2 backbone", CheckpointError):
         values = json.loads(config_file.read_text())
         if config is None and "hidden_size" in values:
             config = peers.config_of_huggingface(values)
@@ -138,20 +181,22 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], ViTConfig | None]:
             config = infer_config(weights, where=str(path))
             heads = values.get("model_args", {}).get("num_heads", config.heads)
             config = replace(config, heads=int(heads))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{config_file}: describes no DINOv2 backbone: {error}") from error
     return weights, config
 
 
-def public_names(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+def public_names(state: Mapping[str, Any], where: str, max_bytes: int) -> dict[str, Tensor]:
     """Unwrap a checkpoint and rename its keys to those of the released files; heads are left out.
+
+    max_bytes: of the file; no tensor has more.
 
     Raises:
         CheckpointError: no backbone is in it, or two keys get one name.
     """
     while wrapper := next((key for key in WRAPPERS if isinstance(state.get(key), Mapping)), None):
         state = state[wrapper]
-    state = peers.to_ours(state) or state
+    _refuse_more_than_the_file(state, max_bytes, where)
+    with foreign_weights(f"{where}: holds no backbone", CheckpointError):
+        state = peers.to_ours(state) or state
     result: dict[str, Tensor] = {}
     for key, value in state.items():
         name = _public_name(key)
@@ -177,7 +222,7 @@ def infer_config(weights: Mapping[str, Tensor], where: str) -> ViTConfig:
         blocks = {int(key.split(".")[1]) for key in weights if key.startswith("blocks.")}
         registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
         ffn: Literal["mlp", "swiglu"] = "swiglu" if "blocks.0.mlp.w12.weight" in weights else "mlp"
-        grid = _grid(weights, where)
+        grid = position_grid(weights, where)
         return ViTConfig(
             width, 1 + max(blocks), max(width // 64, 1), patch, grid * patch, ffn,
             registers=registers, antialias=registers > 0,
@@ -188,8 +233,14 @@ def infer_config(weights: Mapping[str, Tensor], where: str) -> ViTConfig:
         raise CheckpointError(f"{where}: not a DINOv2 backbone: {error}") from error
 
 
-def _grid(weights: Mapping[str, Tensor], where: str) -> int:
-    positions = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else 0
+def position_grid(weights: Mapping[str, Tensor], where: str) -> int:
+    """Patches along one side of a position embedding.
+
+    Raises:
+        CheckpointError: it is missing, or no square.
+    """
+    shape = weights["pos_embed"].shape if "pos_embed" in weights else ()
+    positions = shape[1] - 1 if len(shape) == 3 and shape[1] else 0
     grid = math.isqrt(positions)
     if not positions or grid * grid != positions:
         raise CheckpointError(f"{where}: pos_embed holds {positions} patches, not a square of them")
@@ -208,21 +259,16 @@ def _listed(keys: list[str], limit: int = 8) -> str:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], ViTConfig | None]:
-    try:
+    with foreign_weights(f"{path}: not a readable safetensors file", CheckpointError):
         with safe_open(path, framework="pt") as file:
             saved = (file.metadata() or {}).get(CONFIG_KEY)
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return state, ViTConfig(**json.loads(saved)) if saved else None
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
-    try:
+    with foreign_weights(f"{path}: not a readable torch file of weights", CheckpointError):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = reason_of(error)
-        raise CheckpointError(f"{path}: not a readable torch file of weights: {reason}") from error
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not weights by name")
     return dict(state)

@@ -9,6 +9,8 @@ CurateError
 """
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class CurateError(Exception):
@@ -35,6 +37,20 @@ class EncoderError(CurateError):
 
 class CheckpointError(CurateError):
     """Weights that do not fit the model that should take them."""
+
+
+@contextmanager
+def foreign_weights(what: str, kind: type[CurateError]) -> Iterator[None]:
+    """Map whatever other libraries raise over a file of weights to one line, `what` and why.
+
+    They unpickle, parse and allocate by what the file says, and their errors share no base.
+    """
+    try:
+        yield
+    except CurateError:
+        raise
+    except Exception as error:
+        raise kind(f"{what} ({reason_of(error)})") from error
 
 
 def reason_of(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """Build the method of a run, and refuse what does not fit before the first step."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curation.errors import ConfigError
-from embedder.checkpoint import load_state, read_weights
+from embedder.checkpoint import load_state, position_grid, read_weights
 from embedder.errors import CheckpointError
 from embedder.vit import ViTConfig
 from pretrain.config import DistillConfig, PretrainConfig
@@ -135,5 +134,4 @@ def _changed(out: Path, key: str, before: object, now: object) -> CheckpointErro
 def _initial_weights(path: str, vit: ViTConfig) -> tuple[dict[str, Tensor], ViTConfig]:
     """Read weights to start from; their position embedding keeps its grid and is interpolated."""
     weights, _ = read_weights(path)
-    positions = weights["pos_embed"].shape[1] - 1
-    return weights, replace(vit, image_size=math.isqrt(positions) * vit.patch)
+    return weights, replace(vit, image_size=position_grid(weights, path) * vit.patch)

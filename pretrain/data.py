@@ -1,6 +1,12 @@
 """Batches of any step, made from the seed and the position alone."""
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from embedder.errors import ImageError
+from embedder.errors import CurateError, ImageError
 from embedder.images import decode
 from pretrain.batch import BadImage, Batch, collate
 from pretrain.config import PretrainConfig
@@ -21,6 +27,11 @@ from pretrain.order import Order, WeightedOrder
 from pretrain.random_streams import Purpose, stream
 from pretrain.sources import Source
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
+"""Signals by which a run is asked to end."""
+CHECKED_EVERY_S = 1.0
+"""How often a loader worker looks whether its driver lives."""
+_TELLS_WHO_ASKS = hasattr(signal, "sigtimedwait")
 MAX_SUBSTITUTES = 100
 """Bad images in a row after which the data are not believed to be images."""
 
@@ -38,7 +49,7 @@ class Part(NamedTuple):
     """Images of this part."""
 
 
-class Batches(TorchDataset[Batch]):
+class Batches(TorchDataset[Batch | CurateError]):
     """Any part of any step, made from the seed alone: who asks, and when, does not matter."""
 
     def __init__(self, source: Source, config: PretrainConfig) -> None:
@@ -53,7 +64,17 @@ class Batches(TorchDataset[Batch]):
             else WeightedOrder(source, self._seed, weights)
         )
 
-    def __getitem__(self, part: Part) -> Batch:
+    def __getitem__(self, part: Part) -> Batch | CurateError:
+        """Read, crop and mask the images of a part; an error of ours is given, not raised.
+
+        On its way out of a worker torch would bury its line in a traceback.
+        """
+        try:
+            return self.batch(part)
+        except CurateError as error:
+            return error
+
+    def batch(self, part: Part) -> Batch:
         """Read, crop and mask the images of a part."""
         bad: list[BadImage] = []
         ids, crops = [], []
@@ -118,17 +139,64 @@ class Parts(Sampler[Part]):
             step_start += step_size
 
 
-def open_loader(
+def read_batches(
     source: Source, config: PretrainConfig, position: int, rank: int, processes: int
-) -> "DataLoader[Batch]":
-    """Open the stream of one process at a position."""
+) -> Iterator[Batch]:
+    """Read the stream of one process from a position on.
+
+    Raises:
+        CurateError: what a worker met, in one line.
+    """
     optim = config.optim
     # Crops are too small to share between threads, and workers forked from a process whose
     # OpenCV threads are alive would wait for them for ever.
     cv2.setNumThreads(1)
-    return DataLoader(
+    loader = DataLoader(
         Batches(source, config),
         batch_size=None,
         sampler=Parts(position, rank, processes, optim.batch_size, optim.accumulate),
         num_workers=config.data.workers,
+        worker_init_fn=_end_with_driver,
     )
+    with _signals_held():
+        batches = iter(loader)
+    for batch in batches:
+        if isinstance(batch, CurateError):
+            raise batch
+        yield batch
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Start loader workers in here: they never hear what their driver is asked by STOPS.
+
+    Whoever stops a job signals all of its processes, and a run whose workers are gone can save
+    nothing. Where a worker cannot tell who asks (macOS), they hear it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS if _TELLS_WHO_ASKS else ())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_driver(worker: int) -> None:
+    """Let a worker end when its driver asks, or is gone, and for no one else."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None, "runs in a worker"
+    threading.Thread(target=_await_end, args=(driver.pid,), daemon=True).start()
+
+
+def _await_end(driver: int) -> None:
+    while os.getppid() == driver and _who_asks() != driver:
+        pass
+    os._exit(0)
+
+
+def _who_asks() -> int | None:
+    """Wait a while for SIGTERM, and give the process that sent it."""
+    if not _TELLS_WHO_ASKS:
+        time.sleep(CHECKED_EVERY_S)
+        return None
+    asked = signal.sigtimedwait([signal.SIGTERM], CHECKED_EVERY_S)
+    return None if asked is None else asked.si_pid

@@ -7,6 +7,7 @@ from typing import Any
 from curation.errors import ConfigError
 from pretrain.batch import BadImage
 from pretrain.distributed import rank
+from pretrain.errors import TrainingError
 
 Record = dict[str, Any]
 
@@ -64,5 +65,11 @@ def _open_tensorboard(out: Path) -> Any:
 
 
 def _append(path: Path, record: Record) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise TrainingError(
+            f"{path}: cannot be written: {error.strerror}; make room, and the same command goes on "
+            "from the last checkpoint"
+        ) from error

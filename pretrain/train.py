@@ -21,7 +21,8 @@ from pretrain.batch import Batch
 from pretrain.building import build_method, refuse_other_model, refuse_too_many_prototypes
 from pretrain.collapse import Flatness, alarms
 from pretrain.config import PretrainConfig
-from pretrain.data import open_loader
+from pretrain.data import STOPS, read_batches
+from pretrain.digests import write_digests
 from pretrain.distributed import any_rank, barrier, rank, sum_over_ranks, world_size
 from pretrain.errors import TrainingError
 from pretrain.evaluation.knn import KnnProbe
@@ -36,6 +37,10 @@ from pretrain.sources import describe_source, open_source
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[Record], None]
+
+REPEATED_S = 1.0
+"""Signals within this time are one request: torchrun and `timeout` send theirs to a process that
+its group has reached already."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def run(
 ) -> TrainResult:
     """Train on packed shards or a folder of images; go on from the last checkpoint in `out`.
 
-    SIGTERM ends the run after the step at hand with a checkpoint.
+    SIGTERM or SIGINT ends the run after the step at hand with a checkpoint; a second one, at once.
 
     Raises:
         CurateError: the data, the weights or the run's folder do not fit, or the losses are no
@@ -151,9 +156,12 @@ class Trainer:
         """Take one optimiser step on the parts of an effective batch; give what to log."""
         self.schedules.apply(self.optimizer, self.step)
         losses = self._backward(parts)
-        self._refuse_nan(losses, parts)
+        self._refuse_nan("losses", losses, losses["total_loss"], parts)
         self.scaler.unscale_(self.optimizer)
-        norms = clip_gradients(self._submodules(), self.config.optim.clip_norm)
+        clipped = clip_gradients(self._submodules(), self.config.optim.clip_norm)
+        norms = {name: float(norm) for name, norm in clipped.items()}
+        if not self.scaler.is_enabled():  # it skips the steps that overflow
+            self._refuse_nan("gradients", norms, sum(norms.values()), parts)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -166,7 +174,7 @@ class Trainer:
             "step": self.step,
             "loss": loss,
             **losses,
-            "grad_norm": {k: float(v) for k, v in norms.items()},
+            "grad_norm": norms,
         }
 
     def _submodules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -188,6 +196,7 @@ class Trainer:
         if rank() == 0:
             settings = self.config.run
             checkpoint.prune(self.out, settings.keep_checkpoints, settings.keep_every_steps)
+            write_digests(self.out)
         return folder
 
     def _save_backbone(self) -> None:
@@ -196,6 +205,8 @@ class Trainer:
             weights = whole_state(backbone)
             if rank() == 0:
                 save_state(weights, backbone.config, self._backbone(name))
+        if rank() == 0:
+            write_digests(self.out)
         barrier()
 
     def _prepare_folder(self, resume: bool) -> None:
@@ -220,7 +231,7 @@ class Trainer:
         logger.info("%s: resumed at step %d", self.out, self.step)
 
     def _batches(self) -> Iterator[Batch]:
-        return iter(open_loader(self.source, self.config, self.position, rank(), world_size()))
+        return read_batches(self.source, self.config, self.position, rank(), world_size())
 
     def _timed_step(self, batches: Iterator[Batch]) -> Record:
         start = time.perf_counter()
@@ -261,12 +272,14 @@ class Trainer:
             return torch.autocast(self.device.type, enabled=False)
         return torch.autocast(self.device.type, getattr(torch, precision))
 
-    def _refuse_nan(self, losses: dict[str, float], parts: list[Batch]) -> None:
-        if math.isfinite(losses["total_loss"]):
+    def _refuse_nan(
+        self, kind: str, values: dict[str, float], total: float, parts: list[Batch]
+    ) -> None:
+        if math.isfinite(total):
             return
         ids = [name for part in parts for name in part.ids]
         raise TrainingError(
-            f"step {self.step + 1}: the losses are no longer numbers: {losses}; images of the "
+            f"step {self.step + 1}: the {kind} are no longer numbers: {values}; images of the "
             f"batch: {', '.join(ids)}; lower optim.base_lr, or use run.precision float32, and "
             "resume from the last checkpoint"
         )
@@ -326,17 +339,24 @@ def _threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def _stop_request() -> Iterator[threading.Event]:
-    """Give an event that SIGTERM sets; signals only reach the main thread."""
+    """Give an event that SIGTERM and SIGINT set; signals only reach the main thread."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    first = math.inf
 
     def request(signum: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if time.monotonic() - first > REPEATED_S:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        first = min(first, time.monotonic())
         stop.set()
 
-    before = signal.signal(signal.SIGTERM, request)
+    before = {kind: signal.signal(kind, request) for kind in STOPS}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

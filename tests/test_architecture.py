@@ -110,3 +110,55 @@ def test_error_tree__every_error_of_ours_is_a_curate_error():
 
     for name in errors.__all__:
         assert issubclass(getattr(errors, name), errors.CurateError)
+
+
+RUNS_WHAT_IT_READS = re.compile(
+    r"(c?pickle|dill|cloudpickle|marshal|shelve|joblib)\.(load|loads|open|Unpickler)"
+    r"|(pd|pandas)\.read_pickle|yaml\.(load|load_all|full_load|unsafe_load)|torch\.hub\.load"
+    r"|torch\.jit\.load|FileSystemReader|eval|exec|compile"
+)
+BETWEEN_OWN_PROCESSES = r"pipelines/local_"
+"""Files whose pickles come from processes that they started."""
+TAKES_WEIGHTS_ONLY = re.compile(r"torch\.load|.*\.load_checkpoint|open_clip\.create_model")
+
+
+def unsafe_calls(code: str) -> list[str]:
+    """Calls that run what a file holds."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        keywords = {k.arg: ast.unparse(k.value) for k in getattr(node, "keywords", [])}
+        is_bare = keywords.get("weights_only") != "True" and keywords.get("load_weights") != "False"
+        if (
+            RUNS_WHAT_IT_READS.fullmatch(name)
+            or (TAKES_WEIGHTS_ONLY.fullmatch(name) and is_bare)
+            or keywords.get("allow_pickle", "False") != "False"
+        ):
+            found.append(name)
+    return found
+
+
+def test_loaders__run_nothing_that_data_or_weights_hold():
+    for file in SOURCES:
+        text = file.read_text()
+        is_between_ours = re.match(BETWEEN_OWN_PROCESSES, str(file.relative_to(ROOT)))
+        allowed = ["pickle.loads", "pickle.load"] if is_between_ours else []
+        assert [call for call in unsafe_calls(text) if call not in allowed] == [], file
+        # What these names stand for is looked at by the one file that has them.
+        assert "torch.jit.load" not in text or file.name == "torchscript.py"
+        assert "state_dict_loader" not in text or "storage_reader=TensorReader(" in text
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "pickle.load(f)",
+        "np.load(p, allow_pickle=True)",
+        "yaml.load(t, Loader=yaml.Loader)",
+        "torch.jit.load(p)",
+    ],
+)
+def test_unsafe_calls__are_found(code):
+    assert unsafe_calls(code) == [code.partition("(")[0]]

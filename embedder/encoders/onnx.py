@@ -28,11 +28,13 @@ from embedder.encoders.torch_trunk import (
     existing_file,
     texts_of,
 )
-from embedder.errors import EncoderError
+from embedder.errors import EncoderError, foreign_weights
 from embedder.images import Pixels
 from embedder.whitening import unit_rows
 
 DEFAULT_BATCH_SIZE = 8
+MAX_SIDE = 4096
+MAX_BATCH_SIZE = 4096
 _BYTES_PER_INPUT = 64
 """What a session holds for each number of its input, roughly: 16 copies in float32."""
 
@@ -77,22 +79,18 @@ class OnnxEncoder:
 def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
     """Load an ONNX file; it runs on CUDA where onnxruntime has it."""
     path = existing_file(name, argument)
-    session = _open_session(path, _providers(name, options.device))
-    if options.device.startswith("cuda") and session.get_providers()[0] == "CPUExecutionProvider":
-        raise EncoderError(f"encoder {name!r}: onnxruntime finds no CUDA device here")
-    metadata = session.get_modelmeta().custom_metadata_map
-    batch, size = _input_shape(name, session, metadata, options.batch_size)
-    width = session.get_outputs()[0].shape[-1]
-    if len(session.get_outputs()[0].shape) != 2 or not isinstance(width, int):
-        shape = session.get_outputs()[0].shape
-        raise EncoderError(f"encoder {name!r}: gives {shape}, expected (batch, width)")
-    mean = tuple(json.loads(metadata.get("mean", json.dumps(IMAGENET_MEAN))))
-    std = tuple(json.loads(metadata.get("std", json.dumps(IMAGENET_STD))))
-    preprocessing = Preprocessing(size, "squash", size, "bilinear", mean, std)
-    if "image_size" in metadata:
-        preprocessing = Preprocessing(
-            size, "short_side", round(size * 256 / 224), "bicubic", mean, std
-        )
+    providers = _providers(name, options.device)
+    with foreign_weights(f"encoder {name!r}: {path}: no ONNX file that runs here", EncoderError):
+        session = _open_session(path, providers)
+        if (
+            options.device.startswith("cuda")
+            and session.get_providers()[0] == "CPUExecutionProvider"
+        ):
+            raise EncoderError(f"encoder {name!r}: onnxruntime finds no CUDA device here")
+        metadata = session.get_modelmeta().custom_metadata_map
+        batch, size = _input_shape(name, session, metadata, options.batch_size)
+        width = _output_width(name, session)
+        preprocessing = _preprocessing(size, metadata)
     weights = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     parts = {"weights": weights, "preprocessing": asdict(preprocessing)}
     space = digest_of(**parts)
@@ -122,11 +120,27 @@ def _open_session(path: Path, providers: list[Any]) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = 1  # several would change the bits; batches run side by side
     settings.inter_op_num_threads = 1
-    try:
-        return onnxruntime.InferenceSession(str(path), settings, providers=providers)
-    except Exception as error:  # its errors share no public base class
-        first = str(error).strip().splitlines()[0]
-        raise EncoderError(f"{path}: no ONNX file that runs here ({first})") from error
+    return onnxruntime.InferenceSession(str(path), settings, providers=providers)
+
+
+def _output_width(name: str, session: Any) -> int:
+    shape = session.get_outputs()[0].shape
+    if len(shape) != 2 or not isinstance(shape[1], int):
+        raise EncoderError(f"encoder {name!r}: gives {shape}, expected (batch, width)")
+    return shape[1]
+
+
+def _preprocessing(size: int, metadata: Mapping[str, str]) -> Preprocessing:
+    mean = _three_numbers(metadata.get("mean"), IMAGENET_MEAN)
+    std = _three_numbers(metadata.get("std"), IMAGENET_STD)
+    if "image_size" in metadata:
+        return Preprocessing(size, "short_side", round(size * 256 / 224), "bicubic", mean, std)
+    return Preprocessing(size, "squash", size, "bilinear", mean, std)
+
+
+def _three_numbers(text: str | None, default: tuple[float, ...]) -> tuple[float, ...]:
+    red, green, blue = default if text is None else json.loads(text)
+    return float(red), float(green), float(blue)
 
 
 def _input_shape(
@@ -135,9 +149,13 @@ def _input_shape(
     """Return batch size and side of the input; wanted: images a batch, where the file takes any."""
     shape = session.get_inputs()[0].shape
     batch = shape[0] if isinstance(shape[0], int) else wanted or DEFAULT_BATCH_SIZE
-    if "image_size" in metadata and shape[1] == 3:
-        return batch, int(metadata["image_size"])
     is_square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]
-    if not is_square or not isinstance(shape[2], int):
+    if "image_size" in metadata and len(shape) == 4 and shape[1] == 3:
+        side = int(metadata["image_size"])
+    elif is_square and isinstance(shape[2], int):
+        side = shape[2]
+    else:
         raise EncoderError(f"encoder {name!r}: takes {shape}, expected (batch, 3, side, side)")
-    return batch, shape[2]
+    if not (0 < side <= MAX_SIDE and 0 < batch <= MAX_BATCH_SIZE):
+        raise EncoderError(f"encoder {name!r}: takes {batch} images of {side}x{side} pixels")
+    return batch, side

@@ -1,6 +1,5 @@
 """`open_clip:MODEL/PRETRAINED`: the image tower of any model of open_clip."""
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from embedder.encoders.torch_trunk import (
     seeded_weights,
     weights_digest,
 )
-from embedder.errors import EncoderError, reason_of
+from embedder.errors import EncoderError, foreign_weights
 from embedder.feature_maps import FeatureModel, Layer
 
 
@@ -91,11 +90,8 @@ def _image_tower(name: str, model_name: str, weights: str, options: LoadOptions)
             known = ", ".join(tags) or "none"
             raise EncoderError(f"encoder {name!r}: no file {weights}, nor a tag (known: {known})")
         refuse_hub(name, options, f"the weights {weights!r} are on a hub")
-    try:
-        return open_clip.create_model(model_name, pretrained=weights).visual
-    except (RuntimeError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        reason = reason_of(error)
-        raise EncoderError(f"encoder {name!r}: cannot load {weights} ({reason})") from error
+    with foreign_weights(f"encoder {name!r}: cannot load {weights}", EncoderError):
+        return open_clip.create_model(model_name, pretrained=weights, weights_only=True).visual
 
 
 def _preprocessing(name: str, config: dict[str, Any]) -> Preprocessing:

@@ -4,13 +4,6 @@ Images are squashed to 320 x 320, which fills batches; `sscd:288:FILE` sees them
 short side of 288 pixels, one at a time. The authors name both.
 """
 
-import warnings
-from collections.abc import Callable
-from pathlib import Path
-
-import torch
-from torch import nn
-
 from embedder.encoder import LoadOptions, Thresholds
 from embedder.encoders.torch_trunk import (
     Preprocessing,
@@ -21,7 +14,7 @@ from embedder.encoders.torch_trunk import (
     place,
     weights_digest,
 )
-from embedder.errors import EncoderError
+from embedder.encoders.torchscript import load_torchscript
 
 _SQUASHED = Preprocessing(320, "squash", 320, "bilinear")
 _WHOLE = Preprocessing(288, "whole", 288, "bilinear")
@@ -36,17 +29,6 @@ def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
     side, _, file = argument.partition(":")
     if side not in _PREPROCESSING:  # a path, which may hold colons
         side, file = "320", argument
-    module = _read_script(existing_file(name, file))
+    module = load_torchscript(existing_file(name, file))
     trunk = TorchTrunk(module, _PREPROCESSING[side], placement, weights_digest(module))
     return TrunkEncoder(name, trunk, output_width(name, trunk), "MIT", THRESHOLDS)
-
-
-def _read_script(path: Path) -> nn.Module:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch deprecates TorchScript; the files are given
-            load_script: Callable[..., nn.Module] = torch.jit.load
-            return load_script(path, map_location="cpu")
-    except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise EncoderError(f"{path}: no TorchScript file ({first})") from error

@@ -23,7 +23,7 @@ from embedder.encoders.torch_trunk import (
     seeded_weights,
     weights_digest,
 )
-from embedder.errors import EncoderError, reason_of
+from embedder.errors import EncoderError, foreign_weights
 from embedder.feature_maps import FeatureModel, Layer, with_mean
 
 
@@ -111,10 +111,8 @@ def _fill(name: str, model: nn.Module, path: Path) -> None:
 
     Raises: EncoderError where the file is no checkpoint, or that of another model.
     """
-    try:
-        keys = timm.models.load_checkpoint(model, str(path), strict=False)
-    except Exception as error:  # whatever unpickling, safetensors and timm raise: no common base
-        raise EncoderError(f"encoder {name!r}: cannot load {path} ({reason_of(error)})") from error
+    with foreign_weights(f"encoder {name!r}: cannot load {path}", EncoderError):
+        keys = timm.models.load_checkpoint(model, str(path), strict=False, weights_only=True)
     lacking = keys.missing_keys if keys is not None else []
     if lacking:
         raise EncoderError(

@@ -65,7 +65,7 @@ def test_teacher__is_that_of_the_run_and_does_not_change(
     saved = {f"method.teacher.{name}": torch.zeros_like(value) for name, value in before.items()}
     checkpoint.load_into(Path(teacher_run), 3, saved)
     student = {name: value.clone() for name, value in method.student.state_dict().items()}
-    batch = Batches(trainer.source, trainer.config)[Part(0, 4, 0, 4)].to(CPU)
+    batch = Batches(trainer.source, trainer.config).batch(Part(0, 4, 0, 4)).to(CPU)
     for _ in range(3):
         trainer.take_step([batch])
     after = method.teacher.state_dict()
@@ -91,7 +91,7 @@ def test_take_step__losses_fall_on_one_repeated_batch(
         teacher={"temperature": [0.04, 0.04]},
     )
     trainer, _ = trainer_of(config, images, tmp_path)
-    batch = Batches(trainer.source, config)[Part(0, 4, 0, 4)].to(CPU)
+    batch = Batches(trainer.source, config).batch(Part(0, 4, 0, 4)).to(CPU)
     totals = [trainer.take_step([batch]) for _ in range(60)]
     for name in ("loss", "ibot_loss", "dino_global_crops_loss", "dino_local_crops_loss"):
         assert totals[-1][name] < 0.9 * totals[0][name], name
@@ -101,7 +101,7 @@ def test_losses__ibot_is_the_mean_over_all_unmasked_patches(
     images: str, teacher_run: str, tmp_path: Path
 ) -> None:
     trainer, method = trainer_of(distill_config(teacher_run), images, tmp_path)
-    batch = Batches(trainer.source, trainer.config)[Part(0, 4, 0, 4)].to(CPU)
+    batch = Batches(trainer.source, trainer.config).batch(Part(0, 4, 0, 4)).to(CPU)
     targets = method.targets([batch], 0.05)
     got = method.losses(batch, targets, 0, torch.Generator())["ibot_loss"]
     patches = method.student.backbone(batch.global_crops).patches.flatten(0, 1)  # (2 B P, D)

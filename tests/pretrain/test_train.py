@@ -13,7 +13,7 @@ from embedder.errors import CheckpointError
 from embedder.vit import VisionTransformer
 from pretrain import checkpoint
 from pretrain.config import PretrainConfig, load_config
-from pretrain.data import Batches, Part, open_loader
+from pretrain.data import Batches, Part, read_batches
 from pretrain.errors import TrainingError
 from pretrain.run_log import Record, read_lines
 from pretrain.sources import open_source
@@ -103,7 +103,7 @@ def test_take_step__losses_fall_on_one_repeated_batch(
         teacher={"momentum": [0.996, 1.0], "temperature": [0.04, 0.04]},
     )
     trainer = Trainer(config, images, tmp_path, CPU, resume=True)
-    batch = Batches(trainer.source, config)[Part(0, 4, 0, 4)].to(trainer.device)
+    batch = Batches(trainer.source, config).batch(Part(0, 4, 0, 4)).to(trainer.device)
     for _ in range(60):  # a fresh centre lags, which moves the loss more than learning does
         trainer.method.targets([batch], 0.04)
     totals = [trainer.take_step([batch])["loss"] for _ in range(60)]
@@ -133,25 +133,25 @@ def test_run__nan_names_step_and_images(
 ) -> None:
     trainer = Trainer(small_config(), images, tmp_path, CPU, resume=True)
     torch.nn.init.constant_(trainer.method.student.backbone.norm.bias, torch.nan)
-    batch = Batches(trainer.source, trainer.config)[Part(0, 4, 0, 4)].to(trainer.device)
+    batch = Batches(trainer.source, trainer.config).batch(Part(0, 4, 0, 4)).to(trainer.device)
     with pytest.raises(TrainingError, match=r"step 1: .* images of the batch: .*\.jpg"):
         trainer.take_step([batch])
 
 
 def test_batches__a_rank_s_share_is_part_of_the_whole(images: str) -> None:
     source, config = open_source(images), small_config()
-    whole = Batches(source, config)[Part(8, 4, 0, 4)]
-    first, second = (Batches(source, config)[Part(8, 4, start, 2)] for start in (0, 2))
+    whole = Batches(source, config).batch(Part(8, 4, 0, 4))
+    first, second = (Batches(source, config).batch(Part(8, 4, start, 2)) for start in (0, 2))
     assert first.ids + second.ids == whole.ids
     for name in ("global_crops", "local_crops", "masks"):
         split = [getattr(half, name).unflatten(0, (-1, 2)) for half in (first, second)]
         assert torch.equal(torch.cat(split, dim=1).flatten(0, 1), getattr(whole, name))
 
 
-def test_open_loader__goes_on_from_any_position(images: str) -> None:
+def test_read_batches__goes_on_from_any_position(images: str) -> None:
     source, config = open_source(images), small_config()
-    stream = iter(open_loader(source, config, 0, 0, 1))
-    later = iter(open_loader(source, config, 8, 0, 1))
+    stream = read_batches(source, config, 0, 0, 1)
+    later = read_batches(source, config, 8, 0, 1)
     batches = [next(stream) for _ in range(3)]
     assert torch.equal(batches[2].global_crops, next(later).global_crops)
 

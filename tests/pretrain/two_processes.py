@@ -49,7 +49,7 @@ def series(images: str, name: str) -> tuple[list[list[float]], dict[str, torch.T
     schedules, momentum = Schedules.of(config, world_size()), Cosine(0.99, 1.0, STEPS)
     table = []
     for step in range(STEPS):
-        batch = batches[Part(step * WHOLE_BATCH, WHOLE_BATCH, rank() * own, own)].to(CPU)
+        batch = batches.batch(Part(step * WHOLE_BATCH, WHOLE_BATCH, rank() * own, own)).to(CPU)
         assert batch.local_crops is not None
         batch = replace(batch, global_crops=batch.global_crops.to(dtype),
                         local_crops=batch.local_crops.to(dtype))  # fmt: skip
