@@ -6,15 +6,16 @@ and still refuses "3" for 3.
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from curation.errors import ConfigError
+from curation.yaml_reader import MAX_CHARACTERS, parse_yaml
 
 
 class Settings(BaseModel):
@@ -31,6 +32,24 @@ class Settings(BaseModel):
 
 S = TypeVar("S", bound=BaseModel)
 
+_MAX_PARENTS = 10
+
+
+def check_name(name: str) -> str:
+    """Give back what may name a recipe, a set or a side-car: it becomes part of paths and reasons.
+
+    Raises:
+        ValueError: it may not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError(
+            "a name is 1 to 64 letters of ASCII, digits, '.', '_' and '-', and begins with no '.'"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+
 
 def read_yaml(path: Path) -> Any:
     """Read one YAML document.
@@ -38,14 +57,33 @@ def read_yaml(path: Path) -> Any:
     Raises:
         ConfigError: the file is missing or is not YAML.
     """
+    if not _is_file(path):
+        raise ConfigError(f"{path}: no such file")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    return parse_yaml(text, str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read YAML that holds keys; an empty file holds none.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds something else.
+    """
+    values = read_yaml(path)
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: want a mapping of keys, found {type(values).__name__}")
+    return values or {}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
 
 
 def find_config(kind: str, name: str) -> Path:
@@ -55,11 +93,11 @@ def find_config(kind: str, name: str) -> Path:
         ConfigError: neither is there; names those that ship.
     """
     given = Path(name)
-    if given.is_file() or given.suffix in (".yaml", ".yml"):
+    if _is_file(given) or given.suffix in (".yaml", ".yml"):
         return given
     folder = Path(str(resources.files("configs").joinpath(kind)))
     shipped = folder / f"{name}.yaml"
-    if not shipped.is_file():
+    if not _is_file(shipped):
         names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise ConfigError(f"{name}: neither a file nor one of configs/{kind}: {names}")
     return shipped
@@ -74,10 +112,7 @@ def split_change(change: str) -> tuple[str, Any]:
     key, equals, text = change.partition("=")
     if not equals:
         raise ConfigError(f"--set {change}: want key=value, such as optim.steps=100")
-    try:
-        return key.strip(), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {change}: the value is not valid YAML") from error
+    return key.strip(), parse_yaml(text, f"--set {change}")
 
 
 def apply_changes(values: dict[str, Any], changes: Iterable[str]) -> None:
@@ -105,6 +140,8 @@ def apply_changes(values: dict[str, Any], changes: Iterable[str]) -> None:
 
 def _put(values: dict[str, Any], key: str, value: Any, change: str) -> None:
     *parents, last = key.split(".")
+    if len(parents) > _MAX_PARENTS:
+        raise ConfigError(f"--set {change}: no settings lie so deep")
     for parent in parents:
         inner = values.setdefault(parent, {})
         if not isinstance(inner, dict):
@@ -183,7 +220,3 @@ def _number_hint(value: Any) -> str:
     except ValueError:
         return ""
     return " (YAML reads this as text: write 1.0e-4 for 1e-4)"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -265,7 +265,7 @@ def read_json(path: str) -> Any:
     """
     try:
         return json.loads(read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: not valid JSON ({error}); remove it and run again") from error
 
 
@@ -414,8 +414,9 @@ def storage_errors(path: str) -> Iterator[None]:
 
 
 def _resolve(path: str) -> tuple[Any, str]:
-    if not path:
-        raise StorageError("an empty path was given; name a folder or a URL")
+    if not path or "\0" in path:
+        what = "with the character NUL" if path else "that is empty"
+        raise StorageError(f"a path {what} was given; name a folder or a URL")
     if is_local(path):
         return LocalFileSystem(), os.path.abspath(path.removeprefix("file://"))  # noqa: PTH100
     with storage_errors(path):

@@ -57,7 +57,9 @@ MaxFailed = Annotated[
     typer.Option("--max-failed-shards", min=0, help="Shards of a stage that may keep failing."),
 ]
 Address = Annotated[str | None, typer.Option("--address", help="Address of a Ray cluster.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seeds every random choice.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seeds every random choice.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", help="Change one key: KEY=VALUE. May be repeated.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from curation.config import Settings, apply_changes, find_config, parse_settings, read_yaml
+from curation.config import Name, Settings, apply_changes, find_config, parse_settings, read_mapping
 from curation.errors import ConfigError
 from curation.registry import load_stage
 from curation.stage import Stage
@@ -56,11 +56,11 @@ class EvaluateStep(Settings):
 class Recipe(Settings):
     """The whole job, from a list of URLs to a training set."""
 
-    name: str
+    name: Name
     """Name of the recipe, for reports."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     """Seeds every random choice."""
-    rows_per_shard: int = 10_000
+    rows_per_shard: int = Field(10_000, ge=1, lt=1 << 31)
     """About how many rows lie in one shard; it does not change the content."""
     max_rows: int | None = Field(default=None, ge=1)
     """Read only a uniform sample of about so many rows of the pool, and of each set; null: all."""
@@ -70,7 +70,7 @@ class Recipe(Settings):
     """Folders that `curate forget` left: what it took out of those builds stays out of this one."""
     paths: dict[str, str] = {}
     """Values of ${name} in the rest of the recipe; ${work} is the work folder."""
-    sets: dict[str, SetSource] = {}
+    sets: dict[Name, SetSource] = {}
     """Benchmarks and seed sets by name."""
     pool: tuple[str | dict[str, dict[str, Any] | None], ...] = Field(min_length=1)
     """The stages in order: a name, or a name with settings. The first is `ingest`."""
@@ -155,9 +155,7 @@ def load_recipe(name: str, variables: dict[str, str], changes: Iterable[str] = (
         ConfigError: one line that names the file, the key, and what is allowed.
     """
     path = find_config("recipes", name)
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
+    values = read_mapping(path)
     apply_changes(values, changes)
     known = {**variables, **{key: str(value) for key, value in (values.get("paths") or {}).items()}}
     filled = _fill(values, known, str(path))

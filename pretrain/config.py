@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from curation.config import Settings, apply_changes, find_config, parse_settings, read_yaml
+from curation.config import Settings, apply_changes, find_config, parse_settings, read_mapping
 from curation.errors import ConfigError
 from embedder.vit import ViTConfig, vit_config
 
@@ -368,6 +368,6 @@ def load_distill_config(
 
 
 def _read(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    values: dict[str, Any] = read_yaml(path) or {}
+    values = read_mapping(path)
     apply_changes(values, overrides)
     return values

@@ -7,13 +7,12 @@ optimiser starts afresh, and all schedules run over the new length.
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curation.config import apply_changes, find_config, laid_over, parse_settings, read_yaml
+from curation.config import apply_changes, find_config, laid_over, parse_settings, read_mapping
 from curation.errors import ConfigError
 from pretrain import checkpoint
 from pretrain.config import PretrainConfig
@@ -34,7 +33,7 @@ def load_continued_config(
     saved = checkpoint.read_about(folder, step)["config"]
     if "teacher_run" in saved:
         raise ConfigError(f"{run}: is a distillation; only `curate pretrain` runs can be continued")
-    above: dict[str, Any] = read_yaml(find_config("pretrain", path_or_name)) or {}
+    above = read_mapping(find_config("pretrain", path_or_name))
     values = laid_over({**saved, "init": None}, above)
     apply_changes(values, overrides)
     values["continue_run"] = str(Path(run).resolve())

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, PrivateAttr
 
+from curation.config import Name
 from curation.errors import ConfigError, SpaceError
 from curation.schema import embedding_schema
 from curation.stage import DEVICE_BUSY_S, Engine, Resources, Shard, ShardStage, Task, reject
@@ -38,7 +39,7 @@ class Embed(ShardStage):
     worker checks that its own are the same before its first image.
     """
 
-    encoders: dict[str, str] = Field(
+    encoders: dict[Name, str] = Field(
         {"copy": "lite-copy", "semantic": "lite-semantic"}, min_length=1
     )
     """Name of the side-car -> encoder, such as lite-copy, sscd:FILE or open_clip:MODEL/FILE."""

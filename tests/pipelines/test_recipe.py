@@ -86,3 +86,22 @@ def test_load_recipe__wrong_change_is_one_clear_line(tmp_path, change):
     with pytest.raises(ConfigError, match=r"--set \S+: ") as error:
         load(tmp_path, SMALL, [change])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("name=../../evil", "'name' is \"../../evil\": a name is 1 to 64 letters"),
+        ("name=''", "a name is 1 to 64 letters"),
+        ("sets={../../evil: {images: x}}", "a name is 1 to 64 letters"),
+        ("sets={a/b: {images: x}}", "a name is 1 to 64 letters"),
+        ("pool=[{embed: {encoders: {../x: lite-copy}}}]", "a name is 1 to 64 letters"),
+        ("seed=-1", "'seed' is -1"),
+        ("seed=99999999999999999999999999", "'seed' is 99999999999999999999999999"),
+        ("rows_per_shard=0", "'rows_per_shard' is 0"),
+    ],
+)
+def test_load_recipe__names_and_numbers_have_bounds(change, what):
+    with pytest.raises(ConfigError) as error:
+        load_recipe("demo", {"work": "w"}, [change])
+    assert what in str(error.value)
