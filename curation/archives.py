@@ -26,7 +26,7 @@ from curation.page_images import (
     srcset_urls,
 )
 from curation.schema import schema_of
-from curation.sources.lists import plain_name
+from curation.unpacking import plain_name
 
 SUFFIXES = (".warc", ".wat")
 _MAX_WAT_BYTES = 16 << 20

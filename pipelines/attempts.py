@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Generic
 
-from curation.errors import ConfigError, EngineError, LedgerError, SchemaError, SpaceError
+from curation.errors import ConfigError, DatasetError, EngineError, LedgerError, SpaceError
 from curation.stage import Item
 from embedder.errors import EncoderError
 
 logger = logging.getLogger(__name__)
 
-_HOPELESS = (ConfigError, EncoderError, LedgerError, SchemaError, SpaceError)
+_HOPELESS = (ConfigError, DatasetError, EncoderError, LedgerError, SpaceError)
 """Errors that another try cannot mend."""
 _MOST_LOSSES = 10
 """Workers that may vanish under an item, such as with their nodes, before it is blamed."""

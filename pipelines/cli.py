@@ -177,6 +177,10 @@ def ingest(
     ] = None,
     images: Annotated[str | None, typer.Option("--images", help="Folder of images.")] = None,
     url_column: Annotated[str, typer.Option("--url-column", help="Column of the URL.")] = "url",
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", help="Names for CSV and TSV without a header: alt,url (CC3M)."),
+    ] = None,
     set_name: SetName = None,
     rows_per_shard: Annotated[int, typer.Option("--rows-per-shard", min=1)] = 10_000,
     changes: Changes = None,
@@ -190,6 +194,8 @@ def ingest(
 
         curate ingest --urls urls.parquet --out rows
 
+        curate ingest --urls Train_GCC-training.tsv --columns alt,url --out cc3m
+
         curate ingest --archives crawl/ --out rows --set lists.blocked.ut1=blacklists/
     """
     from pipelines.verbs import stages as verb
@@ -199,6 +205,7 @@ def ingest(
         "archives": archives,
         "images": images,
         "url_column": url_column,
+        "columns": [] if columns is None else [name.strip() for name in columns.split(",")],
         "rows_per_shard": rows_per_shard,
     }
     verb.run_ingest(settings, set_name, changes or [], out, _engine(engine, workers, address))

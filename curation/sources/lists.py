@@ -1,24 +1,47 @@
-"""Lists of URLs: Parquet, CSV, TSV, JSON lines and plain text, also compressed."""
+"""Lists of URLs: which files are lists, and their rows as tables.
 
-import contextlib
+Parquet is read by row groups. Text lists are first written again as Parquet (`text_lists`).
+"""
+
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import fsspec
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
 
 from curation import storage
-from curation.errors import ConfigError, SchemaError
+from curation.errors import ConfigError, LedgerError, SchemaError
 from curation.schema import schema_of
+from curation.sources.columns import TEXTS, as_text, check_columns, repaired
 from curation.sources.pieces import Piece
+from curation.sources.text_lists import ODDITIES, TEXT_SUFFIXES, ListTally
+from curation.unpacking import plain_name
 
-_LIST_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".txt")
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+logger = logging.getLogger(__name__)
 
-URLS = pa.schema([("url", pa.string()), *schema_of(["alt", "page", "license", "crawled_at"])])
+_PARQUET = ".parquet"
+_SUFFIXES = (_PARQUET, *TEXT_SUFFIXES)
+_FIELDS = (".csv", ".tsv")
+_MOST_NAMED = 3
+
+URLS = pa.schema([*TEXTS, *schema_of(["crawled_at"])])
+
+
+@dataclass(frozen=True)
+class ListFiles:
+    """What lies where lists of URLs are looked for."""
+
+    tables: list[str]
+    """Parquet files."""
+    texts: list[str]
+    """Text lists."""
+    left_out: list[str]
+    """Files that are no lists by their names, or hidden: `.name` and `_name`."""
+
+    @property
+    def all(self) -> list[str]:
+        """All lists."""
+        return [*self.tables, *self.texts]
 
 
 @dataclass(frozen=True)
@@ -26,108 +49,163 @@ class UrlList:
     """Lists of URLs: Parquet, CSV, TSV, JSON lines or plain text, also compressed."""
 
     path: str
+    """A list or a folder of lists; empty: only what lies in `rewritten`."""
     columns: dict[str, str]
-    """Our column -> the list's: url, and optionally alt, page, license, crawled_at."""
+    """Our column -> the list's: url, alt, page, license."""
+    header: tuple[str, ...] = ()
+    """Names of the columns of CSV and TSV lists that have no header."""
+    rewritten: str = ""
+    """Folder of lists that were written again as Parquet with our columns."""
 
-    def pieces(self) -> list[Piece]:
-        """Cut into row groups or files, with their row counts.
+    def files(self) -> ListFiles:
+        """What lies at the path.
 
         Raises:
             ConfigError: nothing there that is a list of URLs.
         """
-        return [piece for file in self._files() for piece in self._pieces_of(file)]
+        if not self.path:
+            return ListFiles([], [], [])
+        names = storage.walk_files(self.path)
+        if names:
+            found = _sorted_out(self.path, names)
+        elif storage.exists(self.path):
+            found = _sorted_out(self.path, [""])
+        else:
+            raise ConfigError(f"{self.path}: no such list of URLs")
+        if not found.all:
+            raise ConfigError(
+                f"{self.path}: no lists of URLs there; allowed: {', '.join(_SUFFIXES)}, "
+                "the texts plain or compressed"
+            )
+        nameless = [file for file in found.all if not plain_name(file).endswith(_FIELDS)]
+        if self.header and nameless:
+            raise ConfigError(
+                f"{nameless[0]}: 'columns' is for CSV and TSV lists without a header; leave it out"
+            )
+        return found
+
+    def pieces(self) -> list[Piece]:
+        """The row groups of all Parquet files.
+
+        Raises:
+            SchemaError: one has no column of URLs.
+        """
+        files = [(file, self.columns) for file in self.files().tables]
+        names = storage.list_files(self.rewritten, _PARQUET) if self.rewritten else []
+        ours = {name: name for name in URLS.names}
+        files += [(storage.join(self.rewritten, name), ours) for name in names]
+        return [piece for file, columns in files for piece in _row_groups(file, columns)]
 
     def read(self, piece: Piece) -> pa.Table:
-        """URLs of a piece, with what the list knows of them."""
-        table = self._read_table(piece)
-        wanted = {ours: theirs for ours, theirs in self.columns.items() if theirs}
-        if self.columns["url"] not in table.column_names:
-            raise SchemaError(
-                f"{piece.file}: no column '{self.columns['url']}'; found: "
-                f"{', '.join(table.column_names)}; name it with url_column"
+        """URLs of a piece, with what the list knows of them.
+
+        Raises:
+            LedgerError: the rows are not as many as the file says.
+        """
+        is_ours = self.rewritten and piece.file.startswith(self.rewritten)
+        columns = {name: name for name in URLS.names} if is_ours else self.columns
+        with storage.open_parquet(piece.file) as opened, storage.parquet_errors(piece.file):
+            present = sorted(set(columns.values()) & set(opened.schema_arrow.names))
+            table = opened.read_row_group(piece.row_group, columns=present)
+        if table.num_rows != piece.num_rows:
+            raise LedgerError(
+                f"{piece.file}: row group {piece.row_group} has {table.num_rows} rows, its footer "
+                f"says {piece.num_rows}; write the file again"
             )
         return pa.table(
             [
-                table[wanted[field.name]].cast(field.type)
-                if wanted.get(field.name) in table.column_names
+                _column(table[columns[field.name]], field)
+                if columns.get(field.name) in present
                 else pa.nulls(table.num_rows, field.type)
                 for field in URLS
             ],
             schema=URLS,
         )
 
-    def _files(self) -> list[str]:
-        if plain_name(self.path).endswith(_LIST_SUFFIXES):
-            if not storage.exists(self.path):
-                raise ConfigError(f"{self.path}: no such list of URLs")
-            return [self.path]
-        names = [
-            name
-            for name in storage.walk_files(self.path)
-            if plain_name(name).endswith(_LIST_SUFFIXES) and not name.startswith("_")
-        ]
-        if not names:
-            raise ConfigError(
-                f"{self.path}: no lists of URLs there; allowed: {', '.join(_LIST_SUFFIXES)}, "
-                "plain or compressed"
-            )
-        return [storage.join(self.path, name) for name in names]
 
-    def _pieces_of(self, file: str) -> Iterator[Piece]:
-        if not file.endswith(".parquet"):
-            yield Piece(file, num_rows=_count_lines(file))
-            return
-        with storage.open_parquet(file) as opened:
-            for group in range(opened.num_row_groups):
-                yield Piece(file, group, num_rows=opened.metadata.row_group(group).num_rows)
-
-    def _read_table(self, piece: Piece) -> pa.Table:
-        name = plain_name(piece.file)
-        if name.endswith(".parquet"):
-            with storage.open_parquet(piece.file) as opened, storage.parquet_errors(piece.file):
-                present = set(self.columns.values()) & set(opened.schema_arrow.names)
-                columns = sorted(present) or None
-                return opened.read_row_group(piece.row_group, columns=columns)
-        with _open_text(piece.file) as file:
-            return self._parse(name, file, piece.file)
-
-    def _parse(self, name: str, file: object, path: str) -> pa.Table:
-        try:
-            if name.endswith(".jsonl"):
-                return pa.json.read_json(file)
-            if name.endswith(".txt"):
-                lines = file.read().decode("utf-8", "replace").splitlines()  # type: ignore[attr-defined]
-                return pa.table({self.columns["url"]: [line for line in lines if line.strip()]})
-            tabs = pa.csv.ParseOptions(delimiter="\t" if name.endswith(".tsv") else ",")
-            return pa.csv.read_csv(file, parse_options=tabs)
-        except pa.ArrowInvalid as error:
-            detail = " ".join(str(error).split())
-            raise SchemaError(f"{path}: not a readable list: {detail}") from error
+def report_lists(found: ListFiles, tallies: list[ListTally]) -> dict[str, int]:
+    """Give the figures of all lists; log what is odd in them. tallies: of the texts."""
+    pairs = list(zip(found.texts, tallies, strict=True))
+    broken = [
+        f"{tally.unreadable_rows} in {file}, the first in {tally.first_unreadable}"
+        for file, tally in pairs
+        if tally.unreadable_rows
+    ]
+    empty = [file for file, tally in pairs if not tally.rows]
+    _warn("left out, as by their names they are no lists", found.left_out)
+    _warn("empty lists", empty)
+    _warn("rows that cannot be read are dropped as bad_source", broken)
+    odd = {"left_out_files": len(found.left_out), "empty_lists": len(empty)}
+    for name in ODDITIES:
+        odd[name] = sum(getattr(tally, name) for tally in tallies)
+    met = {name: count for name, count in odd.items() if count}
+    return {"input_files": len(found.all), **met}
 
 
-def plain_name(path: str) -> str:
-    """The name without a compression suffix, in lower case."""
-    lower = path.lower()
-    for suffix in _COMPRESSED:
-        lower = lower.removesuffix(suffix)
-    return lower
+def _warn(what: str, cases: list[str]) -> None:
+    if cases:
+        more = f"; and {len(cases) - _MOST_NAMED} more" if len(cases) > _MOST_NAMED else ""
+        logger.warning("%s: %s%s", what, "; ".join(cases[:_MOST_NAMED]), more)
 
 
-@contextlib.contextmanager
-def _open_text(path: str) -> Iterator[Any]:
-    """Open a list, unpacked; zstd by Arrow, for which fsspec needs a further package."""
-    if path.lower().endswith(".zst"):
-        with storage.open_read(path) as file, pa.CompressedInputStream(file, "zstd") as unpacked:
-            yield unpacked
+def _sorted_out(path: str, names: list[str]) -> ListFiles:
+    """Tell lists from other files. names: below the path; "" is the path itself.
+
+    Raises:
+        ConfigError: a packed Parquet file.
+    """
+    found = ListFiles([], [], [])
+    for name in names:
+        file = storage.join(path, name) if name else path
+        if _hidden(name) or not plain_name(file).endswith(_SUFFIXES):
+            found.left_out.append(file)
+        elif not plain_name(file).endswith(_PARQUET):
+            found.texts.append(file)
+        elif file.lower().endswith(_PARQUET):
+            found.tables.append(file)
+        else:
+            raise ConfigError(f"{file}: Parquet is compressed inside; unpack the file")
+    return found
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith((".", "_")) for part in name.split("/"))
+
+
+def _row_groups(file: str, columns: dict[str, str]) -> Iterator[Piece]:
+    if not storage.size_of(file):
+        logger.warning("%s: empty", file)
         return
-    with fsspec.open(path, "rb", compression="infer") as file:
-        yield file
+    with storage.open_parquet(file) as opened:
+        check_columns(file, opened.schema_arrow.names, columns)
+        kind = opened.schema_arrow.field(columns["url"]).type
+        if not _holds_text(kind):
+            raise SchemaError(f"{file}: column '{columns['url']}' is {kind}; text is expected")
+        for group in range(opened.num_row_groups):
+            yield Piece(file, group, num_rows=opened.metadata.row_group(group).num_rows)
 
 
-def _count_lines(path: str) -> int:
-    count, last = 0, b"\n"
-    with storage.storage_errors(path), _open_text(path) as file:
-        while block := file.read(1 << 22):
-            count += block.count(b"\n")
-            last = block
-    return count + (not last.endswith(b"\n"))
+def _holds_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (
+        *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+        *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null),
+    )
+    return any(test(kind) for test in tests)
+
+
+def _column(values: pa.ChunkedArray, field: pa.Field) -> pa.Array | pa.ChunkedArray:
+    """A column in our type: what is no text becomes its JSON, what is no UTF-8 is repaired."""
+    if field.type != pa.string():
+        return values.cast(field.type)
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if not _holds_text(values.type):
+        return pa.array([as_text(value) for value in values.to_pylist()], pa.string())
+    raw = values.cast(pa.large_binary())
+    try:
+        return raw.cast(pa.string())  # which looks at every byte, as text in Parquet need not be
+    except pa.ArrowInvalid:
+        texts = [as_text(value) for value in raw.to_pylist()]
+        return pa.array([text and repaired(text, field.name) for text in texts], pa.string())

@@ -5,7 +5,9 @@ near nothing in particular (one host's URLs spread over all shards, which is kin
 is found by its id alone, and the shards do not depend on how the input was cut.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from pydantic import Field, model_validator
 from curation import storage
 from curation.archives import archive_files, extract_images
 from curation.digest import digest_of
-from curation.errors import StageError
+from curation.errors import LedgerError, StageError
 from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
 from curation.identity import NORMALISATION_VERSION, file_source, normalise_url
 from curation.ledger import commit_shard
@@ -29,9 +31,11 @@ from curation.schema import (
     make_id,
     schema_of,
 )
+from curation.sources.columns import TEXTS
 from curation.sources.images import ImageFiles, read_references
-from curation.sources.lists import URLS, UrlList
+from curation.sources.lists import UrlList, report_lists
 from curation.sources.pieces import Piece
+from curation.sources.text_lists import ListTally, rewrite
 from curation.stage import (
     DatasetStage,
     Engine,
@@ -50,7 +54,7 @@ _URL_COLUMNS = ("source", "alt", "page", "license", "crawled_at")
 class Ingest(DatasetStage):
     """Where rows come from: give `urls`, `archives` or `images`."""
 
-    version = 2
+    version = 3
 
     urls: str | None = None
     """A list of URLs or a folder of lists: Parquet, CSV, TSV, JSON lines or text."""
@@ -68,6 +72,8 @@ class Ingest(DatasetStage):
     """Column of the page that showed the image, if the list has it."""
     license_column: str = "license"
     """Column of the licence, if the list has it."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of CSV and TSV lists without a header, in order."""
     rows_per_shard: int = 10_000
     """About how many rows lie in one shard; it does not change the content."""
     max_rows: int | None = Field(default=None, ge=1)
@@ -90,6 +96,8 @@ class Ingest(DatasetStage):
             raise ValueError("give either 'urls', 'archives' or 'images'")
         if self.rows_per_shard < 1:
             raise ValueError("'rows_per_shard' must be at least 1")
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError("'columns' names a column twice")
         return self
 
     def outputs(self) -> dict[str, pa.Schema]:
@@ -104,10 +112,12 @@ class Ingest(DatasetStage):
         """Names and sizes of the input files, and for local ones the time of their last change."""
         if self.archives is not None:
             files = set(archive_files(self.archives))
-        else:
-            pieces = self.source().pieces()
+        elif self.images is not None:
+            pieces = ImageFiles(self.images).pieces()
             files = {piece.file for piece in pieces if not piece.names}
             files |= {storage.join(piece.file, name) for piece in pieces for name in piece.names}
+        else:
+            files = set(self._url_list("").files().all)
         stamps = [(file, storage.stamp_of(file)) for file in sorted(files)]
         parts = (NORMALISATION_VERSION, stamps, self.lists.fingerprint())
         return digest_of(*parts, self.forgotten_ids()) if self.forgotten else digest_of(*parts)
@@ -117,31 +127,53 @@ class Ingest(DatasetStage):
         texts = (storage.read_bytes(file).decode("ascii") for file in self.forgotten)
         return [line for text in texts for line in text.split()]
 
-    def source(self, links: str = "") -> UrlList | ImageFiles:
-        """What the rows are read from; of archives, the folder of the links found in them."""
-        if self.images is not None:
-            return ImageFiles(self.images)
-        if self.archives is not None:
-            return UrlList(links, {name: name for name in URLS.names if name != "license"})
-        columns = (self.url_column, self.alt_column, self.page_column, self.license_column)
-        return UrlList(str(self.urls), dict(zip(URLS.names, columns, strict=False)))
+    def source(self, links: str) -> UrlList | ImageFiles:
+        """What the rows are read from. links: folder of what archives and text lists hold."""
+        return ImageFiles(self.images) if self.images is not None else self._url_list(links)
+
+    def _url_list(self, links: str) -> UrlList:
+        names = (self.url_column, self.alt_column, self.page_column, self.license_column)
+        columns = dict(zip(TEXTS.names, names, strict=True))
+        return UrlList(self.urls or "", columns, self.columns, links)
 
     def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
-        """Exchange the rows by id, then write a shard a range."""
-        figures: dict[str, Any] = {}
+        """Exchange the rows by id, then write a shard a range.
+
+        Raises:
+            StageError: there are no rows.
+            LedgerError: not all that are listed arrived.
+        """
         links = storage.join(folder.scratch, "links")
-        if self.archives is not None:
-            figures = self._extract(archive_files(self.archives), links, engine)
+        figures = self._read_links(links, engine)
         source = self.source(links)
         pieces = source.pieces()
-        known = sum(max(piece.num_rows, 1) for piece in pieces)
+        is_list = isinstance(source, UrlList)
+        known = sum(max(piece.num_rows, 0 if is_list else 1) for piece in pieces)
+        if not known:
+            raise StageError(f"{self.urls or self.archives}: no rows there, only empty files")
         share = 1.0 if self.max_rows is None else min(1.0, self.max_rows / known)
         num_shards = max(1, -(-int(known * share) // self.rows_per_shard))
         exchange = Exchange(storage.join(folder.scratch, "ingest"), num_shards, Resources())
         mapper = _ByIdRange(self, source, num_shards, share)
-        exchange.run(engine, mapper, pieces, _WriteShard(self, folder, num_shards, inputs.base))
+        writer = _WriteShard(self, folder, num_shards, inputs.base)
+        arrived = sum(exchange.run(engine, mapper, pieces, writer))
+        if is_list and share == 1 and arrived != known:
+            raise LedgerError(f"{self.urls or self.archives}: {known} rows, {arrived} arrived")
         files = len({piece.file for piece in pieces})
-        return {"input_files": files, "listed_rows": known, "share_read": share, **figures}
+        counts = {"input_files": files, "listed_rows": known, "share_read": share}
+        return {**counts, **figures}
+
+    def _read_links(self, links: str, engine: Engine) -> dict[str, int]:
+        """Write what archives and text lists hold as Parquet; give what was met there."""
+        if self.images is not None:
+            return {}
+        if self.archives is not None:
+            return self._extract(archive_files(self.archives), links, engine)
+        source = self._url_list(links)
+        found = source.files()
+        read = partial(rewrite, columns=source.columns, header=source.header)
+        tallies = _to_parquet(read, found.texts, links, engine, "ingest (lists)")
+        return report_lists(found, [ListTally(**tally) for tally in tallies])
 
     def _extract(self, archives: list[str], links: str, engine: Engine) -> dict[str, int]:
         """Write the links of each archive to a file; give what was found, added up.
@@ -149,29 +181,39 @@ class Ingest(DatasetStage):
         Raises:
             StageError: nothing in any of them can be read.
         """
-        items = list(enumerate(archives))
-        done = set(storage.list_files(links, ".json"))
-        waiting = [item for item in items if f"{item[0]:06d}.json" not in done]
-        for _ in engine.map(_ExtractLinks(links), waiting, "ingest (archives)"):
-            pass
-        tallies = [
-            storage.read_json(storage.join(links, f"{index:06d}.json")) for index, _ in items
-        ]
+        tallies = _to_parquet(extract_images, archives, links, engine, "ingest (archives)")
         total = {name: sum(tally[name] for tally in tallies) for name in tallies[0]}
         if total["damaged"] and not total["pages"]:
             raise StageError(f"{self.archives}: no record there can be read; are these WARC files?")
         return total
 
 
-@dataclass(frozen=True)
-class _ExtractLinks(Task[tuple[int, str], None]):
-    """Writes what an archive's pages show; the tally, written last, says that it is whole."""
+_Convert = Callable[[str, str], dict[str, Any]]
+"""Reads a file, writes its rows to another as Parquet, and gives a tally of what was met."""
 
+
+def _to_parquet(
+    convert: _Convert, files: list[str], folder: str, engine: Engine, label: str
+) -> list[dict[str, Any]]:
+    """Write each file's rows as Parquet, unless that is done; give the tallies."""
+    items = list(enumerate(files))
+    done = set(storage.list_files(folder, ".json"))
+    waiting = [item for item in items if f"{item[0]:06d}.json" not in done]
+    for _ in engine.map(_ToParquet(convert, folder), waiting, label):
+        pass
+    return [storage.read_json(storage.join(folder, f"{index:06d}.json")) for index, _ in items]
+
+
+@dataclass(frozen=True)
+class _ToParquet(Task[tuple[int, str], None]):
+    """Writes a file's rows as Parquet; the tally, written last, says that it is whole."""
+
+    convert: _Convert
     folder: str
 
     def __call__(self, item: tuple[int, str], opened: Any) -> None:
-        index, archive = item
-        tally = extract_images(archive, storage.join(self.folder, f"{index:06d}.parquet"))
+        index, file = item
+        tally = self.convert(file, storage.join(self.folder, f"{index:06d}.parquet"))
         storage.write_json(storage.join(self.folder, f"{index:06d}.json"), tally)
 
 

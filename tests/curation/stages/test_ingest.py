@@ -14,7 +14,7 @@ from PIL import Image
 from web_archives import packed, page, wat
 
 from curation.config import parse_settings
-from curation.errors import ConfigError, SchemaError, StageError
+from curation.errors import ConfigError, CurateError, EngineError, SchemaError, StageError
 from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
@@ -86,6 +86,119 @@ def test_ingest__reads_text_lists(tmp_path, kind):
     assert record.rows_out == 50
     alt = set(outputs["rows"].read()["alt"].to_pylist())
     assert alt == ({None} if kind.startswith("txt") else {"x"})
+
+
+TEXTS = {
+    "a.csv": b"url,alt\nhttp://h/1,x\nhttp://h/2,caf\xe9\n",
+    "B.TSV.GZ": gzip.compress(b'url\talt\nhttp://h/3\t"x\nhttp://h/4\ty\n'),
+    "c.jsonl": b'{"url": "http://h/5", "w": 1}\n{"url": "http://h/6", "w": "n/a"}\nnone\n',
+    "d.ndjson.zst": zstd(b'{"url": "http://h/7"}\n'),
+    "sub/e.txt": b"\xef\xbb\xbfhttp://h/8\r\n\r\nhttp://h/1\r\n",
+}
+EMPTY = {"f.csv": b"", "g.csv": b"url,alt\n", "h.jsonl": b"", "i.txt.gz": b"", "j.parquet": b""}
+NO_LISTS = {
+    "._a.csv": b"\0\5\26\7Mac OS X",
+    "_SUCCESS": b"",
+    ".f.parquet.crc": b"crc",
+    "_temporary/0/k.csv": b"url\nhttp://h/9\n",
+    "README.md": b"A list",
+}
+
+
+def folder_of(path, *kinds: dict[str, bytes]) -> str:
+    for name, data in (pair for kind in kinds for pair in kind.items()):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return str(path)
+
+
+def test_ingest__reads_a_folder_of_lists_of_all_kinds(tmp_path, caplog):
+    folder = folder_of(tmp_path / "lists", TEXTS, EMPTY, NO_LISTS)
+    write_urls(tmp_path / "lists" / "L.PARQUET", ["http://h/10"])
+    pq.ParquetWriter(tmp_path / "lists" / "m.parquet", pa.schema([("url", pa.string())])).close()
+    record, outputs = ingest(tmp_path, urls=folder, rows_per_shard=3)
+    sources = outputs["rows"].read()["source"].to_pylist()
+    assert sorted(sources) == sorted(f"http://h/{i}" for i in (*range(1, 9), 10))
+    assert (record.rows_in, record.figures["listed_rows"]) == (11, 11)
+    assert record.dropped == {"bad_source": 1, "duplicate_source": 1}
+    odd = {"left_out_files": 5, "empty_lists": 4, "unreadable_rows": 1, "blank_lines": 1}
+    assert record.figures.items() >= {"input_files": 12, "repaired_values": 1, **odd}.items()
+    assert f"1 in {folder}/c.jsonl, the first in line 3 is no JSON object" in caplog.text
+    again, _ = ingest(tmp_path, "again", 2, urls=folder, rows_per_shard=100)
+    assert again.outputs == record.outputs
+
+
+def test_ingest__content_is_free_of_how_a_text_is_cut(tmp_path):
+    lines = [f"{url}\t{i % 3}" for i, url in enumerate([*URLS, *URLS[:9], "no url"])] + ["ragged"]
+    whole = {"a.tsv": "\n".join(["url\talt", *lines]).encode()}
+    parts = {f"{i}.tsv": "\n".join(["url\talt", *lines[i::3]]).encode() for i in range(3)}
+    first, _ = ingest(tmp_path, "a", urls=folder_of(tmp_path / "whole", whole))
+    second, _ = ingest(tmp_path, "b", urls=folder_of(tmp_path / "parts", parts))
+    assert first.outputs == second.outputs
+    assert first.dropped == {"bad_source": 2, "duplicate_source": 9}
+
+
+@pytest.mark.parametrize("files", [EMPTY, {"a.csv": b"url\n\n"}])
+def test_ingest__says_that_all_lists_are_empty(tmp_path, files):
+    folder = folder_of(tmp_path / "lists", files)
+    for max_rows in (None, 10):
+        with pytest.raises(StageError, match="lists: no rows there, only empty files"):
+            ingest(tmp_path, f"out-{max_rows}", urls=folder, max_rows=max_rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "settings", "said"),
+    [
+        ("a.csv", b'url,alt\nhttp://h/1,"x\nhttp://h/2,y\n', {}, "a.csv: line 2: a quoted field"),
+        ("a.csv.gz", gzip.compress(b"url\n" * 99)[:-9], {}, "a.csv.gz: ends early"),
+        ("a.parquet.gz", b"", {}, "a.parquet.gz: Parquet is compressed inside; unpack the file"),
+        ("a.tsv", b"x\thttp://h/1\n", {}, r"has no header.*--columns alt,url"),
+        ("a.txt", b"http://h/1\n", {"columns": ("url",)}, "'columns' is for CSV and TSV lists"),
+        ("a.csv", b"url\nhttp://h/1\n", {"alt_column": "text"}, "no column 'text'; found: url"),
+    ],
+)
+def test_ingest__lists_that_cannot_be_read_end_in_one_line(tmp_path, name, data, settings, said):
+    folder_of(tmp_path, {name: data})
+    with pytest.raises(CurateError, match=said) as raised:
+        ingest(tmp_path, urls=str(tmp_path / name), **settings)
+    assert not isinstance(raised.value, EngineError)  # not tried again
+
+
+def test_ingest__headerless_lists(tmp_path):
+    cc3m = {"a.tsv": b'a "photo"\thttp://h/1\nanother\thttp://h/2\n'}
+    folder = folder_of(tmp_path / "lists", cc3m)
+    _, outputs = ingest(tmp_path, urls=folder, columns=("alt", "url"))
+    rows = {row["source"]: row["alt"] for row in outputs["rows"].read().to_pylist()}
+    assert rows == {"http://h/1": 'a "photo"', "http://h/2": "another"}
+    with pytest.raises(ConfigError, match="'columns' names a column twice"):
+        parse_settings(Ingest, {"urls": "a.tsv", "columns": ["url", "url"]}, "r.yaml")
+
+
+def test_ingest__parquet_values_of_other_types(tmp_path):
+    raw = pa.array([b"ok", b"caf\xe9", None])
+    columns = {
+        "alt": pa.array([{"en": "x"}, {"en": None}, None]),
+        "page": raw.dictionary_encode(),
+        "license": pa.array([1, None, 3]),
+    }
+    urls = write_urls(tmp_path / "u.parquet", [f"http://h/{i}" for i in range(3)], **columns)
+    _, outputs = ingest(tmp_path, urls=urls)
+    rows = sorted(outputs["rows"].read().to_pylist(), key=lambda row: row["source"])
+    assert [row["alt"] for row in rows] == ['{"en": "x"}', '{"en": null}', None]
+    assert [row["page"] for row in rows] == ["ok", "caf%E9", None]
+    assert [row["license"] for row in rows] == ["1", None, "3"]
+    twice = pa.table([pa.array(["http://h/1"])] * 3, names=["url", "alt", "alt"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(SchemaError, match=r"twice\.parquet: column 'alt' is there 2 times"):
+        ingest(tmp_path, "twice", urls=str(tmp_path / "twice.parquet"))
+    with pytest.raises(SchemaError, match=r"n\.parquet: column 'url' is int64; text is expected"):
+        ingest(tmp_path, "number", urls=write_urls(tmp_path / "n.parquet", [1]))
+
+
+def test_ingest__a_folder_named_as_a_list(tmp_path):
+    folder = folder_of(tmp_path / "urls.parquet", {"_SUCCESS": b""})
+    write_urls(tmp_path / "urls.parquet" / "part-0.parquet", URLS)
+    assert ingest(tmp_path, urls=folder)[0].rows_out == 50
 
 
 def img2dataset_output(folder, kind: str, host: str = "h") -> list[bytes]:
