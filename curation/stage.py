@@ -77,6 +77,11 @@ class Engine(ABC):
         """Those of one machine at most: they share its memory."""
         return self.workers
 
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether all work is done on one, which has one set of files and libraries."""
+        return True
+
     def everywhere(self, task: Task[None, Result], label: str) -> list[tuple[str, Result]]:
         """Run a task once in every local worker, or on every node that meets its needs.
 

@@ -129,6 +129,30 @@ def run(
 
 
 @app.command()
+def preflight(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
+    work: Work,
+    engine: Kind = EngineName.local,
+    workers: Workers = None,
+    address: Address = None,
+    changes: Changes = None,
+    base: Annotated[str | None, typer.Option("--base", help="As for `curate run`.")] = None,
+    json: Json = False,
+) -> None:
+    """Open every stage of a recipe on every node and compare what they find; exit 1 refuses.
+
+    Example:
+
+        curate preflight my.yaml --work /data/run1 --engine ray --set paths.urls=/data/urls
+    """
+    from pipelines.verbs import operation as verb
+
+    runner = _engine(engine, workers, address)
+    if not verb.print_preflight(recipe, work, runner, changes or [], base, json):
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
     images: Annotated[float, typer.Option("--images", min=1, help="Rows of the pool: 1.2e9.")],

@@ -57,7 +57,7 @@ class LocalEngine(Engine):
         text = pickle.dumps(task)
         waiting = [pool.submit(_run_once, text) for _ in range(self._workers)]
         found = sorted(future.result() for future in waiting)
-        return [(f"{host}, worker {number + 1}", pickle.loads(r)) for number, r in found]
+        return [(f"{host} worker {number + 1}", pickle.loads(r)) for number, r in found]
 
     def map(
         self, task: Task[Item, Result], items: Sequence[Item], label: str

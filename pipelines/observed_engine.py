@@ -71,6 +71,11 @@ class ObservedEngine(Engine):
         """Those of one machine."""
         return self.engine.workers_per_node
 
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether all work is done on one machine."""
+        return self.engine.is_one_machine
+
     def everywhere(self, task: Task[None, Result], label: str) -> list[tuple[str, Result]]:
         """Run a task once in every worker or node."""
         return self.engine.everywhere(task, label)

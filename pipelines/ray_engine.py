@@ -85,6 +85,14 @@ class RayEngine(Engine):
         self.retries += attempts.retries
         attempts.raise_failures(len(items))
 
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether the cluster has one node."""
+        import ray
+
+        _connect(self._limit, self._address)
+        return len([node for node in ray.nodes() if node["Alive"]]) < 2
+
     def everywhere(self, task: Task[None, Result], label: str) -> list[tuple[str, Result]]:
         """Run a task once on each node that meets its needs (see `Engine.everywhere`).
 

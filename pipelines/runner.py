@@ -22,7 +22,7 @@ from curation.stages.ingest import Ingest
 from curation.stages.select import MANIFEST_COLUMNS
 from pipelines.recipe import CheckedRecipe
 from pipelines.run_record import POOL, RUN_FILE, RunRecord, StageEntry, read_run
-from pipelines.settling import Settling
+from pipelines.settling import Settling, settled_file
 from pipelines.stage_runner import OfSet, Watcher, run_stage, stage_key
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,7 @@ class RecipeRun:
         self._watcher = watcher
         self._sets: dict[str, _Flow] = {}
         self._as_is: tuple[str, ...] = ()
-        settled = storage.join(work, "work", "_settled.json")
-        self._settling = Settling(engine, settled, base.settled if base else None)
+        self._settling = Settling(engine, settled_file(work), base.settled if base else None)
         self.published = False
         """Whether this run wrote a record; not so where everything was finished before."""
 

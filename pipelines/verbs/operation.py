@@ -1,16 +1,52 @@
-"""Verbs for who operates runs: status and clean."""
+"""Verbs for who operates runs: preflight, status and clean."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import console
 from pipelines.cleaning import clean
 from pipelines.status import status_of
+
+if TYPE_CHECKING:
+    from curation.stage import Engine
 
 _COLUMNS = (
     *("stage", "rows_in", "seconds", "rows_per_s", "bytes_per_s", "busy_share", "wait_s"),
     *("retries", "peak_bytes"),
 )
 _SOMETIMES = ("device_busy_share", "planned_s")
+
+
+def print_preflight(
+    recipe: str,
+    work: str,
+    engine: "Engine",
+    changes: list[str],
+    base: str | None,
+    as_json: bool,
+) -> bool:
+    """`curate preflight`: whether a run may begin."""
+    from pipelines.preflight import preflight
+    from pipelines.recipe import load_recipe
+
+    work = work.rstrip("/")
+    found = preflight(load_recipe(recipe, {"work": work}, changes), work, engine, base)
+    if as_json:
+        nodes = {name: vars(one) for name, one in found.nodes.items()}
+        told = {"refusals": found.refusals, "warnings": found.warnings}
+        console.print_json({"ok": not found.refusals, **told, "nodes": nodes})
+        return not found.refusals
+    if not found.refusals:
+        same = next(iter(found.nodes.values())).facts
+        differing = {one.what for one in found.differences}
+        alike = [(what, value) for what, value in same.items() if what not in differing]
+        console.print_rows(("on every node", ""), alike, title=", ".join(found.nodes))
+    for line in found.warnings:
+        console.print_line(f"differs: {line}")
+    for line in found.refusals:
+        console.print_line(f"REFUSED {line}")
+    if not found.refusals:
+        console.print_line(f"{recipe}: may run on {len(found.nodes) - 1} nodes or workers")
+    return not found.refusals
 
 
 def print_status(work: str, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """`curate run`: a recipe from its list of URLs to report, checkpoint and evaluation."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from pipelines.run_record import RUN_FILE, RunRecord, read_run
 from pipelines.runner import RecipeRun, is_finished
 from pipelines.seal import write_seal
 from pipelines.tombstones import folders_of
+
+logger = logging.getLogger(__name__)
 
 _STEP_FILE = "_step.json"
 
@@ -68,6 +71,7 @@ def run_recipe(
         observer = RunObserver(log, watcher, planned, check)
         _reopen_failed(work, engine.max_failed_shards)
         with demo_site(checked.recipe, work):
+            _check_nodes(checked, work, engine, earlier)
             recipe_run = RecipeRun(checked, work, observer.observe(engine), observer, earlier)
             record = recipe_run.run()
         if recipe_run.published:
@@ -83,6 +87,27 @@ def run_recipe(
         console.print_json(summary)
     else:
         _print_summary(summary, record)
+
+
+def _check_nodes(
+    checked: CheckedRecipe, work: str, engine: Engine, earlier: BaseRuns | None
+) -> None:
+    """Compare the nodes of a cluster before they do anything, as far as that takes seconds.
+
+    Raises:
+        StageError: they are not alike, or lack something.
+    """
+    if engine.is_one_machine or is_finished(checked, work, earlier):
+        return
+    from pipelines.preflight import quick_preflight
+
+    found = quick_preflight(checked, work, engine)
+    for line in found.warnings:
+        logger.warning("nodes differ: %s", line)
+    if found.refusals:
+        more = len(found.refusals) - 1
+        others = f" (and {more} more: `curate preflight` lists them)" if more else ""
+        raise StageError(f"{checked.where}: {found.refusals[0]}{others}")
 
 
 def _without_forgotten(
