@@ -8,8 +8,9 @@ from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote_to_bytes, urlsplit, urlunsplit
 
 from curation.errors import ConfigError
+from curation.hostnames import ascii_host
 
-NORMALISATION_VERSION = 1
+NORMALISATION_VERSION = 2
 SET_NAME_VERSION = 2
 """What a folder's set is called where nobody says: 1: "web"; 2: as the folder itself."""
 
@@ -17,20 +18,23 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _SAFE_PATH = "/:@!$&'()*+,;=~-._"
 _SAFE_QUERY = _SAFE_PATH + "?"
 _ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
+_PLAIN = re.compile(r"[A-Za-z0-9/:@!$&'()*+,;=~._-]*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_LENGTH = 8192
 
 
 def normalise_url(url: str) -> str:
     """Give a URL's normal form (RFC 3986 section 6.2.2 and 6.2.3, without a fragment).
 
-    Scheme and host in lower case, international hosts in punycode, no default port, dot segments
-    removed, an empty path as "/", escapes in upper case and only where they are needed.
+    Scheme and host in lower case, international hosts as browsers have them (UTS 46, not
+    transitional), no default port, dot segments removed, an empty path as "/", escapes in upper
+    case and only where they are needed.
 
     Raises:
         ValueError: not an http(s) URL with a host; says why.
     """
     url = url.strip()
-    if not url or len(url) > _MAX_LENGTH or any(ord(c) < 0x20 or ord(c) == 0x7F for c in url):
+    if not url or len(url) > _MAX_LENGTH or _CONTROL.search(url):
         raise ValueError("empty, too long, or with control characters")
     parts = urlsplit(url)
     if parts.scheme.lower() not in _DEFAULT_PORTS:
@@ -72,21 +76,21 @@ def checked_set_name(name: str, where: str) -> str:
 
 
 def _authority(parts: SplitResult) -> str:
-    host = parts.hostname
-    if not host:
-        raise ValueError("no host")
-    if ":" in host:
-        host = f"[{host}]"
-    elif not host.isascii():
-        host = host.encode("idna").decode()
     port = parts.port
     shown = "" if port in (None, _DEFAULT_PORTS[parts.scheme.lower()]) else f":{port}"
-    user, at, _ = parts.netloc.rpartition("@")
-    return f"{user}{at}{host.lower().rstrip('.')}{shown}"
+    user, at, place = parts.netloc.rpartition("@")
+    if place.startswith("["):
+        return f"{user}{at}[{parts.hostname}]{shown}"
+    host = place.partition(":")[0]  # not `hostname`: Python's lower case knows the final sigma
+    if not host:
+        raise ValueError("no host")
+    return f"{user}{at}{ascii_host(host)}{shown}"
 
 
 def _escape(text: str, safe: str) -> str:
     """Escape what must be, unescape what need not be, and keep escaped reserved characters."""
+    if _PLAIN.fullmatch(text):
+        return text
     out = []
     position = 0
     raw = text.encode()
