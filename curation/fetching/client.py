@@ -1,26 +1,35 @@
 """One safe GET: every hop checked, every step under a deadline, every error one of our reasons."""
 
 import contextlib
-import http.client
+import re
 import ssl
-import threading
-from collections.abc import Iterator
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from email.utils import mktime_tz, parsedate_tz
+from functools import partial
+from typing import Generic, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from curation.config import Settings
-from curation.fetching.bodies import BodyReader, ByteBudget, read_up_to
-from curation.fetching.connections import Connection, ConnectionPool, Deadline, Origin
+from curation.fetching.bodies import BodyReader, ByteBudget
+from curation.fetching.connections import Connection, ConnectionPool, Deadline, Head, Origin
 from curation.fetching.optouts import check_headers
-from curation.fetching.outcomes import FetchError, http_reason
+from curation.fetching.outcomes import TEMPORARY, FetchError, HostError, Trail, http_reason
 from curation.fetching.resolver import Resolver
-from curation.fetching.robots import MAX_BYTES, RobotsRules
+from curation.fetching.robots import RobotsRules, read_robots
+from curation.fetching.robots_cache import RobotsCache
 from curation.identity import normalise_url
+
+T = TypeVar("T")
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SMALL_BODY = 1 << 14
 """Bodies of redirects and errors up to this size are read, to keep the connection."""
+_DRAIN_S = 1.0
+_BROKEN = frozenset({"connection", "bad_response", "truncated", "timeout"})
+"""Ends of a kept connection that may hide an answer which was still to come."""
+_WHOLE_RANGE = re.compile(r"bytes 0-(\d{1,18})/(\d{1,18})")
 
 
 class FetchPolicy(Settings):
@@ -46,6 +55,8 @@ class FetchPolicy(Settings):
     """Seconds for one attempt with all its redirects."""
     robots: bool
     """Whether robots.txt is read and respected."""
+    robots_failure_s: float
+    """Seconds for which a robots.txt that could not be had is not asked for again."""
     directives: tuple[str, ...]
     """Directives of X-Robots-Tag that opt out."""
     tdm: bool
@@ -62,15 +73,6 @@ class Fetched:
     final_url: str
     http_status: int
     content_type: str
-
-
-@dataclass
-class Trail:
-    """How far a fetch got; filled in as it goes, so that failures can tell."""
-
-    final_url: str = ""
-    http_status: int | None = None
-    content_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,16 @@ class _Target:
         return cls(url, Origin(parts.scheme, parts.hostname, port), path)
 
 
+@dataclass(frozen=True)
+class _Inquiry(Generic[T]):
+    """What is wanted of an answer, and of those that redirect to it."""
+
+    read: Callable[[Head, Iterable[bytes]], T]
+    """Takes it from the head, and from the body's parts as they arrive."""
+    deadline: Deadline
+    trail: Trail
+
+
 class Client:
     """Fetches URLs from many threads; remembers names, robots.txt files and connections."""
 
@@ -118,8 +130,12 @@ class Client:
             read_timeout_s=policy.read_timeout_s,
         )
         self._bodies = BodyReader(policy.max_bytes, ByteBudget(policy.max_bytes_in_flight))
-        self._lock = threading.Lock()
-        self._robots: dict[Origin, Future[RobotsRules | None]] = {}
+        self._robots = RobotsCache(self._ask_for_rules, policy.robots_failure_s)
+        self._headers = {
+            "User-Agent": policy.user_agent,
+            "Accept": "image/*,*/*;q=0.5",
+            "Accept-Encoding": "identity",
+        }
 
     def rest(self) -> None:
         """Close idle connections: nobody waits with an open one until the next shard."""
@@ -136,133 +152,110 @@ class Client:
         Raises:
             FetchError: with one of our reasons.
         """
+
+        def enter(target: _Target) -> None:
+            trail.final_url = target.url
+            if self.policy.robots and not self._robots.rules_of(target.origin).allows(target.path):
+                raise FetchError("opted_out:robots")
+
         deadline = Deadline(self.policy.total_timeout_s)
+        inquiry = _Inquiry(partial(self._read, trail, deadline), deadline, trail)
+        head, body = self._follow(url, enter, inquiry)
+        if body is None:
+            raise FetchError(http_reason(head.status), _retry_after(head))
+        return Fetched(body, trail.final_url, head.status, trail.content_type or "")
+
+    def _read(
+        self, trail: Trail, deadline: Deadline, head: Head, parts: Iterable[bytes]
+    ) -> bytes | None:
+        trail.http_status = head.status
+        trail.content_type = head.get("content-type")
+        if not _is_success(head):
+            return None
+        if head.status == 206 and not _is_whole(head):
+            raise FetchError("truncated")
+        policy = self.policy
+        check_headers(head, policy.user_agent, policy.directives, tdm=policy.tdm)
+        return self._bodies.read(head, parts, deadline)
+
+    def _ask_for_rules(self, origin: Origin) -> RobotsRules:
+        """RFC 9309 section 2.3.1: no file allows all; what cannot be reached forbids all."""
+        hops: list[_Target] = []
+        url = f"{origin.scheme}://{origin.authority}/robots.txt"
+        inquiry = _Inquiry(_read_rules, Deadline(self.policy.total_timeout_s), Trail())
+        try:
+            head, text = self._follow(url, hops.append, inquiry)
+        except FetchError as error:
+            if isinstance(error, HostError) and len(hops) == 1:
+                raise  # the image's own fetch would end the same way
+            if error.reason in ("bad_url", "bad_scheme", "too_many_redirects"):
+                return RobotsRules()
+            raise FetchError("robots_unreachable") from error
+        if text is not None:
+            return RobotsRules.parse(text, self.policy.user_agent)
+        if (reason := http_reason(head.status)) in TEMPORARY or reason == "http_other":
+            raise FetchError("robots_unreachable", _retry_after(head))
+        return RobotsRules()
+
+    def _follow(
+        self, url: str, enter: Callable[[_Target], None], inquiry: _Inquiry[T]
+    ) -> tuple[Head, T]:
+        """Ask, and follow redirects; `enter` may refuse each URL before it is asked for."""
         for _ in range(self.policy.max_redirects + 1):
             target = _Target.parse(url)
-            trail.final_url = target.url
-            if self.policy.robots:
-                self._check_robots(target)
-            with self._get(target, deadline) as response:
-                trail.http_status = response.status
-                trail.content_type = response.headers.get("Content-Type")
-                if 200 <= response.status < 300:
-                    return self._read(response, trail, deadline)
-            location = _location(response)
+            enter(target)
+            head, found = self._ask(target, inquiry)
+            location = head.get("location") if head.status in _REDIRECTS else None
             if location is None:
-                raise _status_error(response)
+                return head, found
             url = _joined(target.url, location)
         raise FetchError("too_many_redirects")
 
-    def _read(
-        self, response: http.client.HTTPResponse, trail: Trail, deadline: Deadline
-    ) -> Fetched:
-        policy = self.policy
-        check_headers(response.headers, policy.user_agent, policy.directives, tdm=policy.tdm)
-        body = self._bodies.read(response, deadline)
-        return Fetched(body, trail.final_url, response.status, trail.content_type or "")
-
-    @contextlib.contextmanager
-    def _get(self, target: _Target, deadline: Deadline) -> Iterator[http.client.HTTPResponse]:
-        """A response; its connection is kept if the body was read to its end."""
-        with _foreign_errors():
-            connection, response = self._send(target, deadline)
+    def _ask(self, target: _Target, inquiry: _Inquiry[T]) -> tuple[Head, T]:
+        """Ask once; again on a new connection where a kept one gave no answer to trust."""
+        kept = None if target.path == "/robots.txt" else self._pool.take(target.origin)
+        if kept is not None:
             try:
-                yield response
-                if not response.isclosed() and (response.length or _SMALL_BODY) <= _SMALL_BODY:
-                    read_up_to(response, _SMALL_BODY)
-                reusable = response.isclosed() and not response.will_close
-            except BaseException:
-                response.close()
-                connection.close()
-                raise
-            if reusable:
-                self._pool.give_back(connection)
-            else:
-                response.close()
-                connection.close()
-
-    def _send(
-        self, target: _Target, deadline: Deadline
-    ) -> tuple[Connection, http.client.HTTPResponse]:
-        headers = {
-            "User-Agent": self.policy.user_agent,
-            "Accept": "image/*,*/*;q=0.5",
-            "Accept-Encoding": "identity",
-        }
-        connection = self._pool.take(target.origin, deadline)
-        while True:
-            try:
-                return connection, connection.get(target.path, headers, deadline)
-            except BaseException as error:
-                connection.close()
-                # A server may close an idle connection at any time: that is nobody's failure.
-                if not (connection.is_reused and isinstance(error, ConnectionError)):
-                    raise
-                connection = self._pool.dial(target.origin, deadline)
-
-    # --- robots.txt -----------------------------------------------------------------------------
-
-    def _check_robots(self, target: _Target) -> None:
-        rules = self._rules_of(target.origin)
-        if rules is None:
-            raise FetchError("robots_unreachable")
-        if not rules.allows(target.path):
-            raise FetchError("opted_out:robots")
-
-    def _rules_of(self, origin: Origin) -> RobotsRules | None:
-        """Rules of an origin, fetched by the first who asks; the others wait for them."""
-        with self._lock:
-            known = self._robots.get(origin)
-            if known is None:
-                mine: Future[RobotsRules | None] = Future()
-                self._robots[origin] = mine
-        if known is not None:
-            return known.result()
-        try:
-            mine.set_result(self._fetch_rules(origin))
-        except BaseException as error:
-            mine.set_exception(error)
-            with self._lock:
-                del self._robots[origin]
-            raise
-        return mine.result()
-
-    def _fetch_rules(self, origin: Origin) -> RobotsRules | None:
-        """RFC 9309 section 2.3.1: no file allows all; None where the server cannot be reached."""
-        url = f"{origin.scheme}://{origin.authority}/robots.txt"
-        deadline = Deadline(self.policy.total_timeout_s)
-        for _ in range(self.policy.max_redirects + 1):
-            target = _Target.parse(url)
-            try:
-                with self._get(target, deadline) as response:
-                    location = _location(response)
-                    if location is None:
-                        return self._rules_in(response)
-                url = _joined(target.url, location)
-                _Target.parse(url)
+                return self._ask_over(kept, target, inquiry)
             except FetchError as error:
-                if error.reason in ("dns", "private_address", "public_address", "tls"):
-                    raise  # the image's own fetch would end the same way
-                return RobotsRules() if error.reason in ("bad_url", "bad_scheme") else None
-        return RobotsRules()
+                if error.reason in _BROKEN:
+                    self._pool.doubt(kept)
+                if error.reason not in ("connection", "bad_response"):
+                    raise
+        fresh = self._pool.dial(target.origin, inquiry.deadline)
+        return self._ask_over(fresh, target, inquiry)
 
-    def _rules_in(self, response: http.client.HTTPResponse) -> RobotsRules | None:
-        if response.status >= 500 or response.status == 429:
-            return None
-        if not 200 <= response.status < 300:
-            return RobotsRules()
-        text = read_up_to(response, MAX_BYTES).decode("utf-8", "replace")
-        return RobotsRules.parse(text, self.policy.user_agent)
+    def _ask_over(
+        self, connection: Connection, target: _Target, inquiry: _Inquiry[T]
+    ) -> tuple[Head, T]:
+        try:
+            head = connection.get(target.path, self._headers, inquiry.deadline)
+            found = inquiry.read(head, connection.parts())
+            if not _is_success(head):
+                connection.drain(_SMALL_BODY, Deadline(_DRAIN_S))
+            self._pool.give_back(connection, inquiry.trail)
+        except BaseException:
+            connection.close()
+            raise
+        return head, found
 
 
-def _location(response: http.client.HTTPResponse) -> str | None:
-    if response.status not in _REDIRECTS:
-        return None
-    return response.headers.get("Location")
+def _read_rules(head: Head, parts: Iterable[bytes]) -> str | None:
+    return read_robots(head, parts) if _is_success(head) else None
+
+
+def _is_success(head: Head) -> bool:
+    return 200 <= head.status < 300
+
+
+def _is_whole(head: Head) -> bool:
+    """Whether a part that nobody asked for is all there is."""
+    found = _WHOLE_RANGE.fullmatch((head.get("content-range") or "").strip())
+    return found is not None and int(found[1]) + 1 == int(found[2])
 
 
 def _joined(base: str, location: str) -> str:
-    # http.client reads headers as latin-1; browsers take raw bytes in Location for UTF-8.
+    # Fields are read as latin-1; browsers take raw bytes in Location for UTF-8.
     with contextlib.suppress(UnicodeError):
         location = location.encode("latin-1").decode("utf-8")
     try:
@@ -271,31 +264,19 @@ def _joined(base: str, location: str) -> str:
         raise FetchError("bad_url") from error
 
 
-def _status_error(response: http.client.HTTPResponse) -> FetchError:
-    error = FetchError(http_reason(response.status))
-    error.retry_after_s = _retry_after(response.headers.get("Retry-After"))
-    return error
+def _retry_after(head: Head) -> float | None:
+    """Seconds that a server asks to be left alone; dates count from its own clock."""
+    value = (head.get("retry-after") or "").strip()
+    if value.isdecimal():
+        return float(value)
+    until, now = (_seconds_of(text) for text in (value, head.get("date") or ""))
+    return None if until is None else max(until - (now or time.time()), 0.0)
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Seconds that a server asks to be left alone; dates are not worth a clock's trust."""
-    return float(value) if value is not None and value.strip().isdecimal() else None
-
-
-@contextlib.contextmanager
-def _foreign_errors() -> Iterator[None]:
-    """Map what sockets, TLS and http.client raise to our reasons, in one place."""
+def _seconds_of(date: str) -> float | None:
+    """Seconds since the epoch of an HTTP date, None where it is none."""
     try:
-        yield
-    except FetchError:
-        raise
-    except TimeoutError as error:
-        raise FetchError("timeout") from error
-    except ssl.SSLError as error:
-        raise FetchError("tls") from error
-    except http.client.IncompleteRead as error:
-        raise FetchError("truncated") from error
-    except OSError as error:  # refused, reset, unreachable; RemoteDisconnected is one
-        raise FetchError("connection") from error
-    except (http.client.HTTPException, ValueError) as error:
-        raise FetchError("bad_response") from error
+        parsed = parsedate_tz(date)
+        return None if parsed is None else float(mktime_tz(parsed))
+    except (ValueError, OverflowError):
+        return None

@@ -1,16 +1,40 @@
-"""Connections to checked addresses whose every read keeps to a deadline, kept alive per origin."""
+"""Connections to checked addresses whose every read keeps to a deadline, kept alive per origin.
 
-import http.client
-import io
+What HTTP says about heads, bodies and their ends is h11's affair; sockets and time are ours.
+"""
+
+import contextlib
+import re
+import select
 import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
-from curation.fetching.outcomes import FetchError
+import h11
+
+from curation.fetching.outcomes import FetchError, HostError, Trail
 from curation.fetching.resolver import Resolver
+
+_CHUNK = 1 << 17
+_HEAD_CHUNK = 1 << 13
+_MAX_HEAD_BYTES = 1 << 18
+"""Of all heads of one answer together, as in browsers."""
+_MAX_FIELDS = 100
+_MAX_INTERIM = 100
+"""Answers of class 1xx before the real one."""
+_MAX_SETTLING_S = 0.25
+_DISTRUST_S = 600.0
+_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+_IGNORED_LINE = re.compile(
+    rb"\n(?![-!#$%&'*+.^_`|~0-9a-zA-Z]+:|[ \t]|\r?\n|\Z)[^\n]*"
+    rb"|\ntransfer-encoding:[ \t]*identity[ \t]*\r?(?=\n)",
+    re.IGNORECASE,
+)
+"""Lines of a head that are no field, and a coding that never was one: browsers skip them."""
 
 
 class Deadline:
@@ -47,70 +71,168 @@ class Origin:
         return host if self.port == default else f"{host}:{self.port}"
 
 
-class _TimedStream(io.RawIOBase):
-    """Reads a socket; each read gets what is left of the deadline, so no drip can hold a thread."""
+@dataclass(frozen=True)
+class Head:
+    """The status and the header fields of an answer."""
 
-    def __init__(self, raw: Any, owner: "_TimedSocket") -> None:
-        self._raw = raw
-        self._owner = owner
+    status: int
+    fields: tuple[tuple[bytes, bytes], ...]
+    """Names in lower case, and values."""
 
-    def readable(self) -> bool:
-        return True
+    def get_all(self, name: str) -> list[str]:
+        """Values of a field, whose name is given in lower case."""
+        wanted = name.encode()
+        return [value.decode("latin-1") for found, value in self.fields if found == wanted]
 
-    def readinto(self, buffer: Any) -> int:
-        self._owner.arm()
-        return int(self._raw.readinto(buffer))
+    def get(self, name: str) -> str | None:
+        """The first value of a field."""
+        return next(iter(self.get_all(name)), None)
 
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _TimedSocket:
-    """The part of a socket that http.client uses, under a deadline that each request renews."""
-
-    def __init__(self, inner: socket.socket, read_timeout_s: float) -> None:
-        self._inner = inner
-        self._read_timeout_s = read_timeout_s
-        self.deadline = Deadline(read_timeout_s)
-
-    def arm(self) -> None:
-        self._inner.settimeout(self.deadline.remaining(self._read_timeout_s))
-
-    def sendall(self, data: Any) -> None:
-        self.arm()
-        self._inner.sendall(data)
-
-    def makefile(self, mode: str, *args: Any, **kwargs: Any) -> io.BufferedReader:
-        raw = self._inner.makefile("rb", buffering=0)
-        return io.BufferedReader(_TimedStream(raw, self), 1 << 16)
-
-    def close(self) -> None:
-        self._inner.close()  # the file descriptor stays open until its streams are closed
+    @property
+    def body_bytes(self) -> int | None:
+        """Announced length of the body, if it is."""
+        length = None if self.get("transfer-encoding") else self.get("content-length")
+        return None if length is None else int(length)
 
 
-class Connection(http.client.HTTPConnection):
+class Connection:
     """An open connection to one origin."""
 
     def __init__(self, origin: Origin, inner: socket.socket, read_timeout_s: float) -> None:
-        super().__init__(origin.host, origin.port)
-        self.auto_open = 0  # http.client would connect anew by name, past the address check
         self.origin = origin
-        self.is_reused = False
-        self._timed = _TimedSocket(inner, read_timeout_s)
-        self.sock = self._timed
+        self.is_kept = False
+        """Whether it has carried an answer before."""
+        self.carried: list[Trail] = []
+        """Of the answers since then: what comes too late shows that they were others' answers."""
+        self.settles_at = 0.0
+        """When a late answer would have come."""
+        self._slowest_s = 0.0
+        self._socket = inner
+        self._readable = select.poll()
+        self._readable.register(inner, select.POLLIN)
+        self._read_timeout_s = read_timeout_s
+        self._deadline = Deadline(read_timeout_s)
+        self._http = h11.Connection(h11.CLIENT, _MAX_HEAD_BYTES)
+        self._received = bytearray()
+        """Of heads that are not complete."""
 
-    def get(
-        self, path: str, headers: dict[str, str], deadline: Deadline
-    ) -> http.client.HTTPResponse:
-        """Send a GET and read the response's head."""
-        self._timed.deadline = deadline
-        self.putrequest("GET", path, skip_host=True, skip_accept_encoding=True)
-        self.putheader("Host", self.origin.authority)
-        for name, value in headers.items():
-            self.putheader(name, value)
-        self.endheaders()
-        return self.getresponse()
+    def get(self, path: str, headers: Mapping[str, str], deadline: Deadline) -> Head:
+        """Send a GET and read the head of its answer, past every interim one.
+
+        Raises:
+            FetchError: timeout, connection, or bad_response.
+        """
+        self._deadline = deadline
+        fields = [("Host", self.origin.authority), *headers.items()]
+        try:
+            request = self._http.send(h11.Request(method="GET", target=path, headers=fields))
+            self._arm()
+            began = time.monotonic()
+            self._socket.sendall(request + (self._http.send(h11.EndOfMessage()) or b""))
+            head = self._receive_answer()
+        except (OSError, h11.ProtocolError) as error:
+            raise FetchError(_reason_of(error)) from error
+        self._slowest_s = max(self._slowest_s, time.monotonic() - began)
+        return head
+
+    def parts(self) -> Iterator[bytes]:
+        """The body as it arrives, to its very end.
+
+        Raises:
+            FetchError: timeout, connection, or truncated where it ends early or is damaged.
+        """
+        try:
+            while self._http.their_state is h11.SEND_BODY:
+                event = self._http.next_event()
+                if event is h11.NEED_DATA:
+                    self._http.receive_data(self._receive())
+                elif isinstance(event, h11.Data):
+                    yield event.data
+        except h11.RemoteProtocolError as error:
+            raise FetchError("truncated") from error
+        except OSError as error:
+            raise FetchError(_reason_of(error)) from error
+
+    def drain(self, max_bytes: int, deadline: Deadline) -> None:
+        """Read what is left of a body that nobody wants, unless that is more than it is worth."""
+        self._deadline = deadline
+        with contextlib.suppress(FetchError):
+            for part in self.parts():
+                max_bytes -= len(part)
+                if max_bytes < 0:
+                    break
+
+    def surplus(self) -> bytes | None:
+        """What has come and was not asked for; empty where the connection is over, else None."""
+        if self._http.their_state in (h11.SEND_BODY, h11.ERROR):
+            return b""
+        trailing, is_closed = self._http.trailing_data
+        if trailing or is_closed:
+            return trailing
+        if not self._readable.poll(0):
+            return None
+        try:
+            self._socket.settimeout(0)
+            return self._socket.recv(1)
+        except ssl.SSLWantReadError:  # a session ticket, say
+            return None
+        except OSError:
+            return b"what a reset may have hidden"
+
+    def is_done(self) -> bool:
+        """Whether all of an answer was read, and another request may follow."""
+        return self._http.their_state is h11.DONE
+
+    def renew(self) -> None:
+        """Be ready for the next request."""
+        self._http.start_next_cycle()
+        self.is_kept = True
+        self.settles_at = time.monotonic() + min(2 * self._slowest_s, _MAX_SETTLING_S)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def _receive_answer(self) -> Head:
+        room = _MAX_HEAD_BYTES
+        for _ in range(_MAX_INTERIM):
+            raw = self._receive_head(room)
+            room -= len(raw)
+            if room < 0:
+                break
+            self._http.receive_data(_IGNORED_LINE.sub(b"", raw))
+            event = cast("h11.Response | h11.InformationalResponse", self._http.next_event())
+            if len(event.headers) > _MAX_FIELDS:
+                break
+            if isinstance(event, h11.Response):
+                if self._received:
+                    self._http.receive_data(bytes(self._received))
+                self._received.clear()
+                return Head(event.status_code, tuple(event.headers))
+        raise FetchError("bad_response")
+
+    def _receive_head(self, max_bytes: int) -> bytes:
+        """Take the bytes of the next head, with its blank line."""
+        searched = 0
+        while not (end := _BLANK_LINE.search(self._received, max(searched - 3, 0))):
+            searched = len(self._received)
+            if searched > max_bytes:
+                raise FetchError("bad_response")
+            chunk = self._receive(_HEAD_CHUNK)
+            if not chunk:
+                raise FetchError("connection")
+            self._received += chunk
+        head = bytes(self._received[: end.end()])
+        del self._received[: end.end()]
+        return head
+
+    def _receive(self, max_bytes: int = _CHUNK) -> bytes:
+        self._arm()
+        return self._socket.recv(max_bytes)
+
+    def _arm(self) -> None:
+        """Give a step what is left of the deadline, so that no drip can hold a thread."""
+        self._socket.settimeout(self._deadline.remaining(self._read_timeout_s))
 
 
 class ConnectionPool:
@@ -132,47 +254,98 @@ class ConnectionPool:
         self._max_idle = max_idle
         self._lock = threading.Lock()
         self._idle: list[Connection] = []  # oldest first
+        self._distrusted: dict[Origin, float] = {}  # until when
 
-    def take(self, origin: Origin, deadline: Deadline) -> Connection:
-        """Give an idle connection to the origin, or dial a new one."""
-        with self._lock:
-            for index in range(len(self._idle) - 1, -1, -1):
-                if self._idle[index].origin == origin:
-                    connection = self._idle.pop(index)
-                    connection.is_reused = True
-                    return connection
-        return self.dial(origin, deadline)
+    def take(self, origin: Origin) -> Connection | None:
+        """Give an idle connection to the origin, if there is one that has been quiet."""
+        while (connection := self._pop(origin)) is not None:
+            if self._is_quiet(connection):
+                return connection
+            connection.close()
+        return None
 
     def dial(self, origin: Origin, deadline: Deadline) -> Connection:
         """Connect to a checked address of the origin; the name is not looked up again after it.
 
         Raises:
-            FetchError: private_address, dns, timeout, connection or tls.
+            HostError: private_address, public_address, dns, dns_unavailable, timeout, connection
+                or tls.
         """
-        inner = self._connect(origin, deadline)
         try:
-            if origin.scheme == "https":
-                inner.settimeout(deadline.remaining(self._connect_timeout_s))
-                inner = self._tls.wrap_socket(inner, server_hostname=origin.host)
-        except BaseException:
-            inner.close()
-            raise
+            inner = self._secured(self._connect(origin, deadline), origin, deadline)
+        except (FetchError, OSError, ValueError) as error:
+            raise HostError(_reason_of(error)) from error
         return Connection(origin, inner, self._read_timeout_s)
 
-    def give_back(self, connection: Connection) -> None:
-        """Keep a connection whose response was read to its end."""
+    def give_back(self, connection: Connection, trail: Trail) -> None:
+        """Keep a connection whose answer, of the fetch of `trail`, was read to its end.
+
+        Any other is closed.
+
+        Raises:
+            FetchError: bad_response, where more has come over a kept connection than was asked
+                for: then nobody can say to which request the answer belonged.
+        """
+        is_quiet = self._is_quiet(connection)
         with self._lock:
-            self._idle.append(connection)
-            surplus = self._idle.pop(0) if len(self._idle) > self._max_idle else None
-        if surplus is not None:
-            surplus.close()
+            is_distrusted = time.monotonic() < self._distrusted.get(connection.origin, 0.0)
+        if connection.is_kept and is_distrusted:
+            raise FetchError("bad_response")
+        if not (is_quiet and connection.is_done()) or is_distrusted:
+            connection.close()
+            return
+        if connection.is_kept:
+            connection.carried.append(trail)
+        connection.renew()
+        self._keep(connection)
+
+    def doubt(self, connection: Connection) -> None:
+        """Keep no connections for a while to an origin that breaks them or sends more than asked.
+
+        The answers that its open connections have carried are doubtful from now on.
+        """
+        origin = connection.origin
+        with self._lock:
+            self._distrusted[origin] = time.monotonic() + _DISTRUST_S
+            untrusted = [one for one in self._idle if one.origin == origin]
+            self._idle = [one for one in self._idle if one.origin != origin]
+        for one in (connection, *untrusted):
+            for trail in one.carried:
+                trail.is_doubtful = True
+        for one in untrusted:
+            one.close()
 
     def close(self) -> None:
-        """Close all idle connections."""
+        """Close all idle connections, when what they may still bring has had its time."""
         with self._lock:
             idle, self._idle = self._idle, []
+        settles_at = max((one.settles_at for one in idle if one.carried), default=0.0)
+        time.sleep(max(settles_at - time.monotonic(), 0.0))
         for connection in idle:
+            self._is_quiet(connection)
             connection.close()
+
+    def _is_quiet(self, connection: Connection) -> bool:
+        """Whether a connection is open and nothing has come that was not asked for."""
+        surplus = connection.surplus()
+        if surplus:
+            self.doubt(connection)
+        return surplus is None
+
+    def _keep(self, connection: Connection) -> None:
+        with self._lock:
+            self._idle.append(connection)
+            oldest = self._idle.pop(0) if len(self._idle) > self._max_idle else None
+        if oldest is not None:
+            self._is_quiet(oldest)
+            oldest.close()
+
+    def _pop(self, origin: Origin) -> Connection | None:
+        with self._lock:
+            for index in range(len(self._idle) - 1, -1, -1):
+                if self._idle[index].origin == origin:
+                    return self._idle.pop(index)
+        return None
 
     def _connect(self, origin: Origin, deadline: Deadline) -> socket.socket:
         failure: OSError | None = None
@@ -187,3 +360,28 @@ class ConnectionPool:
             return inner
         assert failure is not None, "the resolver gives at least one address"
         raise failure
+
+    def _secured(self, inner: socket.socket, origin: Origin, deadline: Deadline) -> socket.socket:
+        if origin.scheme == "http":
+            return inner
+        try:
+            inner.settimeout(deadline.remaining(self._connect_timeout_s))
+            return self._tls.wrap_socket(inner, server_hostname=origin.host)
+        except BaseException:
+            inner.close()
+            raise
+
+
+def _reason_of(error: Exception) -> str:
+    """Our reason for what sockets, TLS and h11 raise, in one place."""
+    if isinstance(error, FetchError):
+        return error.reason
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):  # it hung up
+        return "connection"
+    if isinstance(error, ssl.SSLError):
+        return "tls"
+    if isinstance(error, OSError):  # refused, reset, unreachable
+        return "connection"
+    return "bad_response"

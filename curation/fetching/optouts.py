@@ -1,25 +1,23 @@
 """What a response's headers say about its use for training."""
 
 from collections.abc import Collection
-from email.message import Message
 
+from curation.fetching.connections import Head
 from curation.fetching.outcomes import FetchError
 from curation.fetching.robots import product_token
 
 
-def check_headers(
-    headers: Message, user_agent: str, directives: Collection[str], *, tdm: bool
-) -> None:
+def check_headers(head: Head, user_agent: str, directives: Collection[str], *, tdm: bool) -> None:
     """Respect X-Robots-Tag and the TDM Reservation Protocol.
 
     Raises:
         FetchError: opted_out:noai or opted_out:tdm.
     """
     token = product_token(user_agent)
-    for value in headers.get_all("X-Robots-Tag", []):
-        if not directives_for(str(value), token).isdisjoint(directives):
+    for value in head.get_all("x-robots-tag"):
+        if not directives_for(value, token).isdisjoint(directives):
             raise FetchError("opted_out:noai")
-    if tdm and str(headers.get("tdm-reservation", "")).strip() == "1":
+    if tdm and "1" in head.get_all("tdm-reservation"):
         raise FetchError("opted_out:tdm")
 
 

@@ -1,11 +1,19 @@
 """robots.txt as RFC 9309 has it: groups by product token, the longest match decides."""
 
+import codecs
+import io
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
+from curation.fetching.connections import Head
+from curation.fetching.content_codings import codings_in, is_gzip, unpack
+from curation.fetching.outcomes import FetchError
+
 MAX_BYTES = 500 << 10
 """RFC 9309 section 2.5: at least 500 KiB are read; the rest is ignored."""
+_MAX_UNPACKED_BYTES = 20 << 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class RobotsRules:
 
     def allows(self, path: str) -> bool:
         """Whether a path (with its query) may be fetched; of equally long rules, allow wins."""
-        if path == "/robots.txt":
+        if not self.rules or path == "/robots.txt":
             return True
         path = _normalised(path)
         best = (-1, True)
@@ -45,6 +53,32 @@ class RobotsRules:
             if _matches(pattern, path):
                 best = max(best, (len(pattern), allow))
         return best[1]
+
+
+def read_robots(head: Head, parts: Iterable[bytes]) -> str:
+    """Text of a robots.txt: UTF-8, or what a byte order mark says; packed ones are unpacked.
+
+    Raises:
+        FetchError: it is cut, damaged or no text.
+    """
+    body = io.BytesIO()
+    for part in parts:
+        body.write(part)
+        if body.tell() > MAX_BYTES:
+            break
+    codings = codings_in(head.get_all("content-encoding"))
+    data = unpack(body.getvalue(), codings, _MAX_UNPACKED_BYTES)
+    if is_gzip(data):  # a file of that kind, sent without a word about it
+        data = unpack(data, ["gzip"], _MAX_UNPACKED_BYTES)
+    text = data[:MAX_BYTES].decode(_charset_of(data), "replace")
+    if "\0" in text:
+        raise FetchError("bad_response")
+    return text
+
+
+def _charset_of(data: bytes) -> str:
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_utf16 else "utf-8"
 
 
 def product_token(user_agent: str) -> str:

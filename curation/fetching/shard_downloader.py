@@ -25,8 +25,8 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from curation.errors import StageError
-from curation.fetching.client import Client, Trail
-from curation.fetching.outcomes import FetchError
+from curation.fetching.client import Client
+from curation.fetching.outcomes import FetchError, Trail
 from curation.fetching.schedule import HostSchedule
 from embedder.errors import ImageError
 from embedder.images import Limits, read_header
@@ -92,7 +92,7 @@ class ShardDownloader:
     delay_s: float
 
     def download(self, urls: Sequence[str]) -> list[Outcome]:
-        """Fetch every URL; give an outcome for each, in order.
+        """Fetch every URL; give an outcome for each, in order. Leaves no connection open.
 
         Raises:
             StageError: img2dataset lost a row.
@@ -108,7 +108,16 @@ class ShardDownloader:
         lost = sum(outcome.reason == "unfetched" for outcome in tickets.outcomes)
         if lost:
             raise StageError(f"img2dataset lost {lost} of {len(urls)} rows of a shard")
+        self.client.rest()
+        self._fetch_doubtful(urls, tickets.outcomes)
         return tickets.outcomes
+
+    def _fetch_doubtful(self, urls: Sequence[str], outcomes: list[Outcome]) -> None:
+        """Fetch again what a connection brought that later proved to be out of step."""
+        rows = [row for row, outcome in enumerate(outcomes) if outcome.trail.is_doubtful]
+        for row, again in zip(rows, self.download([urls[row] for row in rows]), strict=True):
+            again.attempts += outcomes[row].attempts
+            outcomes[row] = again
 
     def _img2dataset(self, folder: str, num_rows: int, tickets: "_Tickets") -> Any:
         return load_downloader()(

@@ -20,7 +20,7 @@ _LOCAL_USER_AGENT = "lvd-curate/0.1 (local)"
 class Download(ShardStage):
     """One row a URL: its bytes arrive, or it is dropped for one reason of a closed list."""
 
-    user_agent: str | None = None
+    user_agent: str | None = Field(None, pattern=r"^[\x20-\x7e]+$")
     """Who you are and where to reach you, such as "examplebot/1.0 (+https://example.org/bot)".
     Required to crawl publicly; its leading letters are the token that robots.txt files name."""
     allow_private: bool = False
@@ -109,6 +109,7 @@ class Download(ShardStage):
             read_timeout_s=self.read_timeout_s,
             total_timeout_s=self.total_timeout_s,
             robots=self.robots,
+            robots_failure_s=self.back_off_s / 2,  # the shortest pause of a row that tries again
             directives=tuple(name.lower() for name in self.opt_out_directives),
             tdm=self.tdm,
             ca_file=self.ca_file,
@@ -126,7 +127,6 @@ class Download(ShardStage):
             delay_s=self.host_delay_s,
         )
         outcomes = downloader.download([url or "" for url in shard.values("source")])
-        opened.rest()
         shard.emit("raw", {"raw": _take_bodies(outcomes)})
         shard.emit("fetches", _fetch_columns(outcomes), rejected_too=True)
         shard.count("bytes", sum(outcome.num_bytes or 0 for outcome in outcomes))

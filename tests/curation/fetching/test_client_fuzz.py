@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from curation.fetching.client import Client, Trail
-from curation.fetching.outcomes import REASONS, FetchError
+from curation.fetching.client import Client
+from curation.fetching.outcomes import REASONS, FetchError, Trail
 from curation.stages.download import Download
 from embedder.images import encode_jpeg
 

@@ -1,7 +1,6 @@
-from email.message import Message
-
 import pytest
 
+from curation.fetching.connections import Head
 from curation.fetching.optouts import check_headers, directives_for
 from curation.fetching.outcomes import FetchError
 
@@ -24,14 +23,16 @@ def test_directives_for__values(value, expected):
     assert directives_for(value, "mybot") == expected
 
 
+def head(*fields: tuple[bytes, bytes]) -> Head:
+    return Head(200, fields)
+
+
 def test_check_headers__several_headers_and_tdm():
-    headers = Message()
-    headers["X-Robots-Tag"] = "all"
-    headers["x-robots-tag"] = "noai"
+    robots = ((b"x-robots-tag", b"all"), (b"x-robots-tag", b"noai"))
     with pytest.raises(FetchError, match="opted_out:noai"):
-        check_headers(headers, "mybot/1", DIRECTIVES, tdm=True)
-    check_headers(headers, "mybot/1", (), tdm=True)
-    headers["TDM-Reservation"] = "1"
+        check_headers(head(*robots), "mybot/1", DIRECTIVES, tdm=True)
+    check_headers(head(*robots), "mybot/1", (), tdm=True)
+    reserved = head(*robots, (b"tdm-reservation", b"1"))
     with pytest.raises(FetchError, match="opted_out:tdm"):
-        check_headers(headers, "mybot/1", (), tdm=True)
-    check_headers(headers, "mybot/1", (), tdm=False)
+        check_headers(reserved, "mybot/1", (), tdm=True)
+    check_headers(reserved, "mybot/1", (), tdm=False)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from curation.fetching.client import Fetched, Trail
-from curation.fetching.outcomes import FetchError
+from curation.fetching.client import Fetched
+from curation.fetching.outcomes import FetchError, Trail
 from curation.fetching.shard_downloader import ShardDownloader
 from embedder.images import Limits, encode_jpeg
 
@@ -19,6 +19,9 @@ class Answers:
     def __init__(self, *answers) -> None:
         self.answers = list(answers)
         self.asked: list[str] = []
+
+    def rest(self) -> None:
+        pass
 
     def fetch(self, url: str, trail: Trail) -> Fetched:
         self.asked.append(url)
@@ -76,6 +79,21 @@ def test_download__other_users_of_urllib_are_left_alone():
 
     (outcome,) = downloader(Answers(through_urllib)).download(["0"])
     assert outcome.reason is None
+
+
+def test_download__doubtful_answers_are_asked_for_again():
+    class Late(Answers):
+        """Says after the shard that the second answer was another URL's."""
+
+        def fetch(self, url: str, trail: Trail) -> Fetched:
+            trail.is_doubtful = self.asked.count(url) == 0 and url == "1"
+            return super().fetch(url, trail)
+
+    client = Late(small, small, failing("http_404"))
+    outcomes = downloader(client).download(["0", "1", "2"])
+    assert sorted(client.asked) == ["0", "1", "1", "2"]
+    assert [one.attempts for one in outcomes] == [1, 2, 1]
+    assert [one.reason for one in outcomes] == [None, None, "http_404"]
 
 
 def test_download__no_rows():

@@ -1,4 +1,5 @@
 import shutil
+import socket
 import ssl
 import subprocess
 import time
@@ -7,6 +8,8 @@ import urllib.request
 import pyarrow as pa
 import pytest
 from hostile_server import HostileServer, jpeg, serving
+from raw_server import answer
+from raw_server import serving as answering
 
 from curation.config import parse_settings
 from curation.dataset import write_dataset
@@ -60,7 +63,7 @@ BEHAVIOURS = {
     "/to-file": "bad_scheme",
     "/to-nonsense": "bad_url",
     "/not-gzip": "bad_encoding",
-    "/brotli": "bad_encoding",
+    "/brotli": "truncated",
     "/bomb.png": "too_many_pixels",
     "/page.jpg": "not_an_image",
     "/empty": "empty",
@@ -166,6 +169,26 @@ def test_download__same_url_twice_and_null(hostile_server):
     url = f"{hostile_server.url}/ok/2.jpg"
     shard = downloaded(Download(**QUICK), url, url, None)
     assert shard.reasons.tolist() == [None, None, "bad_url"]
+
+
+def test_download__answers_that_come_twice_go_to_no_other_url():
+    seen = []
+
+    def twice(connection: socket.socket, path: str) -> bool:
+        """Each answer comes again after a while, when the next request may have been sent."""
+        seen.append(path)
+        body = jpeg(int(path.rpartition("/")[2]))
+        connection.sendall(answer(body))
+        time.sleep(0.03)
+        connection.sendall(answer(body))
+        return True
+
+    with answering(twice) as address:
+        stage = Download(**QUICK, robots=False, per_host=1, threads=1)
+        shard = downloaded(stage, *(f"{address}/{number}" for number in range(20)))
+    assert shard.reasons.tolist() == [None] * 20
+    assert shard.emitted["raw"]["raw"].to_pylist() == [jpeg(number) for number in range(20)]
+    assert len(seen) > 20  # some were asked for again
 
 
 def test_download__puts_the_global_opener_back(hostile_server, monkeypatch):
