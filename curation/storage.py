@@ -7,11 +7,12 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -28,8 +29,27 @@ _REQUESTS_AT_ONCE = 32
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "azure")
 """Libraries that speak to object stores: they have error trees of their own."""
 
+_OF_ONE_FILE = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV),
+)
+"""Errors of a local file that say nothing of the disk and of other files."""
+
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class UnreadableFileError(StorageError):
+    """A file that is gone, forbidden or no regular file, where others can be read."""
+
+
+class FileInfo(NamedTuple):
+    """What a listing says of a file."""
+
+    size: int
+    """In bytes; -1 of what is no regular file."""
+    stamp: str
+    """Changes when the file does: its size, and its time or tag where there is one."""
 
 
 def join(path: str, *names: str) -> str:
@@ -53,6 +73,18 @@ def exists(path: str) -> bool:
     fs, inner = _resolve(path)
     with storage_errors(path):
         return bool(fs.exists(inner))
+
+
+def is_file(path: str) -> bool:
+    """Whether a regular file is there, or a link to one."""
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        return bool(fs.isfile(inner))
+
+
+def local_path(path: str) -> Path:
+    """The path of a local file or folder."""
+    return Path(path.removeprefix("file://"))
 
 
 def make_folder(path: str) -> None:
@@ -92,25 +124,34 @@ def total_bytes(path: str) -> int:
 
 
 def walk_files(path: str) -> list[str]:
-    """Relative paths of all files below a folder, sorted; none where it is a file or absent.
+    """Relative paths of all files below a folder, sorted; none where it is a file or absent."""
+    return sorted(walk_infos(path))
+
+
+def walk_infos(path: str) -> dict[str, FileInfo]:
+    """The same with what is known of each file, in any order.
 
     An object store gives a listing page after page: as soon as there are folders enough, they are
     listed side by side.
     """
     fs, inner = _resolve(path)
-    files: list[str] = []
+    files: dict[str, dict[str, Any]] = {}
     folders = [inner]
     with storage_errors(path):
         while folders and not is_local(path) and len(folders) < _REQUESTS_AT_ONCE:
             listed = set(folders)
-            entries = itertools.chain(*gather(lambda one: _entries(fs, one), folders, path))
-            kinds = [(entry["name"], entry["type"]) for entry in entries]
-            files += [name for name, kind in kinds if kind == "file"]
-            folders = [name for name, kind in kinds if kind == "directory" and name not in listed]
-        files += itertools.chain(*gather(fs.find, folders, path))
+            entries = [*itertools.chain(*gather(lambda one: _entries(fs, one), folders, path))]
+            files |= {one["name"]: one for one in entries if one["type"] == "file"}
+            below = (one["name"] for one in entries if one["type"] == "directory")
+            folders = [name for name in below if name not in listed]
+        for found in gather(lambda one: fs.find(one, detail=True), folders, path):
+            files |= found
     root = inner.rstrip("/") + "/"
-    below = (name for name in files if name.startswith(root) and not name.endswith("/"))
-    return sorted(name.removeprefix(root) for name in below)  # marks of folders end in a slash
+    return {
+        name.removeprefix(root): FileInfo(int(info["size"] or 0), _stamp(info))
+        for name, info in files.items()
+        if name.startswith(root) and not name.endswith("/")  # marks of folders end in a slash
+    }
 
 
 def _entries(fs: Any, folder: str) -> list[dict[str, Any]]:
@@ -141,7 +182,10 @@ def stamp_of(path: str) -> str:
     """A text that changes when the file does: its size, and its time or tag where there is one."""
     fs, inner = _resolve(path)
     with storage_errors(path):
-        info = fs.info(inner)
+        return _stamp(fs.info(inner))
+
+
+def _stamp(info: dict[str, Any]) -> str:
     changed = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
     return f"{info['size']} {changed}"
 
@@ -153,6 +197,50 @@ def open_read(path: str, *, by_range: bool = False) -> Iterator[IO[bytes]]:
     remote = {"cache_type": "none"} if by_range and not is_local(path) else {}
     with storage_errors(path), fs.open(inner, "rb", **remote) as file:
         yield file
+
+
+@contextlib.contextmanager
+def open_regular(path: str, *, by_range: bool = True) -> Iterator[IO[bytes]]:
+    """Open for reading what must be a regular file: of a pipe or a device no byte is asked for.
+
+    Raises:
+        UnreadableFileError: it is none, is gone or forbidden.
+    """
+    if not is_local(path):
+        with _missing_is_unreadable(path), open_read(path, by_range=by_range) as file:
+            yield file
+        return
+    with storage_errors(path):
+        descriptor = _open_regular(path)
+        with os.fdopen(descriptor, "rb") as file:
+            yield file
+
+
+def _open_regular(path: str) -> int:
+    name = path.removeprefix("file://")
+    try:
+        if not stat.S_ISREG(os.stat(name).st_mode):  # noqa: PTH116  (before it is opened)
+            raise UnreadableFileError(f"{path}: is no regular file")
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _OF_ONE_FILE:
+            raise UnreadableFileError(f"{path}: {error.strerror}") from error
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise UnreadableFileError(f"{path}: is no regular file")
+
+
+@contextlib.contextmanager
+def _missing_is_unreadable(path: str) -> Iterator[None]:
+    """Of an object store only a missing file is the file's own failure: others may be tokens'."""
+    try:
+        yield
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise UnreadableFileError(str(error)) from error
+        raise
 
 
 def gather(function: Callable[[T], R], items: Iterable[T], path: str) -> list[R]:

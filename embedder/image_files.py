@@ -305,6 +305,11 @@ _UNSUPPORTED = re.compile(
 )
 
 
+def looks_like_image(data: bytes) -> bool:
+    """Whether bytes begin as a file of a format that is decoded."""
+    return any(signature.match(data) for signature, _ in _PARSERS)
+
+
 def parse_image(data: bytes) -> ImageFile:
     """Recognise the format by its first bytes, never by a name or content type, and parse it.
 

@@ -5,8 +5,8 @@ from curation.config import Settings, parse_settings
 from curation.dataset import Dataset
 from curation.errors import DatasetError
 from curation.ledger import StageRecord
+from curation.sources.places import RUN_FILE as RUN_FILE
 
-RUN_FILE = "run.json"
 POOL = "pool"
 
 

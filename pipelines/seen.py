@@ -14,6 +14,7 @@ from curation.dataset import Dataset
 from curation.errors import DatasetError, SpaceError
 from curation.registry import load_stage
 from curation.schema import ID, KEEP, column_type
+from curation.sources.references import Reference
 from curation.stage import Shard, ShardStage
 from embedder.encoder import Encoder, Precision, embed_images, load_encoder
 from embedder.errors import ImageError
@@ -55,9 +56,10 @@ def look_for(file: Path, path: str) -> dict[str, Any]:
         SpaceError: the run's encoder is another one today.
     """
     work = WorkFolder(path.rstrip("/"))
-    data = file.read_bytes()
+    limits = _limits(work)
+    data = Reference(str(file)).read(limits.max_bytes)
     try:
-        image = _canonical(work, data)
+        image = _canonical(work, data, limits)
     except ImageError as error:
         detail = str(error).removeprefix(error.reason).removeprefix(": ")
         raise ImageError(error.reason, f"{file}: {detail}" if detail else str(file)) from error
@@ -91,11 +93,23 @@ def look_for(file: Path, path: str) -> dict[str, Any]:
     }
 
 
-def _canonical(work: WorkFolder, data: bytes) -> CanonicalImage:
-    """The file as this run would have stored it."""
+def _settings(work: WorkFolder) -> dict[str, Any]:
     stage = work.stage(POOL, "canonicalize")
-    settings = stage.entry.record.settings if stage else {}
-    limits = Limits(settings.get("max_bytes", 64 << 20), settings.get("max_pixels", 50_000_000))
+    return stage.entry.record.settings if stage else {}
+
+
+def _limits(work: WorkFolder) -> Limits:
+    """What this run refused before it was decoded."""
+    settings, default = _settings(work), Limits()
+    return Limits(
+        settings.get("max_bytes", default.max_bytes),
+        settings.get("max_pixels", default.max_pixels),
+    )
+
+
+def _canonical(work: WorkFolder, data: bytes, limits: Limits) -> CanonicalImage:
+    """The file as this run would have stored it."""
+    settings = _settings(work)
     return canonicalize(data, settings.get("max_side", 512), settings.get("quality", 95), limits)
 
 

@@ -91,11 +91,11 @@ class Batches(TorchDataset[Batch | CurateError]):
         """Give the image at a position; a bad one is noted, and another drawn in its stead."""
         place = self._order[position]
         for attempt in range(MAX_SUBSTITUTES):
-            name, data = self._source.read(*place)
             try:
+                name, data = self._source.read(*place)
                 return name, decode(data)
             except ImageError as error:
-                bad.append((name, error.reason))
+                bad.append((self._source.name(*place), error.reason))
             rng = stream(self._seed, Purpose.SUBSTITUTE, position, attempt)
             place = self._order[int(rng.integers(2**40))]
         raise TrainingError(

@@ -15,3 +15,7 @@ class Piece:
     """For folders of images: relative paths."""
     num_rows: int = 0
     """Rows in the piece, as far as is known before it is read."""
+    name: str = ""
+    """Name of the file below the source's root, where rows are called by it."""
+    kind: str = ""
+    """What else the file is than a list or a table of images."""

@@ -5,6 +5,8 @@ near nothing in particular (one host's URLs spread over all shards, which is kin
 is found by its id alone, and the shards do not depend on how the input was cut.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +20,7 @@ from pydantic import Field, model_validator
 from curation import storage
 from curation.archives import archive_files, extract_images
 from curation.digest import digest_of
-from curation.errors import LedgerError, StageError
+from curation.errors import ConfigError, LedgerError, StageError
 from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
 from curation.identity import NORMALISATION_VERSION, file_source, normalise_url
 from curation.ledger import commit_shard
@@ -32,9 +34,12 @@ from curation.schema import (
     schema_of,
 )
 from curation.sources.columns import TEXTS
-from curation.sources.images import ImageFiles, read_references
+from curation.sources.images import ImageFiles, write_members
 from curation.sources.lists import UrlList, report_lists
+from curation.sources.names import shown
 from curation.sources.pieces import Piece
+from curation.sources.references import MAX_BYTES, read_references
+from curation.sources.references import REASONS as READ_REASONS
 from curation.sources.text_lists import ListTally, rewrite
 from curation.stage import (
     DatasetStage,
@@ -47,6 +52,8 @@ from curation.stage import (
     reject,
 )
 from curation.url_lists import UrlLists
+
+progress = logging.getLogger("curation.progress")
 
 _URL_COLUMNS = ("source", "alt", "page", "license", "crawled_at")
 
@@ -61,7 +68,11 @@ class Ingest(DatasetStage):
     archives: str | None = None
     """A WARC or WAT file or a folder of them: the images that their pages show."""
     images: str | None = None
-    """A folder of images, of WebDataset tars, or of Parquet files with image bytes."""
+    """A folder of image files, tars and Parquet with image bytes; packed shards; a work folder."""
+    image_column: str | None = None
+    """Column of the images in Parquet files; null finds it."""
+    max_bytes: int = Field(MAX_BYTES, ge=1)
+    """Image files of more bytes are not read."""
     source_set: str = "web"
     """Name of the set; part of the id of images."""
     url_column: str = "url"
@@ -85,7 +96,7 @@ class Ingest(DatasetStage):
 
     reasons = (
         *("bad_source", "scheme", "url_list:NAME", "not_allowed"),
-        *("duplicate_source", "in_base", "forgotten"),
+        *("duplicate_source", "in_base", "forgotten", *READ_REASONS),
     )
     meets_base = True
 
@@ -110,28 +121,31 @@ class Ingest(DatasetStage):
 
     def fingerprint(self) -> str:
         """Names and sizes of the input files, and for local ones the time of their last change."""
+        parts = (NORMALISATION_VERSION, self._stamps(), self.lists.fingerprint())
+        return digest_of(*parts, self.forgotten_ids()) if self.forgotten else digest_of(*parts)
+
+    def _stamps(self) -> list[tuple[str, str]]:
+        """Each input file, and what changes when it does."""
+        if self.images is not None:
+            found = self._image_files().find()
+            return [(shown(found.path(name)), stamp) for name, stamp in found.stamps.items()]
         if self.archives is not None:
             files = set(archive_files(self.archives))
-        elif self.images is not None:
-            pieces = ImageFiles(self.images).pieces()
-            files = {piece.file for piece in pieces if not piece.names}
-            files |= {storage.join(piece.file, name) for piece in pieces for name in piece.names}
         else:
             files = set(self._url_list("").files().all)
-        stamps = [(file, storage.stamp_of(file)) for file in sorted(files)]
-        parts = (NORMALISATION_VERSION, stamps, self.lists.fingerprint())
-        return digest_of(*parts, self.forgotten_ids()) if self.forgotten else digest_of(*parts)
+        return [(file, storage.stamp_of(file)) for file in sorted(files)]
 
     def forgotten_ids(self) -> list[str]:
         """The ids that stay out, in the order of their files."""
         texts = (storage.read_bytes(file).decode("ascii") for file in self.forgotten)
         return [line for text in texts for line in text.split()]
 
-    def source(self, links: str) -> UrlList | ImageFiles:
-        """What the rows are read from. links: folder of what archives and text lists hold."""
-        return ImageFiles(self.images) if self.images is not None else self._url_list(links)
+    def _image_files(self) -> ImageFiles:
+        """What images are read from."""
+        return ImageFiles(str(self.images), self.image_column)
 
     def _url_list(self, links: str) -> UrlList:
+        """What URLs are read from. links: folder of what archives and text lists hold."""
         names = (self.url_column, self.alt_column, self.page_column, self.license_column)
         columns = dict(zip(TEXTS.names, names, strict=True))
         return UrlList(self.urls or "", columns, self.columns, links)
@@ -143,30 +157,48 @@ class Ingest(DatasetStage):
             StageError: there are no rows.
             LedgerError: not all that are listed arrived.
         """
-        links = storage.join(folder.scratch, "links")
-        figures = self._read_links(links, engine)
-        source = self.source(links)
-        pieces = source.pieces()
-        is_list = isinstance(source, UrlList)
-        known = sum(max(piece.num_rows, 0 if is_list else 1) for piece in pieces)
+        opened = self._open_list if self.images is None else self._open_images
+        source, pieces, figures = opened(storage.join(folder.scratch, "links"), engine)
+        known = sum(piece.num_rows for piece in pieces)
+        where = self.urls or self.archives or self.images
         if not known:
-            raise StageError(f"{self.urls or self.archives}: no rows there, only empty files")
+            raise StageError(f"{where}: no rows there, only empty files")
         share = 1.0 if self.max_rows is None else min(1.0, self.max_rows / known)
         num_shards = max(1, -(-int(known * share) // self.rows_per_shard))
         exchange = Exchange(storage.join(folder.scratch, "ingest"), num_shards, Resources())
         mapper = _ByIdRange(self, source, num_shards, share)
         writer = _WriteShard(self, folder, num_shards, inputs.base)
         arrived = sum(exchange.run(engine, mapper, pieces, writer))
-        if is_list and share == 1 and arrived != known:
-            raise LedgerError(f"{self.urls or self.archives}: {known} rows, {arrived} arrived")
-        files = len({piece.file for piece in pieces})
-        counts = {"input_files": files, "listed_rows": known, "share_read": share}
-        return {**counts, **figures}
+        if share == 1 and arrived != known:
+            raise LedgerError(f"{where}: {known} rows, {arrived} arrived")
+        return {"listed_rows": known, "share_read": share, **figures}
+
+    def _open_list(self, links: str, engine: Engine) -> tuple[UrlList, list[Piece], dict[str, Any]]:
+        """The list, its pieces, and figures about it."""
+        figures = self._read_links(links, engine)
+        source = self._url_list(links)
+        pieces = source.pieces()
+        return source, pieces, {"input_files": len({piece.file for piece in pieces}), **figures}
+
+    def _open_images(
+        self, links: str, engine: Engine
+    ) -> tuple[ImageFiles, list[Piece], dict[str, Any]]:
+        """The same of images; the headers of tars are read first, since their members are rows."""
+        source = self._image_files()
+        found = source.find()
+        read = partial(write_members, found.root)
+        tallies = _to_parquet(read, found.tars, links, engine, "ingest (tars)")
+        errors = [tally["error"] for tally in tallies if tally["error"]]
+        if errors:
+            raise ConfigError(errors[0])
+        found.left_out += sum((Counter(tally["left_out"]) for tally in tallies), Counter())
+        members = [storage.join(links, f"{number:06d}.parquet") for number in range(len(tallies))]
+        pieces = source.pieces(found, members)
+        progress.info(found.summary())
+        return source, pieces, {"input_files": len(found.stamps), "left_out": dict(found.left_out)}
 
     def _read_links(self, links: str, engine: Engine) -> dict[str, int]:
         """Write what archives and text lists hold as Parquet; give what was met there."""
-        if self.images is not None:
-            return {}
         if self.archives is not None:
             return self._extract(archive_files(self.archives), links, engine)
         source = self._url_list(links)
@@ -290,7 +322,7 @@ class _WriteShard(Reducer):
             gone = pa.array(self.stage.forgotten_ids(), pa.string())
             reject(shard, np.asarray(pc.is_in(rows[ID], value_set=gone)), "forgotten")
         if self.stage.images is not None:
-            shard.emit("raw", {"raw": self._read_bytes(rows)})
+            self._read_bytes(shard)
         commit_shard(self.stage, self.folder, shard)
         return int(rows.num_rows)
 
@@ -304,10 +336,17 @@ class _WriteShard(Reducer):
             known |= np.asarray(pc.is_in(ids, value_set=live).combine_chunks())
         return known
 
-    def _read_bytes(self, rows: pa.Table) -> pa.Array | pa.ChunkedArray:
-        if "raw" in rows.column_names:
-            return rows["raw"]
-        return pa.array(read_references(rows), pa.large_binary())
+    def _read_bytes(self, shard: Shard) -> None:
+        """Read the images that are alive; those that cannot be read are dropped."""
+        alive = shard.alive
+        data, failures = read_references(shard.table.filter(alive), self.stage.max_bytes)
+        reasons = np.full(shard.num_rows, "", dtype=object)
+        reasons[alive] = failures
+        for reason in sorted(set(failures) - {""}):
+            reject(shard, reasons == reason, reason)
+        if not alive.all():
+            data = data.take(pa.array(np.cumsum(alive) - 1, mask=~alive))
+        shard.emit("raw", {"raw": data})
 
 
 def _url_or_none(url: str | None) -> str | None:

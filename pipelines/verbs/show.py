@@ -16,6 +16,7 @@ from curation.errors import ConfigError
 from pipelines import console
 
 if TYPE_CHECKING:
+    from curation.sources.shards import StoredImage
     from embedder.images import Pixels
 
 SHOWN_HEIGHT = 224
@@ -53,18 +54,18 @@ def run_show(
     Raises:
         ConfigError: an unknown kind, no images, or an output that is neither page nor PNG.
     """
-    from pretrain.evaluation.datasets import plain_images
+    from curation.sources.shards import images_below
 
     suffix = Path(out).suffix.lower()
     if kind not in ("pca", "attention", "knn") or suffix not in (".html", ".png"):
         raise ConfigError(
             f"curate show {kind} --out {out}: want pca, attention or knn, and .html or .png"
         )
-    files = [file for path in paths for file in plain_images(path)]
+    files = [file for path in paths for file in images_below(path)]
     if len(files) > MAX_IMAGES:
         raise ConfigError(f"{len(files)} images are too many for a page; name {MAX_IMAGES} at most")
     if kind == "knn":
-        rows = _knn_rows(files, encoder, plain_images(among) if among else files, k)
+        rows = _knn_rows(files, encoder, images_below(among) if among else files, k)
     else:
         rows = _map_rows(kind, files, encoder, short_side)
     title = f"{kind} of {encoder}"
@@ -78,15 +79,15 @@ def run_show(
 
 
 def _map_rows(
-    kind: str, files: Sequence[Path], encoder: str, side: int | None
+    kind: str, files: Sequence["StoredImage"], encoder: str, side: int | None
 ) -> list[list[Shown]]:
     from embedder.feature_maps import load_feature_model
     from pretrain.evaluation.pictures import attention_pictures, fitted, patch_rows, pca_pictures
     from pretrain.evaluation.tasks import encoder_name
 
     model = load_feature_model(encoder_name(encoder))
-    images = [fitted(_decoded(file), model, side) for file in files]
-    rows = [[Shown(image, file.name)] for image, file in zip(images, files, strict=True)]
+    images = [fitted(file.pixels(), model, side) for file in files]
+    rows = [[Shown(image, _caption(file))] for image, file in zip(images, files, strict=True)]
     if kind == "pca":
         colours = pca_pictures(patch_rows(model, images))
         for row, image, picture in zip(rows, images, colours, strict=True):
@@ -100,34 +101,34 @@ def _map_rows(
 
 
 def _knn_rows(
-    files: Sequence[Path], encoder: str, database: Sequence[Path], k: int
+    files: Sequence["StoredImage"], encoder: str, database: Sequence["StoredImage"], k: int
 ) -> list[list[Shown]]:
-    from functools import partial
-
     from embedder.encoder import embed_images, load_encoder
     from pretrain.evaluation.pictures import neighbours
     from pretrain.evaluation.tasks import encoder_name
 
     opened = load_encoder(encoder_name(encoder))
     queries, bank = (
-        embed_images([opened], [partial(_decoded, file) for file in some])[0].astype(np.float32)
+        embed_images([opened], [file.pixels for file in some])[0].astype(np.float32)
         for some in (files, database)
     )
     order, cosines = neighbours(queries, bank, k + 1)
     rows = []
     for file, places, values in zip(files, order, cosines, strict=True):
-        row = [Shown(_decoded(file), file.name)]
+        row = [Shown(file.pixels(), _caption(file))]
         found = [(database[i], v) for i, v in zip(places, values, strict=True)]
-        others = [(path, v) for path, v in found if path.resolve() != file.resolve()][:k]
-        row += [Shown(_decoded(path), f"{value:.3f} {path.name}") for path, value in others]
+        others = [(other, v) for other, v in found if not _is_same(other, file)][:k]
+        row += [Shown(one.pixels(), f"{value:.3f} {_caption(one)}") for one, value in others]
         rows.append(row)
     return rows
 
 
-def _decoded(file: Path) -> "Pixels":
-    from embedder.images import decode
+def _caption(image: "StoredImage") -> str:
+    return image.name.rpartition("/")[2]
 
-    return decode(file.read_bytes())
+
+def _is_same(image: "StoredImage", other: "StoredImage") -> bool:
+    return Path(image.path).resolve() == Path(other.path).resolve()
 
 
 def _enlarged(picture: "Pixels", like: "Pixels") -> "Pixels":

@@ -3,16 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curation import storage
-from curation.dataset import Dataset
-from curation.errors import ConfigError, DatasetError
-from curation.sources.images import IMAGE_SUFFIXES
+from curation.errors import ConfigError
 from pipelines import console
 
 if TYPE_CHECKING:
     from pretrain.config import PretrainConfig
-
-Labelled = list[tuple[bytes, str]]
 
 
 def run_pretrain(
@@ -27,12 +22,12 @@ def run_pretrain(
     if config is None:
         raise ConfigError("curate pretrain: name a config, a YAML file or one that ships")
     if continued is None:
-        result = pretrain_on(config, packed_folder(data), out, changes)
+        result = pretrain_on(config, data, out, changes)
     else:
         from pretrain.continuing import load_continued_config
 
         settings = load_continued_config(config, changes, continued)
-        result = _train(settings, packed_folder(data), out)
+        result = _train(settings, data, out)
     console.print_pairs(result, title="pretrain")
 
 
@@ -53,7 +48,7 @@ def run_distill(config: str, data: str, out: str, teacher: str | None, changes: 
     settings = load_distill_config(config, changes)
     if teacher is not None:
         settings = settings.replace(teacher_run=str(Path(teacher).resolve()))
-    result = _train(settings, packed_folder(data), out)
+    result = _train(settings, data, out)
     console.print_pairs(result, title="distill")
 
 
@@ -78,44 +73,12 @@ def _train(
     }
 
 
-def packed_folder(data: str) -> str:
-    """The packed shards of a manifest; packed shards and folders of images stand for themselves.
-
-    Raises:
-        DatasetError: the manifest was never packed.
-    """
-    if not Dataset.is_finished(data):
-        return data
-    dataset = Dataset.open(data)
-    if "offset" in dataset.columns:
-        return data
-    packed = dataset.attributes.get("packed")
-    if not packed:
-        raise DatasetError(
-            f"{data}: its images are not packed; run `curate pack` and name its output"
-        )
-    return storage.join(data.rstrip("/").rpartition("/")[0] or ".", str(packed))
-
-
 def evaluate_knn(backbone: str, train: str, test: str, k: tuple[int, ...]) -> dict[str, Any]:
     """k-NN accuracy of a backbone on folders with a folder of images a class."""
-    from pretrain.evaluation.knn import evaluate
+    from pretrain.evaluation.knn import evaluate, labeled_folder
 
-    labelled = read_labelled(train)
-    found = evaluate(backbone, labelled, read_labelled(test), k=k)
+    labelled = labeled_folder(train)
+    found = evaluate(backbone, labelled, labeled_folder(test), k=k)
     shown = ", ".join(f"k={n}: {found[f'knn_{n}']:.1%}" for n in k)
     classes = len({label for _, label in labelled})
     return {**found, "classes": classes, "text": f"{shown} ({classes} classes)"}
-
-
-def read_labelled(folder: str) -> Labelled:
-    """Bytes and class of every image in FOLDER/CLASS/.
-
-    Raises:
-        ConfigError: the folder is not laid out like that.
-    """
-    root = Path(folder)
-    files = sorted(file for file in root.glob("*/*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ConfigError(f"{folder}: no images there; expected FOLDER/CLASS/IMAGE.jpg")
-    return [(file.read_bytes(), file.parent.name) for file in files]

@@ -5,15 +5,14 @@ Without registers, large models keep global information in a few patches of even
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from curation.config import Settings
+from curation.sources.shards import StoredImage
 from embedder.feature_maps import FeatureModel
-from embedder.images import decode
 from pretrain.evaluation.dense import share_of
 from pretrain.evaluation.features import gathered
 from pretrain.evaluation.knn import center_crop
@@ -29,12 +28,12 @@ class ArtifactSettings(Settings):
 
 
 def artifacts(
-    model: FeatureModel, images: Sequence[Path], settings: ArtifactSettings
+    model: FeatureModel, images: Sequence[StoredImage], settings: ArtifactSettings
 ) -> dict[str, float]:
     """Give the share of patch tokens with outlier norms, and what norms there are."""
     rows = []
     for image in share_of(images):
-        crop = center_crop(decode(image.read_bytes()), model.image_size)
+        crop = center_crop(image.pixels(), model.image_size)
         pixels = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None]
         rows.append(model.raw_patches(pixels)[0].norm(dim=-1).cpu())  # (P,)
     norms = gathered(torch.stack(rows), len(images)).numpy()

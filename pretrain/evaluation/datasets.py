@@ -4,9 +4,10 @@ A path may name its layout in front, `ade20k:PATH`; otherwise the layout is reco
 targets give arrays of the image's size.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from curation.errors import ConfigError
-from embedder.images import Pixels, decode
-from pretrain.sources import is_image
+from curation.sources.folders import Listing, list_files
+from curation.sources.names import kind_of
+from curation.sources.shards import StoredImage, image_file, images_below
+from embedder.images import Pixels
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["train", "test"]
 IGNORED = 255
@@ -28,7 +33,7 @@ Targets = NDArray[Any]
 class LabelledImage:
     """An image and its class."""
 
-    path: Path
+    image: StoredImage
     label: str
 
 
@@ -43,7 +48,7 @@ class Scene:
 
     def pixels(self) -> Pixels:
         """(H, W, 3)."""
-        return decode(self.path.read_bytes())
+        return image_file(str(self.path)).pixels()
 
     def values(self) -> Targets:
         """(H, W)."""
@@ -69,48 +74,42 @@ class Layout:
 def labelled_images(path: str) -> list[LabelledImage]:
     """Read ROOT/CLASS/**/IMAGE, as ImageNet's train and val folders lie, or ROOT/labels.csv.
 
+    Of tars the class is the first folder inside, or the tar where there is none.
+
     Raises:
         ConfigError: neither is there.
     """
     root = Path(path)
     if (root / "labels.csv").is_file():
         return _listed_images(root)
-    found = [
-        LabelledImage(file, folder.name)
-        for folder in sorted(root.glob("*/"))
-        for file in sorted(folder.rglob("*"))
-        if is_image(file.name)
-    ]
+    classes = [(image, _class_of(image.name)) for image in images_below(path)]
+    found = [LabelledImage(image, label) for image, label in classes if label is not None]
     if not found:
         raise ConfigError(
             f"{path}: no labelled images there; expected {path}/CLASS/IMAGE.jpg, or "
             f"{path}/labels.csv with lines FILE,CLASS"
         )
-    return found
+    if len(found) < len(classes):
+        logger.warning("%s: %d images lie in no class; left out", path, len(classes) - len(found))
+    return sorted(found, key=lambda item: (item.label, item.image.name))
+
+
+def _class_of(name: str) -> str | None:
+    """The first folder that an image lies in; a tar only where there is no other."""
+    folders = PurePosixPath(name).parts[:-1]
+    is_tar = [kind_of(folder) == "tar" for folder in folders]
+    plain = [folder for folder, tar in zip(folders, is_tar, strict=True) if not tar]
+    named = plain or [PurePosixPath(folder).stem for folder in folders]
+    return named[0] if named else None
 
 
 def _listed_images(root: Path) -> list[LabelledImage]:
     rows = [line.rpartition(",") for line in (root / "labels.csv").read_text().splitlines()]
-    found = [LabelledImage(root / file, label.strip()) for file, _, label in rows if file]
-    missing = next((item.path for item in found if not item.path.is_file()), None)
-    if missing is not None or not found:
+    named = [(root / file, label.strip()) for file, _, label in rows if file]
+    missing = next((file for file, _ in named if not file.is_file()), None)
+    if missing is not None or not named:
         raise ConfigError(f"{root}/labels.csv: names {missing or 'no file'}, which is not there")
-    return found
-
-
-def plain_images(path: str) -> list[Path]:
-    """All images below a folder, or the one that a path names.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    root = Path(path)
-    if root.is_file():
-        return [root]
-    found = [file for file in sorted(root.rglob("*")) if is_image(file.name)]
-    if not found:
-        raise ConfigError(f"{path}: holds no images")
-    return found
+    return [LabelledImage(image_file(str(file)), label) for file, label in named]
 
 
 # --- a target for each pixel --------------------------------------------------------------------
@@ -210,12 +209,13 @@ def _paired(
     images: Path, targets: Path, suffixes: Sequence[str], read: Callable[[Path], Targets]
 ) -> list[Scene]:
     """Images and targets of the same relative name."""
+    found = list_files(str(images)) if images.is_dir() else Listing(str(images))
     scenes = []
-    for image in sorted(images.rglob("*")) if images.is_dir() else []:
-        stem = targets / image.relative_to(images)
+    for name in found.images:
+        stem = targets / name
         target = next((t for s in suffixes if (t := stem.with_suffix(s)).is_file()), None)
-        if is_image(image.name) and target is not None:
-            scenes.append(Scene(image, target, read))
+        if target is not None and name not in found.odd:
+            scenes.append(Scene(images / name, target, read))
     return scenes
 
 

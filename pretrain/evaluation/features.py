@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,10 @@ from torch import Tensor
 from curation.dataset import Dataset
 from curation.errors import ConfigError
 from curation.neighbors.vectors import vectors_of
+from curation.sources.shards import StoredImage
 from embedder.encoder import Encoder, available_cpus, embed_images
 from embedder.feature_maps import FeatureModel
-from embedder.images import Pixels, decode
+from embedder.images import Pixels
 from pretrain.crops import draw_box
 from pretrain.distributed import gather_rows, max_over_ranks, rank, world_size
 from pretrain.evaluation.datasets import LabelledImage
@@ -93,7 +94,7 @@ def layer_features(
     mine = images[rank() :: world_size()]
     seeds = None if view is None else view.integers(2**63, size=len(images))[rank() :: world_size()]
     crops = (
-        partial(_view, item.path, model.image_size, None if seeds is None else int(seeds[i]))
+        partial(_view, item.image, model.image_size, None if seeds is None else int(seeds[i]))
         for i, item in enumerate(mine)
     )
     parts = [_look(model, batch, num_layers) for batch in _batches(crops, batch_size)]
@@ -130,9 +131,9 @@ def _batches(crops: Iterable[partial[Pixels]], size: int) -> Iterator[list[Pixel
             yield waiting
 
 
-def _view(path: Path, side: int, seed: int | None) -> Pixels:
+def _view(stored: StoredImage, side: int, seed: int | None) -> Pixels:
     """(side, side, 3): the centre, or a random crop, perhaps mirrored."""
-    pixels = decode(path.read_bytes())
+    pixels = stored.pixels()
     if seed is None:
         return center_crop(pixels, side)
     rng = np.random.default_rng(seed)

@@ -20,15 +20,16 @@ from torch import Tensor
 
 from curation.config import Settings
 from curation.errors import ConfigError
+from curation.sources.shards import StoredImage, image_file
 from embedder.checkpoint import load_backbone
 from embedder.images import decode
 from embedder.vit import VisionTransformer
 from pretrain.batch import normalize
 from pretrain.config import KnnSettings
-from pretrain.sources import IMAGE_SUFFIXES
+from pretrain.evaluation.datasets import labelled_images
 
-Labeled = Sequence[tuple[bytes | str | Path, Any]]
-"""(image file or its path, label)."""
+Labeled = Sequence[tuple[bytes | str | Path | StoredImage, Any]]
+"""(image file or where it lies, label)."""
 
 RESIZE = 256 / 224
 """Shorter side before the centre crop, as a share of the crop."""
@@ -136,27 +137,19 @@ def knn_classify(
     return {n: torch.cat(parts) for n, parts in guesses.items()}
 
 
-def labeled_folder(path: str | Path) -> list[tuple[Path, str]]:
+def labeled_folder(path: str | Path) -> list[tuple[StoredImage, str]]:
     """List the images of a folder that holds a folder for each class.
 
     Raises:
         ConfigError: there are none.
     """
-    found = [
-        (file, folder.name)
-        for folder in sorted(Path(path).glob("*/"))
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not found:
-        raise ConfigError(f"{path}: holds no images in a folder for each class")
-    return found
+    return [(item.image, item.label) for item in labelled_images(str(path))]
 
 
 @torch.no_grad()
 def class_tokens(
     model: VisionTransformer,
-    images: Sequence[bytes | str | Path],
+    images: Sequence[bytes | str | Path | StoredImage],
     size: int,
     batch_size: int = 32,
 ) -> Tensor:
@@ -171,9 +164,11 @@ def class_tokens(
     return torch.cat(parts)
 
 
-def load(image: bytes | str | Path) -> NDArray[np.uint8]:
-    """Decode an image file or a path to one."""
-    return decode(image if isinstance(image, bytes) else Path(image).read_bytes())
+def load(image: bytes | str | Path | StoredImage) -> NDArray[np.uint8]:
+    """Decode an image, a file or a path to one."""
+    if isinstance(image, bytes):
+        return decode(image)
+    return (image if isinstance(image, StoredImage) else image_file(str(image))).pixels()
 
 
 def center_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

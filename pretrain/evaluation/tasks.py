@@ -11,10 +11,11 @@ import numpy as np
 from curation.config import Settings, apply_changes, parse_settings
 from curation.dataset import Dataset
 from curation.errors import ConfigError
+from curation.sources.shards import image_file, images_below
 from embedder.encoder import Encoder, load_encoder
 from embedder.errors import EncoderError
 from embedder.feature_maps import FeatureModel, load_feature_model
-from embedder.images import Pixels, decode
+from embedder.images import Pixels
 from pretrain.evaluation.artifacts import ArtifactSettings, artifacts
 from pretrain.evaluation.datasets import (
     DEPTH,
@@ -22,7 +23,6 @@ from pretrain.evaluation.datasets import (
     Layout,
     labelled_images,
     open_scenes,
-    plain_images,
 )
 from pretrain.evaluation.depth import DepthSettings, depth
 from pretrain.evaluation.features import (
@@ -189,7 +189,7 @@ def _vector_pair(request: Request) -> tuple[Features, Features, tuple[str, str, 
         encoder = _encoder(request)
         sets = [labelled_images(path) for path in paths]
         train, test = (
-            Features(vectors(encoder, [_reader(item.path) for item in items]), _labels(items))
+            Features(vectors(encoder, [item.image.pixels for item in items]), _labels(items))
             for items in sets
         )
         return train, test, (encoder.name, encoder.space, encoder.licence)
@@ -217,7 +217,7 @@ def _reader(
     """What decodes an image, or a box of it (left, top, right, bottom), when it is asked to."""
 
     def read() -> Pixels:
-        pixels = decode(path.read_bytes())
+        pixels = image_file(str(path)).pixels()
         if box is None:
             return pixels
         left, top, right, bottom = (round(side) for side in box)
@@ -251,7 +251,7 @@ def _dense(
 
 
 def _artifacts(request: Request, settings: ArtifactSettings) -> Measured:
-    images = plain_images(request.test)
+    images = images_below(request.test)
     model = _feature_model(request)
     metrics = artifacts(model, images, settings)
     return Measured(metrics, 0, len(images), model.name, model.space, model.licence)

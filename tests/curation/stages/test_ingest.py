@@ -232,7 +232,8 @@ def test_ingest__reads_what_img2dataset_wrote(tmp_path, kind):
     record, outputs = ingest(tmp_path, images=str(tmp_path / "old"))
     found = [raw for raw in outputs["raw"].read()["raw"].to_pylist() if raw]
     assert sorted(found) == sorted(images)
-    assert record.rows_out == (4 if kind == "parquet" else 3)
+    assert record.rows_out == 3
+    assert record.dropped == ({"empty": 1} if kind == "parquet" else {})
     rows = outputs["rows"].read()
     assert {f"http://h/{i}.jpg" for i in (0, 1, 3)} <= set(rows["source"].to_pylist())
     assert make_id("http://h/3.jpg") in rows["id"].to_pylist()
@@ -242,7 +243,7 @@ def test_ingest__two_outputs_of_img2dataset_keep_their_rows(tmp_path):
     for name in ("a", "b"):
         img2dataset_output(tmp_path / "old" / name, "parquet", host=name)
     record, _ = ingest(tmp_path, images=str(tmp_path / "old"))
-    assert record.rows_out == 8
+    assert (record.rows_out, record.dropped) == (6, {"empty": 2})
 
 
 def test_ingest__reads_a_tar_that_ends_early(tmp_path):
