@@ -35,6 +35,8 @@ class ImageFile:
     """Stored colour channels; known for JPEG only."""
     is_whole: bool = True
     """False where the file ends before its own structure does."""
+    lacks_scans: bool = False
+    """Whether a JPEG's scans leave out a component, or coefficients of one."""
 
 
 def exif_orientation(exif: bytes) -> int:
@@ -64,7 +66,9 @@ def _exif_shorts(exif: bytes, order: str, start: int) -> Iterator[tuple[int, int
 
 _NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # neither a stuffed zero nor a restart
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL, _PROGRESSIVE = frozenset({0xC0, 0xC1, 0xC9}), frozenset({0xC2, 0xCA})
 _SOS, _EOI, _COM = 0xDA, 0xD9, 0xFE
+_END = bytes([0xFF, _EOI])
 _STANDALONE = frozenset({0x01, 0xD8})
 
 
@@ -96,9 +100,10 @@ class _JpegParts:
 
     kept: list[bytes] = field(default_factory=lambda: [b"\xff\xd8"])
     frame: bytes | None = None
+    frame_marker: int = 0
     orientation: int = 1
     profile: dict[int, bytes] = field(default_factory=dict)
-    num_scans: int = 0
+    scans: list[bytes] = field(default_factory=list)
     is_whole: bool = False
 
     def keep(self, marker: int, payload: bytes) -> None:
@@ -109,7 +114,6 @@ class _JpegParts:
         if marker == -1:
             self.kept.append(payload)
         elif marker == _EOI:
-            self.kept.append(b"\xff\xd9")
             self.is_whole = True
         elif 0xE0 <= marker <= 0xEF:
             self._add_application(marker, payload)
@@ -128,17 +132,38 @@ class _JpegParts:
 
     def _add_coding(self, marker: int, payload: bytes) -> None:
         if marker in _START_OF_FRAME and self.frame is None:
-            self.frame = payload
-        self.num_scans += marker == _SOS
+            self.frame, self.frame_marker = payload, marker
+        if marker == _SOS:
+            self.scans.append(payload)
         self.keep(marker, payload)
+
+    def lacks_scans(self) -> bool:
+        """Whether the file could end after these scans, and yet lack some: they were cut off."""
+        if self.frame_marker not in _SEQUENTIAL | _PROGRESSIVE or self.frame is None:
+            return False
+        left = {component: [True] * 64 for component in self.frame[6::3][: self.frame[5]]}
+        for scan in self.scans:
+            components, rest = scan[1:][: 2 * scan[0] : 2], scan[1 + 2 * scan[0] :]
+            if len(rest) < 3 or not left.keys() >= set(components):
+                return False  # the decoder shall say what is wrong with it
+            first, last, low_bit = rest[0], rest[1], rest[2] & 15
+            if self.frame_marker in _SEQUENTIAL:
+                first, last, low_bit = 0, 63, 0
+            for component in components:
+                span = slice(first, last + 1)
+                left[component][span] = [low_bit > 0] * len(left[component][span])
+        return any(map(any, left.values()))
 
 
 def parse_jpeg(data: bytes) -> ImageFile:
-    """Parse a JPEG and rebuild it without metadata, profile, thumbnails and trailing bytes."""
+    """Parse a JPEG and rebuild it without metadata, profile, thumbnails and trailing bytes.
+
+    One that lacks its last marker gets it: what else it lacks is seen when it is decoded.
+    """
     parts = _JpegParts()
     for marker, payload in _jpeg_segments(data):
         parts.add(marker, payload)
-        if parts.num_scans > MAX_JPEG_SCANS:
+        if len(parts.scans) > MAX_JPEG_SCANS:
             raise ImageError("decode_error", f"JPEG with more than {MAX_JPEG_SCANS} scans")
     if parts.frame is None or len(parts.frame) < 6:
         reason = "decode_error" if parts.is_whole else "truncated"
@@ -149,11 +174,12 @@ def parse_jpeg(data: bytes) -> ImageFile:
         "JPEG",
         width,
         height,
-        b"".join(parts.kept),
+        b"".join(parts.kept).rstrip(b"\xff") + _END,
         parts.orientation,
         icc or None,
         num_channels,
         parts.is_whole,
+        parts.lacks_scans(),
     )
 
 
@@ -293,12 +319,14 @@ _PARSERS: tuple[tuple[re.Pattern[bytes], Callable[[bytes], ImageFile]], ...] = (
     (re.compile(_PNG_SIGNATURE), parse_png),
     (re.compile(rb"RIFF....WEBP", re.DOTALL), parse_webp),
     (re.compile(rb"GIF8[79]a"), parse_gif),
-    (re.compile(rb"....ftypavi[fs]", re.DOTALL), parse_avif),
+    # One whose main brand is that of all such containers names AVIF among the others.
+    (re.compile(rb"....ftyp(?:avi[fs]|.{8}(?:.{4}){0,15}?avi[fs])", re.DOTALL), parse_avif),
     (re.compile(rb"BM.{12}(?:[\x0c-\x7c]\0\0\0)", re.DOTALL), parse_bmp),
     (re.compile(rb"II[*+]\0|MM\0[*+]"), parse_tiff),
 )
 _UNSUPPORTED = re.compile(
-    rb"....ftyp(?:hei|hev|mif1|msf1|jxl|jp2)|8BPS|%PDF|\x00\x00\x01\x00.\x00"  # HEIF, PSD, ICO
+    rb"....ftyp(?:hei|hev|mif1|miaf|msf1|jxl|jp2|jpx|crx)"  # HEIF, CR3
+    rb"|8BPS|%PDF|\x00\x00\x01\x00.\x00"  # PSD, ICO
     rb"|\x00\x00\x00\x0c(?:JXL |jP  )|\xff\x0a|\xff\x4f\xff\x51"  # JPEG XL, JPEG 2000
     rb"|\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?<svg",
     re.DOTALL,
@@ -321,5 +349,7 @@ def parse_image(data: bytes) -> ImageFile:
         if signature.match(data):
             return parse(data)
     if _UNSUPPORTED.match(data, 0, 4096):
-        raise ImageError("unsupported_format", f"begins with {data[:12]!r}")
+        brand = data[8:12].decode("latin-1").strip().upper() if data[4:8] == b"ftyp" else ""
+        what = f"{brand} is not read" if brand.isalnum() else f"begins with {data[:12]!r}"
+        raise ImageError("unsupported_format", what)
     raise ImageError("not_an_image", f"begins with {data[:12]!r}")

@@ -5,6 +5,7 @@ function; no library switch is touched, and foreign bytes raise `ImageError` onl
 """
 
 import io
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,12 @@ from PIL import (
     PngImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+)
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    SAMPLEFORMAT,
 )
 
 from embedder.errors import ImageError
@@ -271,10 +278,10 @@ def _render(file: ImageFile, max_side: int | None, limits: Limits) -> Pixels:
     """Decode to upright pixels in sRGB, shrunk to `max_side` if given."""
     with _foreign_errors(file):
         size = _shrunk_size((file.width, file.height), max_side)
-        plain = _decode_plain_jpeg(file, size)
-        if plain is not None:
+        plain = _decode_jpeg(file, size) if file.format == "JPEG" else None
+        if plain is not None and _is_in_srgb(file):
             return _turn_upright(_to_rgb(_shrink(plain, size)), file.orientation)
-        image = _load(file, size, limits)
+        image = _load(file, size, limits) if plain is None else Image.fromarray(plain)
         if file.format == "GIF":  # a frame may be larger than the screen that the header names
             size = _shrunk_size(image.size, max_side)
         icc = file.icc or image.info.get("icc_profile")
@@ -317,22 +324,51 @@ _DRAFT_GAP = 1.2
 """A JPEG is decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that is this much above its target."""
 
 
-def _decode_plain_jpeg(file: ImageFile, size: tuple[int, int]) -> Pixels | None:
-    """(H, W) or (H, W, 3) of a whole JPEG in grey or sRGB; None for any other.
+def _decode_jpeg(file: ImageFile, size: tuple[int, int]) -> Pixels | None:
+    """(H, W) or (H, W, 3) of a JPEG in grey or RGB, which has all its pixels; None for any other.
 
-    The same pixels as Pillow's, in three quarters of its time. Where libjpeg complains in the
-    least, Pillow is left to judge.
+    The same pixels as Pillow's, in three quarters of its time. Pillow keeps to itself what libjpeg
+    says of missing data, which it paints grey: so a JPEG of four channels is looked at here, too.
     """
-    if not file.is_whole or not _is_in_srgb(file):
-        return None
-    space = "RGB" if file.num_channels == 3 else "GRAY"
-    fraction = _draft_fraction(file, size)
+    if file.lacks_scans:
+        raise ImageError("truncated", "JPEG without its last scans")
+    fraction = 8 if file.num_channels == 4 else _draft_fraction(file, size)
     least = {"min_height": -(-file.height // fraction), "min_width": -(-file.width // fraction)}
+    space = {1: "GRAY", 3: "RGB", 4: "CMYK"}.get(file.num_channels or 0)
+    if space is None:
+        return None
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(file.data, space, strict=True, **least)
-    except ValueError:
+    except ValueError as error:
+        data = _without_padding(file.data, str(error))
+        if data is not None:
+            return _decode_jpeg(replace(file, data=data), size)
+        if re.match("Corrupt|Premature", str(error)):
+            is_cut = "remature" in str(error)
+            raise ImageError("truncated" if is_cut else "decode_error", f"JPEG: {error}") from error
+        return None  # where libjpeg complains of something else, Pillow is left to judge
+    if space == "CMYK":
         return None
     return pixels if space == "RGB" else pixels[:, :, 0]
+
+
+_FEW_BYTES = 16
+
+
+def _without_padding(data: bytes, complaint: str) -> bytes | None:
+    """A JPEG without what lies between its pixels and its end, if that is no lost picture data.
+
+    Harmless are a few bytes, and any number of equal ones that follow others: where equal bytes
+    stand before them, too, they were taken for pixels, and a part of the file is blank.
+    """
+    found = re.fullmatch(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9", complaint)
+    if found is None:
+        return None
+    end = len(data) - 2
+    start = end - int(found[1])
+    padding, before = data[start:end], data[start - _FEW_BYTES : start]
+    is_fill = len(set(padding)) == 1 and set(before) != set(padding)
+    return data[:start] + data[end:] if is_fill or len(padding) <= _FEW_BYTES else None
 
 
 def _is_in_srgb(file: ImageFile) -> bool:
@@ -355,6 +391,7 @@ def _load(file: ImageFile, size: tuple[int, int], limits: Limits) -> Image.Image
         image = _open(file)
         _check_size(*image.size, limits)
         if file.format == "TIFF":
+            _read_planes_deep(image)
             image.load()
     if size != (file.width, file.height):
         image.draft(None, (round(size[0] * _DRAFT_GAP), round(size[1] * _DRAFT_GAP)))
@@ -362,13 +399,30 @@ def _load(file: ImageFile, size: tuple[int, int], limits: Limits) -> Image.Image
     return image
 
 
+def _read_planes_deep(image: Any) -> None:
+    """Let Pillow read unpacked planes of 16 bits as such: it takes them for 8."""
+    tags = image.tag_v2
+    if tags.get(PLANAR_CONFIGURATION) == _PLANES_APART and max(tags.get(BITSPERSAMPLE, (8,))) == 16:
+        order = "B" if tags.prefix == b"MM" else "L"
+        image.tile = [
+            tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:]))
+            if tile.codec_name == "raw"
+            else tile
+            for tile in image.tile
+        ]
+
+
+_PLANES_APART = 2
+
+
 # --- colour -------------------------------------------------------------------------------------
 
 
 def _to_8_bit_channels(image: Image.Image) -> Image.Image:
     """Bring any Pillow mode to L, LA, RGB, RGBA or CMYK."""
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_scale_to_8_bit(np.asarray(image)))
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith(("I", "F")) or _SIGNED in tags.get(SAMPLEFORMAT, ()):
+        return Image.fromarray(_deep_grey(image))
     if image.mode == "La":
         return image.convert("LA")
     if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
@@ -378,15 +432,56 @@ def _to_8_bit_channels(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _scale_to_8_bit(values: NDArray[Any]) -> Pixels:
-    """Scale grey values of more than 8 bits; their range is that of the type that holds them."""
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values)
-        top = 1.0 if values.max() <= 1 else 255.0
-    else:
-        top = next(t for t in (255.0, 65535.0, 2.0**32) if values.max() <= t)
-        top = max(top, 65535.0) if values.dtype.itemsize == 2 else top
-    return np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
+def _deep_grey(image: Image.Image) -> Pixels:
+    """Scale grey values of more than 8 bits; black is 0, white by the type that holds them.
+
+    The largest number of up to 16 bits is white; of 32 bits the smallest that has 8, 16 or all of
+    them and is not exceeded; of floating point see `_float_white`. Raises: ImageError.
+    """
+    tags = getattr(image, "tag_v2", {})
+    values: NDArray[Any] = np.asarray(image)
+    is_signed = _SIGNED in tags.get(SAMPLEFORMAT, ())
+    kind = "f" if values.dtype.kind == "f" else "i" if is_signed else "u"
+    if values.dtype.kind != kind:  # Pillow has no unsigned mode of 32 bits, nor a signed one of 8
+        values = values.view(f"{kind}{values.itemsize}")
+    bits = tags.get(BITSPERSAMPLE, (16,))[0]
+    white = _float_white(values) if kind == "f" else _integer_white(values, bits)
+    if image.info.get("transparency") is not None:  # of a PNG: this value alone
+        values = np.where(values == image.info["transparency"], white, values)
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
+        values = white - values
+    values = np.nan_to_num(values, nan=0.0, posinf=white, neginf=0.0)
+    scaled: NDArray[Any] = np.rint(values * (255.0 / white))
+    return np.clip(scaled, 0, 255).astype(np.uint8)
+
+
+def _integer_white(values: NDArray[Any], bits: int) -> float:
+    """White of whole numbers. Raises: ImageError where some are below black."""
+    if values.min() < 0:
+        raise ImageError("decode_error", "values below zero, and no word of black")
+    if bits < 32:
+        return 2.0 ** (bits - (values.dtype.kind == "i")) - 1
+    return next(2.0**used - 1 for used in (8, 16, 32) if values.max() < 2**used)
+
+
+_SIGNED, _WHITE_IS_ZERO = 2, 0
+_OVERSHOOT = 1.1
+"""Filters that sharpen leave values a tenth beyond white and black."""
+_DARKEST = 1 / 8
+"""Share of white that the brightest value must have where white is not 1."""
+
+
+def _float_white(values: NDArray[Any]) -> float:
+    """White of numbers in floating point: 1, 255 or 65535, the smallest that is not exceeded.
+
+    Raises: ImageError where they are far from all three, or below black.
+    """
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, np.inf)
+    white = next((top for top in (1.0, 255.0, 65535.0) if high <= top * _OVERSHOOT), 0.0)
+    if white == 0 or (white > 1 and high < white * _DARKEST) or low < white * (1 - _OVERSHOOT):
+        raise ImageError("decode_error", f"values of {low:.3g} to {high:.3g}, and no word of white")
+    return white
 
 
 _PROFILE_SPACES = {"L": b"GRAY", "LA": b"GRAY", "RGB": b"RGB ", "RGBA": b"RGB ", "CMYK": b"CMYK"}

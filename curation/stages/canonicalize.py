@@ -23,7 +23,7 @@ class Canonicalize(ShardStage):
     A JPEG that needs none of this keeps its coded pixels bit for bit.
     """
 
-    version = 3
+    version = 4
 
     max_side: int = Field(512, ge=16)
     """Longest side of the stored image, in pixels; larger ones are shrunk."""

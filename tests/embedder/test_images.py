@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageDraw
@@ -103,6 +104,214 @@ def test_decode__modes_in_tiff(mode: str) -> None:
 def test_decode__cmyk_jpeg() -> None:
     data = saved(scene().convert("CMYK"), "JPEG", quality=95)
     assert differ(decode(data), np.asarray(scene())) < 6
+
+
+# --- JPEGs and their ends -----------------------------------------------------------------------
+
+END = b"\xff\xd9"
+JPEG_KINDS: dict[str, tuple[str, dict[str, object]]] = {
+    "4:2:0": ("RGB", {}),
+    "4:4:4": ("RGB", {"subsampling": 0}),
+    "progressive": ("RGB", {"progressive": True}),
+    "restarts": ("RGB", {"restart_marker_blocks": 10}),
+    "own tables": ("RGB", {"optimize": True}),
+    "profile": ("RGB", {"icc_profile": "its own"}),
+    "grey": ("L", {}),
+    "grey, progressive": ("L", {"progressive": True}),
+    "CMYK": ("CMYK", {}),
+    "CMYK, progressive": ("CMYK", {"progressive": True}),
+}
+
+
+def rough_jpeg(kind: str) -> bytes:
+    """A JPEG with something to lose in every part."""
+    mode, options = JPEG_KINDS[kind]
+    noise = np.random.default_rng(0).integers(0, 60, (200, 300, 3))
+    pixels = (0.75 * np.asarray(scene(300, 200)) + noise).astype(np.uint8)
+    if "icc_profile" in options:
+        options = {"icc_profile": lab_like_profile()}
+    return saved(Image.fromarray(pixels).convert(mode), "JPEG", quality=90, **options)
+
+
+@pytest.mark.parametrize("kind", JPEG_KINDS)
+def test_decode__jpeg_without_its_last_marker_has_all_its_pixels(kind: str) -> None:
+    data = rough_jpeg(kind)
+    assert data.endswith(END)
+    for cut in (data[:-2], data[:-1]):
+        assert np.array_equal(decode(cut), decode(data))
+        assert canonicalize(cut).data == canonicalize(data).data
+
+
+@pytest.mark.parametrize("padding", [b"\0" * 3, b"\0" * 4000, b"\xff" * 4000, b"a\0z"])
+def test_decode__padding_before_the_last_marker_does_no_harm(padding: bytes) -> None:
+    for kind in ("4:4:4", "progressive", "grey", "CMYK"):
+        data = rough_jpeg(kind)
+        assert np.array_equal(decode(data[:-2] + padding + END), decode(data))
+
+
+@pytest.mark.parametrize("kind", JPEG_KINDS)
+@pytest.mark.parametrize("side", [None, 100])
+def test_decode__jpeg_without_its_second_half_is_refused(kind: str, side: int | None) -> None:
+    data = rough_jpeg(kind)
+    half, lost = data[: len(data) // 2], len(data) - len(data) // 2 - 2
+    page = b"<html><body>500 Internal Server Error</body></html>\n"
+    filled = [b"\0" * lost, b"\xff" * lost, page, (page * lost)[:lost], b"", b"\x80" * lost]
+    for rest in (*filled, *(body + END for body in filled)):
+        with pytest.raises(ImageError) as caught:
+            decode(half + rest) if side is None else decode_within(half + rest, side)
+        assert caught.value.reason in ("truncated", "decode_error")
+
+
+def test_decode__jpeg_cut_between_its_scans_is_truncated() -> None:
+    """Nothing in what is left is damaged: the picture is there, but coarse or without colors."""
+    data = rough_jpeg("progressive")
+    starts = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    assert len(starts) > 3
+    for start in starts[1:]:
+        table = data.rfind(b"\xff\xc4", 0, start)  # the tables of the next scan stand before it
+        with pytest.raises(ImageError, match="truncated: JPEG without its last scans"):
+            decode(data[:table] + END)
+
+
+# --- tones --------------------------------------------------------------------------------------
+
+Y, X = np.mgrid[0:48, 0:64]
+RAMP = (X * 1000 + Y * 50).astype(np.uint16)
+"""(48, 64), of 0 to 65350."""
+
+
+def tiff(values: np.ndarray, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, values, **options)
+    return buffer.getvalue()
+
+
+def tiff_of_12_bits() -> bytes:
+    values = RAMP >> 4
+    packed = np.zeros((48, 96), np.uint8)
+    packed[:, 0::3] = values[:, 0::2] >> 4
+    packed[:, 1::3] = ((values[:, 0::2] & 15) << 4) | (values[:, 1::2] >> 8)
+    packed[:, 2::3] = values[:, 1::2] & 255
+    data = packed.tobytes()
+    tags = [(256, 4, 64), (257, 4, 48), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8),
+            (277, 3, 1), (278, 4, 48), (279, 4, len(data))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    start = struct.pack("<I", 8 + len(data))
+    return b"II*\0" + start + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+SHARE = (RAMP / 65535).astype(np.float32)
+TONES = {
+    "16 bits": tiff(RAMP),
+    "16 bits, big endian": tiff(RAMP, byteorder=">"),
+    "16 bits, packed": tiff(RAMP, compression="zlib"),
+    "16 bits, white is zero": tiff(65535 - RAMP, photometric="miniswhite"),
+    "16 bits, white is zero, packed": tiff(
+        65535 - RAMP, photometric="miniswhite", compression="zlib"
+    ),
+    "16 bits, signed": tiff((RAMP // 2).astype(np.int16)),
+    "12 bits": tiff_of_12_bits(),
+    "8 bits": tiff((RAMP >> 8).astype(np.uint8)),
+    "8 bits, signed": tiff((RAMP >> 9).astype(np.int8)),
+    "8 bits, white is zero": tiff((255 - (RAMP >> 8)).astype(np.uint8), photometric="miniswhite"),
+    "8 bits, white is zero, packed": tiff(
+        (255 - (RAMP >> 8)).astype(np.uint8), photometric="miniswhite", compression="zlib"
+    ),
+    "32 bits, all used": tiff(RAMP.astype(np.uint32) * 65537),
+    "32 bits, all used, packed": tiff(RAMP.astype(np.uint32) * 65537, compression="zlib"),
+    "32 bits, 16 used": tiff(RAMP.astype(np.uint32)),
+    "32 bits, signed": tiff(RAMP.astype(np.int32)),
+    "float to 1": tiff(SHARE),
+    "float to 1, big endian": tiff(SHARE, byteorder=">"),
+    "float to 1, white is zero": tiff(1 - SHARE, photometric="miniswhite"),
+    "float to 1.02": tiff(SHARE * np.float32(1.02)),
+    "float to 255": tiff(SHARE * 255),
+    "float to 65535": tiff(RAMP.astype(np.float32)),
+    "planes of 16 bits": tiff(np.stack([RAMP] * 3), photometric="rgb", planarconfig="separate"),
+    "planes of 16 bits, big endian": tiff(
+        np.stack([RAMP] * 3), photometric="rgb", planarconfig="separate", byteorder=">"
+    ),
+    "planes of 16 bits, packed": tiff(
+        np.stack([RAMP] * 3), photometric="rgb", planarconfig="separate", compression="zlib"
+    ),
+    "planes of 8 bits": tiff(
+        np.stack([(RAMP >> 8).astype(np.uint8)] * 3), photometric="rgb", planarconfig="separate"
+    ),
+    "PNG of 16 bits": saved(Image.fromarray(RAMP), "PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", TONES)
+def test_decode__the_same_ramp_however_it_is_stored(kind: str) -> None:
+    for pixels in (decode(TONES[kind]), canonicalize(TONES[kind]).pixels):
+        off = np.abs(pixels - RAMP[..., None] / 257)
+        assert off.max() <= (6 if "1.02" in kind else 3 if "signed" in kind else 1.5)
+
+
+def test_decode__infinite_and_missing_values_are_one_pixel_each() -> None:
+    values = SHARE.copy()
+    values[0, :3] = np.inf, -np.inf, np.nan
+    pixels = decode(tiff(values))[..., 0]
+    assert pixels[0, :3].tolist() == [255, 0, 0]
+    assert np.array_equal(pixels[1:], decode(tiff(SHARE))[1:, :, 0])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        SHARE * 5,
+        SHARE * 1000,
+        SHARE * 1e9,
+        SHARE - 0.5,
+        np.full_like(SHARE, np.nan),
+        RAMP.astype(np.int32) - 30000,
+        (RAMP.astype(np.int32) - 32768).astype(np.int16),
+        (RAMP.astype(np.int32) // 256 - 128).astype(np.int8),
+        SHARE.astype(np.float16),
+        SHARE.astype(np.float64),
+        RAMP.astype(np.uint64),
+    ],
+)
+def test_decode__values_without_a_black_or_white_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(ImageError, match="decode_error"):
+        decode(tiff(values))
+
+
+# --- containers and their kinds -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("brand", [b"avif", b"mif1", b"miaf", b"msf1"])
+def test_decode__avif_by_any_of_its_brands(brand: bytes) -> None:
+    data = saved(scene(), "AVIF")
+    assert b"avif" in data[16:32]
+    renamed = data[:8] + brand + data[12:]
+    assert np.array_equal(decode(renamed), decode(data))
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "MIF1"),
+        (b"\0\0\0\x14ftypcrx \0\0\0\x01crx ", "CRX"),
+    ],
+)
+def test_decode__other_containers_are_refused_by_name(start: bytes, name: str) -> None:
+    with pytest.raises(ImageError, match=f"unsupported_format: {name} is not read"):
+        decode(start + bytes(200))
+
+
+def test_decode__gif_without_its_trailer_and_png_without_its_end() -> None:
+    for format, size in (("GIF", 1), ("PNG", 12)):
+        data = saved(scene().convert("P"), format)
+        assert np.array_equal(decode(data[:-size]), decode(data))
+
+
+def test_decode__deep_png_with_a_transparent_value() -> None:
+    image = Image.fromarray(RAMP)
+    pixels = decode(saved(image, "PNG", transparency=int(RAMP[3, 4])))
+    assert tuple(pixels[3, 4]) == WHITE
+    assert abs(int(pixels[3, 6, 0]) - RAMP[3, 6] / 257) < 1
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
