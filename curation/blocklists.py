@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from typing import Any
 
-import fsspec
 import numpy as np
 from pydantic import Field
 
@@ -15,6 +13,7 @@ from curation import storage
 from curation.config import Settings
 from curation.errors import ConfigError
 from curation.stage import Shard, reject
+from curation.unpacking import text_lines
 
 _CHUNKS = 16
 """A PDQ hash is 16 chunks of 16 bits. Two hashes at most 31 bits apart agree in one chunk but for
@@ -218,10 +217,7 @@ def _read_hashes(path: str, width: int) -> np.ndarray:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    with storage.storage_errors(path):
-        opened: Any = fsspec.open(path, "rt", compression="infer", encoding="utf-8")
-        with opened as file:
-            for number, line in enumerate(file, start=1):
-                text = line.partition("#")[0].strip()
-                if text:
-                    yield number, text
+    for number, line in text_lines(path):
+        text = line.partition("#")[0].strip()
+        if text:
+            yield number, text

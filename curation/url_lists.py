@@ -4,15 +4,12 @@ Millions of entries take eight bytes each: a list is a sorted array of hashes, a
 its host, the domains above it and the beginnings of its path.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Literal
 
-import fsspec
 import numpy as np
 from pydantic import Field
 
@@ -20,9 +17,11 @@ from curation import storage
 from curation.config import Settings
 from curation.digest import digest_of
 from curation.errors import ConfigError
+from curation.identity import normalise_url
+from curation.unpacking import PACKED_SUFFIXES, text_lines
+from curation.url_entries import entries_of, host_and_path
 
 _CATEGORY_FILES = ("domains", "urls")
-_COMPRESSED = (".gz", ".bz2", ".xz")
 _MAX_SEGMENTS = 32
 
 
@@ -31,7 +30,8 @@ class UrlLists(Settings):
 
     A list is a file with an entry a line, or a folder with a folder a category, each with `domains`
     and `urls` (as UT1's blacklists are). `example.org` stands for the domain and all below it,
-    `*.example.org` for those below it only, `example.org/path` for that and all below it.
+    `*.example.org` for those below it only, `example.org/path` for that and all below it. Hosts
+    files, dnsmasq's lists and AdBlock's rules of whole domains are read, too.
     """
 
     schemes: tuple[Literal["http", "https"], ...] = Field(("http", "https"), min_length=1)
@@ -62,7 +62,9 @@ class UrlLists(Settings):
         blocked = _load(tuple(self.blocked.items()), self.categories, state)
         allowed = _load(tuple(self.allowed.items()), self.categories, state)
         listed = blocked.find(urls)
-        shown = blocked.find([page or "" for page in pages]) if self.pages else [None] * len(urls)
+        asks_pages = self.pages and len(blocked.keys) > 0
+        known = [_normal(page) if page and asks_pages else "" for page in pages]
+        shown = blocked.find(known)
         passes = allowed.find(urls)
         out = []
         for url, own, page, allowing in zip(urls, listed, shown, passes, strict=True):
@@ -95,7 +97,7 @@ class UrlIndex:
         hosts: dict[str, list[int]] = {}
         asked, rows = [], []
         for row, url in enumerate(urls):
-            host, path = _host_and_path(url)
+            host, path = host_and_path(url)
             if host not in hosts:
                 hosts[host] = [_key(text) for text in _domains_over(host)]
             keys = hosts[host]
@@ -132,14 +134,6 @@ def _beginnings(host: str, path: str) -> Iterator[str]:
     paths = dict.fromkeys([path.rstrip("/"), plain.rstrip("/"), *(plain[:end] for end in ends)])
     for name in {host, host.removeprefix("www.")}:
         yield from (name + one for one in paths if one)
-
-
-def _host_and_path(url: str) -> tuple[str, str]:
-    try:
-        parts = urlsplit(url)
-        return parts.hostname or "", parts.path + (f"?{parts.query}" if parts.query else "")
-    except ValueError:
-        return "", ""
 
 
 def _key(text: str) -> int:
@@ -205,7 +199,7 @@ def _categories(path: str) -> list[tuple[str, str]]:
     out = []
     for relative in storage.walk_files(path):
         folder, _, name = relative.rpartition("/")
-        for suffix in _COMPRESSED:
+        for suffix in PACKED_SUFFIXES:
             name = name.removesuffix(suffix)
         if folder and name in _CATEGORY_FILES:
             out.append((folder, storage.join(path, relative)))
@@ -213,33 +207,14 @@ def _categories(path: str) -> list[tuple[str, str]]:
 
 
 def _entries(path: str) -> Iterator[str]:
-    """The entries of a list in the form that is looked up; `#` begins a comment."""
-    with storage.storage_errors(path):
-        opened: Any = fsspec.open(
-            path, "rt", compression="infer", encoding="utf-8", errors="replace"
-        )
-        with opened as file:
-            for number, line in enumerate(file, start=1):
-                text = line.partition("#")[0].strip()
-                if text:
-                    yield _entry(text, f"{path}: line {number}")
+    """The entries of a list in the form that is looked up."""
+    for number, line in text_lines(path):
+        yield from entries_of(line, f"{path}: line {number}")
 
 
-def _entry(text: str, where: str) -> str:
-    """Bring an entry into the form in which URLs are asked for.
-
-    Raises:
-        ConfigError: it is neither a domain, a wildcard nor a URL.
-    """
-    *before, text = text.split()  # lists for resolvers have an address in front: 0.0.0.0 name
-    if len(before) > 1 or "*" in text.removeprefix("*."):
-        raise ConfigError(
-            f"{where} is {text[:80]!r}; write a domain, *.domain, or a URL, one a line"
-        )
-    text = text.partition("://")[2] if "://" in text else text
-    host, slash, path = text.partition("/")
-    host = host.lower().partition(":")[0].rstrip(".").removeprefix(".")
-    if not host.isascii():
-        with contextlib.suppress(UnicodeError):  # else no host has such a name
-            host = host.encode("idna").decode()
-    return host + (slash + path).rstrip("/")
+@lru_cache(maxsize=1 << 14)
+def _normal(page: str) -> str:
+    try:
+        return normalise_url(page)
+    except ValueError:
+        return ""

@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import subprocess
 import sys
@@ -6,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.errors import ConfigError
+from curation.errors import ConfigError, DatasetError
+from curation.url_entries import entries_of
 from curation.url_lists import UrlLists
 
 
@@ -37,10 +39,21 @@ def a_list(tmp_path, *lines: str, name: str = "list.txt") -> str:
         ),
         ("example.org/a?id=1", ["http://example.org/a?id=1"], ["http://example.org/a?id=2"]),
         ("1.2.3.4", ["http://1.2.3.4/x.jpg"], ["http://11.2.3.4/"]),
+        ("2001:DB8::1", ["http://[2001:db8::1]/x.jpg"], ["http://[2001:db8::2]/"]),
+        ("example.org?id=1", ["http://example.org/?id=1"], ["http://example.org/?id=2"]),
+        ("example.org/é#top", ["http://example.org/%C3%A9"], ["http://example.org/a"]),
+        ("0.0.0.0 a.org www.b.org", ["http://a.org/", "http://x.www.b.org/"], ["http://b.org/"]),
+        ("::1 a.org\tlocalhost #x", ["http://a.org/", "http://localhost/"], ["http://b.org/"]),
+        ("||ads.org^", ["http://ads.org/", "http://a.ads.org/x"], ["http://bads.org/"]),
+        ("||Ads.org^$important,image", ["http://ads.org/"], ["http://ads.com/"]),
+        ("address=/a.org/b.org/0.0.0.0", ["http://a.org/", "http://x.b.org/"], ["http://c.org/"]),
+        ("address=/a.org/#", ["http://a.org/"], ["http://b.org/"]),
+        ("server=/a.org/", ["http://a.org/"], ["http://b.org/"]),
+        ("local=/a.org/", ["http://a.org/"], ["http://b.org/"]),
     ],
 )  # fmt: skip
 def test_judge__what_an_entry_stands_for(tmp_path, entry, listed, passing):
-    lists = {"own": a_list(tmp_path, "# comment", "", entry)}
+    lists = {"own": a_list(tmp_path, "# comment", "", "! another", "[Adblock Plus 2.0]", entry)}
     assert judged(listed, blocked=lists) == ["url_list:own"] * len(listed)
     assert judged(passing, blocked=lists) == [""] * len(passing)
     assert judged(listed, allowed=lists) == [""] * len(listed)
@@ -95,8 +108,47 @@ def test_judge__a_changed_list_is_read_again(tmp_path):
 def test_judge__wrong_lists_say_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match="no such list of domains"):
         judged(["http://a/"], blocked={"own": str(tmp_path / "none")})
-    with pytest.raises(ConfigError, match=r"line 2 is 'a\.\*\.org'; write a domain"):
+    with pytest.raises(ConfigError, match=r"line 2 is 'a\.\*\.org' .*; write a domain"):
         judged(["http://a/"], blocked={"own": a_list(tmp_path, "a.org", "a.*.org")})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("@@||good.org^", "||ads.org", "||ads.org^$third-party", "||ads.org/x^", "||*.ads.org^"),
+        *("|http://ads.org/|", "/banner[0-9]+/", "-ad-banner.", "/ads/*", "ads.org^"),
+        *("a.org##.ad", "a.org#@#.ad", "a.org#?#div", "a.org#$#x", "a.*.org", "*.a.org/x", "*"),
+        *("address=/a.org/10.0.0.1", "server=/a.org/8.8.8.8", "server=/a.org/#", "address=/#/::"),
+        *('local-zone: "a.org" always_nxdomain', "a.org CNAME .", "10.0.0.0/8", "http://"),
+        *("a..org", "a.org,b.org", "a" * 64 + ".org", "<html>", "\ufffd.org", "é .org"),
+    ],
+)  # fmt: skip
+def test_judge__refuses_what_says_something_else(tmp_path, line):
+    with pytest.raises(ConfigError, match=r"list\.txt: line 2 is .*; write a domain"):
+        judged(["http://a/"], blocked={"own": a_list(tmp_path, "ok.org", line)})
+
+
+def test_judge__pages_in_any_spelling(tmp_path):
+    blocked = {"own": a_list(tmp_path, "münchen.de")}
+    pages = ["HTTP://MÜNCHEN.de:80/", "http://xn--mnchen-3ya.de", "no page", None]
+    listed = ["url_list:own", "url_list:own", "", ""]
+    assert judged(["http://a.org/"] * 4, pages, blocked=blocked) == listed
+
+
+def test_judge__packed_lists(tmp_path):
+    blocked = {"own": a_list(tmp_path, "\ufeffa.org", "b.org", name="l.txt.gz")}
+    assert judged(["http://a.org/", "http://b.org/"], blocked=blocked) == ["url_list:own"] * 2
+    whole = (tmp_path / "l.txt.gz").read_bytes()
+    (tmp_path / "cut.txt.gz").write_bytes(whole[:-4])
+    with pytest.raises(DatasetError, match=r"cut\.txt\.gz: ends early"):
+        judged(["http://a/"], blocked={"own": str(tmp_path / "cut.txt.gz")})
+
+
+@given(st.text(max_size=20))
+def test_entries_of__any_line_is_entries_or_one_error(line):
+    with contextlib.suppress(ConfigError):
+        for entry in entries_of(line, "a: line 1"):
+            assert entries_of(entry, "again") == [entry]
 
 
 @given(st.lists(st.text(max_size=30), max_size=5))

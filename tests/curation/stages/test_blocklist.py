@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from curation.blocklists import Blocklists, ExactHashes, PdqHashes
-from curation.errors import ConfigError, StorageError
+from curation.errors import ConfigError, DatasetError, StorageError
 from curation.pdq import pdq
 from curation.schema import make_id
 from curation.stage import Shard
@@ -102,6 +102,13 @@ def test_blocklists__a_bad_line_is_named(tmp_path):
         Blocklists(md5={"x": write(tmp_path / "b.txt", "0" * 64)}).load()
     with pytest.raises(StorageError, match="no such file"):
         Blocklists(pdq={"x": str(tmp_path / "none.txt")}).load()
+    packed = gzip.compress(b"0" * 32)
+    (tmp_path / "cut.gz").write_bytes(packed[:-6])
+    with pytest.raises(DatasetError, match=r"cut\.gz: ends early"):
+        Blocklists(md5={"x": str(tmp_path / "cut.gz")}).load()
+    (tmp_path / "latin.txt").write_bytes(b"\xef\xbb\xbf" + b"0" * 32 + b" # caf\xe9\r\ncaf\xe9\r\n")
+    with pytest.raises(ConfigError, match=r"latin\.txt: line 2 is "):
+        Blocklists(md5={"x": str(tmp_path / "latin.txt")}).load()
 
 
 def test_exact_hashes__equal_beginnings_are_told_apart():
