@@ -65,7 +65,10 @@ class UrlList:
         """
         if not self.path:
             return ListFiles([], [], [])
-        names = storage.walk_files(self.path)
+        is_list = plain_name(self.path).endswith(_SUFFIXES)
+        # A web server's folders are read from its pages: a list is none.
+        is_on_web = self.path.startswith(("http://", "https://"))
+        names = [] if is_list and is_on_web else storage.walk_files(self.path)
         if names:
             found = _sorted_out(self.path, names)
         elif storage.exists(self.path):
@@ -132,7 +135,7 @@ def report_lists(found: ListFiles, tallies: list[ListTally]) -> dict[str, int]:
         if tally.unreadable_rows
     ]
     empty = [file for file, tally in pairs if not tally.rows]
-    _warn("left out, as by their names they are no lists", found.left_out)
+    _warn("left out, as their names are not those of lists", found.left_out)
     _warn("empty lists", empty)
     _warn("rows that cannot be read are dropped as bad_source", broken)
     odd = {"left_out_files": len(found.left_out), "empty_lists": len(empty)}

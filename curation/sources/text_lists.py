@@ -97,6 +97,7 @@ class TextList:
         self._columns = columns
         self._header = list(header)
         self._width = len(header)
+        self._url_place = 0
         self._lines = _CountedLines(file)
         self._line = 0
         self.tally = ListTally()
@@ -149,6 +150,7 @@ class TextList:
         check_columns(self._file, header, self._columns, is_header=not self._header)
         self._width = len(header)
         places = {name: place for place, name in enumerate(header)}
+        self._url_place = places[self._columns["url"]]
         pick = itemgetter(*(places.get(self._columns[ours], -1) for ours in TEXTS.names))
         for fields, text in records:
             if len(fields) == self._width:
@@ -201,7 +203,7 @@ class TextList:
             SchemaError: they are rows of the list, taken for text by a quote that stands alone.
         """
         self.tally.lines_in_fields += len(tape) - 1
-        rows = sum(_is_row(line, self._width) for line in tape[1:-1])
+        rows = sum(_is_row(line, self._width, self._url_place) for line in tape[1:-1])
         if len(fields) != self._width or rows >= _SWALLOWED_ROWS:
             self._line -= len(tape)
             raise self._open_quote(tape)
@@ -322,10 +324,10 @@ def _field_limit(limit: int) -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _is_row(line: str, width: int) -> bool:
-    """Whether a line by itself would be a row: as many fields, one of them a URL."""
+def _is_row(line: str, width: int, url_place: int) -> bool:
+    """Whether a line by itself would be a row: as many fields, a URL in its place."""
     fields = line.split(",")
-    return len(fields) == width and any(map(is_url, fields))
+    return len(fields) == width and is_url(fields[url_place])
 
 
 def _lines_before_open_quote(record: str) -> int:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.errors import DatasetError, SchemaError
+from curation.errors import DatasetError, LedgerError, SchemaError
 from curation.sources.columns import TEXTS
 from curation.sources.text_lists import UNREADABLE, TextList, rewrite
 
@@ -153,6 +153,19 @@ def test_tables__of_csv_take_quotes_inside_fields_as_they_are():
 def test_tables__of_csv_keep_captions_that_speak_of_urls():
     caption = "see\nhttp://h.example/a, and\nhttp://h.example/b\nmore, or less"
     assert pairs(written([("u", caption)]).encode(), "a.csv") == [("u", caption)]
+
+
+# --- accounts -----------------------------------------------------------------------------------
+
+
+class Forgetful(TextList):
+    def _tsv_records(self, text):
+        yield from (record for record in super()._tsv_records(text) if record[0] != ["lost"])
+
+
+def test_tables__that_lose_a_line_end_in_an_error_with_the_file():
+    with pytest.raises(LedgerError, match=r"a\.tsv: has 4 lines, 3 were read"):
+        list(Forgetful("a.tsv", SAME).tables([b"url\nu1\nlost\nu2\n"]))
 
 
 # --- rows that cannot be read -------------------------------------------------------------------
