@@ -451,8 +451,8 @@ def _deep_grey(image: Image.Image) -> Pixels:
     if tags.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
         values = white - values
     values = np.nan_to_num(values, nan=0.0, posinf=white, neginf=0.0)
-    scaled: NDArray[Any] = np.rint(values * (255.0 / white))
-    return np.clip(scaled, 0, 255).astype(np.uint8)
+    scaled = np.clip(np.rint(values * (255.0 / white)), 0, 255)
+    return np.asarray(scaled, np.uint8)
 
 
 def _integer_white(values: NDArray[Any], bits: int) -> float:

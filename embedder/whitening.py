@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import EncoderError
+from embedder.errors import EncoderError, foreign_weights
 
 Rows = NDArray[np.floating]
 
@@ -66,11 +66,8 @@ def load_whitening(path: Path) -> Whitening:
 
     Raises: EncoderError.
     """
-    try:
-        with np.load(path) as file:
-            mean, projection = file["mean"], file["projection"]
-    except (OSError, ValueError, KeyError) as error:
-        raise EncoderError(f"{path}: no whitening file ({error})") from error
+    with foreign_weights(f"{path}: no whitening file", EncoderError), np.load(path) as file:
+        mean, projection = file["mean"], file["projection"]
     if mean.ndim != 1 or projection.ndim != 2 or len(mean) != len(projection):
         raise EncoderError(f"{path}: a mean of shape {mean.shape} does not fit {projection.shape}")
     return Whitening(mean.astype(np.float32), projection.astype(np.float32))

@@ -12,7 +12,7 @@ from embedder.checkpoint import load_state, position_grid, read_weights
 from embedder.errors import CheckpointError
 from embedder.vit import ViTConfig
 from pretrain.config import DistillConfig, PretrainConfig
-from pretrain.continuing import restore_networks
+from pretrain.continuing import find_checkpoint, refuse_other_size, restore_networks
 from pretrain.methods.dinov2 import DINOv2
 from pretrain.methods.distillation import Distillation, FeatureDistillation
 from pretrain.methods.learners import SeveralStudents
@@ -48,6 +48,9 @@ def _build_several(config: DistillConfig) -> SeveralStudents:
 def _build_single(config: PretrainConfig, teacher: Any = None) -> Any:
     vit = config.vit()
     weights, vit = (None, vit) if config.init is None else _initial_weights(config.init, vit)
+    if config.continue_run is not None:
+        continued = find_checkpoint(config.continue_run)
+        refuse_other_size(*continued, "method.student", config, vit)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         method = _new_method(config, vit, teacher)

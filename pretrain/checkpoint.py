@@ -167,7 +167,7 @@ def read_about(out: Path, step: int) -> dict[str, Any]:
     _refuse_damaged(folder, find_damage(folder, [ABOUT]))
     try:
         about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
-        version = about["format_version"]
+        version, _ = about["format_version"], about["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(folder, f"{ABOUT}: {error}") from error
     if version not in (1, FORMAT_VERSION):
@@ -207,16 +207,18 @@ def stepped_parameters(out: Path, step: int, method: nn.Module) -> set[nn.Parame
     return {parameter for name, parameter in named if f"optimizer.{name}.step" in saved}
 
 
-def saved_shape(out: Path, step: int, name: str) -> tuple[int, ...]:
-    """Read the shape of a saved tensor.
+def saved_shapes(out: Path, step: int, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the saved tensors below a prefix, by the rest of their names.
 
     Raises:
-        CheckpointError: it is not there, or the files are damaged.
+        CheckpointError: the files are damaged.
     """
     saved = _metadata(out, step)
-    if name not in saved:
-        raise _damaged(checkpoint_folder(out, step), f"it lacks {name}")
-    return tuple(saved[name].size)
+    return {
+        name.removeprefix(f"{prefix}."): tuple(tensor.size)
+        for name, tensor in saved.items()
+        if name.startswith(f"{prefix}.")
+    }
 
 
 def _metadata(out: Path, step: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ optimiser starts afresh, and all schedules run over the new length.
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from curation.config import apply_changes, find_config, laid_over, parse_settings, read_mapping
 from curation.errors import ConfigError
+from embedder.errors import CheckpointError, foreign_weights
+from embedder.vit import ViTConfig
 from pretrain import checkpoint
 from pretrain.config import PretrainConfig
-from pretrain.methods.dinov2 import DINOv2
+from pretrain.methods.dinov2 import DINOv2, Network
 
 POSITIONS = "backbone.pos_embed"
 
@@ -29,8 +32,7 @@ def load_continued_config(
     Raises:
         ConfigError: no such run or config, or a setting that cannot be.
     """
-    folder, step = find_checkpoint(run)
-    saved = checkpoint.read_about(folder, step)["config"]
+    saved = saved_settings(*find_checkpoint(run))
     if "teacher_run" in saved:
         raise ConfigError(f"{run}: is a distillation; only `curate pretrain` runs can be continued")
     above = read_mapping(find_config("pretrain", path_or_name))
@@ -38,6 +40,45 @@ def load_continued_config(
     apply_changes(values, overrides)
     values["continue_run"] = str(Path(run).resolve())
     return parse_settings(PretrainConfig, values, where=path_or_name)
+
+
+def saved_settings(out: Path, step: int) -> dict[str, Any]:
+    """Settings of the run that a checkpoint is of.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    saved = checkpoint.read_about(out, step).get("config")
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{checkpoint.checkpoint_folder(out, step)}: holds no settings")
+    return saved
+
+
+def refuse_other_size(
+    out: Path, step: int, prefix: str, settings: PretrainConfig, vit: ViTConfig
+) -> None:
+    """Hold the sizes that settings ask for against the tensors that are there, before they cost.
+
+    prefix: where the tensors of a network begin. The grid of positions may be another.
+
+    Raises:
+        CheckpointError: naming what is of another size.
+    """
+    folder = checkpoint.checkpoint_folder(out, step)
+    shapes = checkpoint.saved_shapes(out, step, prefix)
+    blocks = {name.split(".")[2] for name in shapes if name.startswith("backbone.blocks.")}
+    if vit.depth != len(blocks):
+        raise CheckpointError(
+            f"{folder}: holds {len(blocks)} blocks, and its settings say {vit.depth}"
+        )
+    with foreign_weights(f"{folder}: no such network", CheckpointError), torch.device("meta"):
+        wanted = Network(settings, vit).state_dict()
+    for name, value in wanted.items():
+        if not name.endswith(POSITIONS) and shapes.get(name) != tuple(value.shape):
+            raise CheckpointError(
+                f"{folder}: holds {name} of {shapes.get(name)}, and its settings say "
+                f"{tuple(value.shape)}"
+            )
 
 
 def find_checkpoint(run: str) -> tuple[Path, int]:
@@ -65,10 +106,10 @@ def restore_networks(method: DINOv2, run: str) -> None:
     """
     folder, step = find_checkpoint(run)
     own = method.state_dict()
-    state = dict(own)
+    state, shapes = dict(own), checkpoint.saved_shapes(folder, step, "method")
     for name, value in own.items():
         if name.endswith(POSITIONS):
-            shape = checkpoint.saved_shape(folder, step, f"method.{name}")
+            shape = shapes.get(name, value.shape)
             state[name] = torch.zeros(shape, dtype=value.dtype)
     checkpoint.load_into(folder, step, {f"method.{name}": value for name, value in state.items()})
     antialias = method.student.backbone.config.antialias

@@ -177,7 +177,7 @@ def _read_plain_pickle(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as opened:
             values = _PlainUnpickler(opened, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError) as error:
+    except Exception as error:  # damaged pickles raise over ten types
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: holds a {type(values).__name__}, expected a dict with 'gnd'")

@@ -23,6 +23,7 @@ from embedder.vit import Tokens, VisionTransformer, ViTConfig
 from pretrain import checkpoint
 from pretrain.batch import Batch, index_masks
 from pretrain.config import DistillConfig, PretrainConfig
+from pretrain.continuing import refuse_other_size, saved_settings
 from pretrain.methods.dinov2 import DINOv2, Network, StepTargets, move_average
 
 
@@ -190,7 +191,7 @@ def load_teacher(config: DistillConfig) -> Network:
     steps = checkpoint.saved_steps(run)
     if not steps:
         raise ConfigError(f"{run}: holds no checkpoint of `curate pretrain` to be the teacher")
-    saved = checkpoint.read_about(run, steps[-1])["config"]
+    saved = saved_settings(run, steps[-1])
     if saved.get("students") or saved.get("objective") == "features":
         raise ConfigError(f"{run}: its checkpoints hold no single student with heads to teach")
     distilled = "teacher_run" in saved
@@ -202,9 +203,10 @@ def load_teacher(config: DistillConfig) -> Network:
 
 
 def _restore(settings: PretrainConfig, run: Path, step: int, prefix: str) -> Network:
-    positions = checkpoint.saved_shape(run, step, f"{prefix}.backbone.pos_embed")[1] - 1
     vit = settings.vit()
-    vit = replace(vit, image_size=math.isqrt(positions) * vit.patch)
+    refuse_other_size(run, step, prefix, settings, vit)
+    shape = checkpoint.saved_shapes(run, step, prefix)["backbone.pos_embed"]
+    vit = replace(vit, image_size=math.isqrt(shape[1] - 1) * vit.patch)
     teacher = Network(settings, vit)
     state = {f"{prefix}.{name}": value for name, value in teacher.state_dict().items()}
     checkpoint.load_into(run, step, state)

@@ -48,7 +48,7 @@ def test_load_into__gives_what_was_saved(out: Path) -> None:
     found = state(0.0)
     checkpoint.load_into(out, 4, found)
     assert all(torch.equal(found[name], value) for name, value in state(4).items())
-    assert checkpoint.saved_shape(out, 4, "method.a") == (30, 4)
+    assert checkpoint.saved_shapes(out, 4, "method")["a"] == (30, 4)
     assert find_damage(out) == []
 
 
@@ -121,7 +121,7 @@ def test_load__metadata_that_would_run_a_command_does_not(out: Path) -> None:
     (folder / METADATA).write_bytes(pickle.dumps(Command(out / "ran")))
     for read in (
         lambda: checkpoint.load_into(out, 4, state()),
-        lambda: checkpoint.saved_shape(out, 4, "method.a"),
+        lambda: checkpoint.saved_shapes(out, 4, "method"),
         lambda: checkpoint.stepped_parameters(out, 4, torch.nn.Linear(2, 2)),
     ):
         with pytest.raises(CheckpointError, match=r"posix\.system, which describes no tensor"):
@@ -151,7 +151,7 @@ def test_load__metadata_that_claims_more_than_the_files_hold(out: Path) -> None:
     metadata.state_dict_metadata["method.a"].size = torch.Size([1, 10**9, 10**6])
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="more than the files"):
-        checkpoint.saved_shape(out, 4, "method.a")
+        checkpoint.saved_shapes(out, 4, "method")
 
 
 def test_load__files_outside_the_folder_are_not_read(out: Path) -> None:

@@ -1,20 +1,26 @@
 """The high-resolution stage: another run's networks go on with a finer grid."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from typer.testing import CliRunner
 
-from curation.config import parse_settings
+from curation.config import laid_over, parse_settings
 from curation.errors import ConfigError
 from embedder.checkpoint import load_backbone
+from embedder.errors import CheckpointError
 from pipelines.cli import app
 from pretrain import checkpoint
 from pretrain.building import build_method
-from pretrain.config import PretrainConfig, load_config
+from pretrain.config import DistillConfig, PretrainConfig, load_config
 from pretrain.continuing import load_continued_config, resize_positions
+from pretrain.digests import write_digests
+from pretrain.methods.distillation import load_teacher
 from pretrain.train import run
 from tests.pretrain.small_runs import small_config, write_folder
 
@@ -93,6 +99,35 @@ def test_continue__what_cannot_be_is_one_line(folder: Path, tmp_path: Path) -> N
     result = CLI.invoke(app, ["pretrain", *paths])
     assert isinstance(result.exception, ConfigError)
     assert "name a config" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"depth": 10**9}},
+        {"model": {"width": 3 * 10**6}},
+        {"loss": {"dino_head": {"prototypes": 10**9}}},
+    ],
+)
+def test_build_method__settings_of_a_run_that_ask_for_more_than_it_holds(
+    folder: Path, tmp_path: Path, change: dict[str, dict[str, Any]]
+) -> None:
+    """A stranger's checkpoint is small, and its settings say what they like."""
+    shutil.copytree(folder / "run", tmp_path / "run")
+    step = tmp_path / "run/checkpoints/step-00000003"
+    about = json.loads((step / "about.json").read_text())
+    for section, values in change.items():
+        about["config"][section] = laid_over(about["config"][section], values)
+    (step / "about.json").write_text(json.dumps(about))
+    (step / "digests.json").unlink()
+    write_digests(step)
+    config = load_continued_config(str(folder / "highres.yaml"), [], str(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="and its settings say"):
+        build_method(config)
+    student = small_config(**change).model_dump(mode="json")
+    student["teacher_run"] = str(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="and its settings say"):
+        load_teacher(parse_settings(DistillConfig, student, "student"))
 
 
 @pytest.mark.slow
