@@ -199,7 +199,12 @@ def ingest(
     archives: Annotated[
         str | None, typer.Option("--archives", help="WARC or WAT files: images of their pages.")
     ] = None,
-    images: Annotated[str | None, typer.Option("--images", help="Folder of images.")] = None,
+    images: Annotated[
+        str | None, typer.Option("--images", help="Folder of images, tars, Parquet; a work folder.")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option("--image-column", help="Column of the images in Parquet files.")
+    ] = None,
     url_column: Annotated[str, typer.Option("--url-column", help="Column of the URL.")] = "url",
     columns: Annotated[
         str | None,
@@ -228,6 +233,7 @@ def ingest(
         "urls": urls,
         "archives": archives,
         "images": images,
+        "image_column": image_column,
         "url_column": url_column,
         "columns": [] if columns is None else [name.strip() for name in columns.split(",")],
         "rows_per_shard": rows_per_shard,
@@ -925,7 +931,7 @@ def clean(
 @app.command()
 def pretrain(
     data: Annotated[
-        str, typer.Option("--data", help="A manifest, packed shards or a folder of images.")
+        str, typer.Option("--data", help="A work folder, manifest, packed shards or images.")
     ],
     out: Out,
     config: Annotated[
@@ -960,7 +966,7 @@ def pretrain(
 def distill(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
     data: Annotated[
-        str, typer.Option("--data", help="A manifest, packed shards or a folder of images.")
+        str, typer.Option("--data", help="A work folder, manifest, packed shards or images.")
     ],
     out: Out,
     teacher: Annotated[
@@ -1037,7 +1043,7 @@ def evaluate(
 @app.command()
 def show(
     kind: Annotated[str, typer.Argument(help="pca, attention or knn.")],
-    images: Annotated[list[str], typer.Argument(help="Images, or folders of them.")],
+    images: Annotated[list[str], typer.Argument(help="Images, folders of them, tars.")],
     out: Annotated[str, typer.Option("--out", help="A page (.html) or a picture (.png).")],
     encoder: Annotated[
         str, typer.Option("--encoder", "--backbone", help="An encoder, or a file with a backbone.")

@@ -8,6 +8,8 @@ from curation.errors import DatasetError, StorageError
 
 RUN_FILE = "run.json"
 """What a finished run did, in its work folder."""
+RAW = "_raw"
+"""Where `curate ingest --images` lays the bytes, beside the rows."""
 IMAGE_BYTES = ("image", "raw")
 """Columns of our own data sets that hold images."""
 
@@ -52,12 +54,17 @@ def _packed_by(record: dict[str, Any], path: str) -> str:
     return storage.join(path, str(record["packed"]))
 
 
+def is_packed(dataset: Dataset) -> bool:
+    """Whether a data set is packed shards, or a manifest with such beside it."""
+    return "offset" in dataset.columns or bool(dataset.attributes.get("packed"))
+
+
 def _of_dataset(dataset: Dataset) -> str:
+    path = dataset.path.rstrip("/")
     if "offset" in dataset.columns or set(IMAGE_BYTES) & set(dataset.columns):
-        return dataset.path
-    packed = dataset.attributes.get("packed")
-    if not packed:
-        raise DatasetError(
-            f"{dataset.path}: its images are not packed; run `curate pack` and name its output"
-        )
-    return storage.join(dataset.path.rstrip("/").rpartition("/")[0] or ".", str(packed))
+        return path
+    if is_packed(dataset):
+        return storage.join(path.rpartition("/")[0] or ".", str(dataset.attributes["packed"]))
+    if Dataset.is_finished(storage.join(path, RAW)):
+        return storage.join(path, RAW)
+    raise DatasetError(f"{path}: its images are not packed; run `curate pack` and name its output")

@@ -14,6 +14,7 @@ from curation.identity import SET_NAME_VERSION, checked_set_name, set_name_of
 from curation.pool import Pool, UnionPool
 from curation.registry import load_stage
 from curation.same_ids import SameIds
+from curation.sources.places import RAW, is_packed
 from curation.stage import ABOUT, DECISIONS, Engine, Stage, StageFolder, StageInputs
 from curation.stages.embed import Embed
 from curation.stages.filters import Filters
@@ -346,10 +347,10 @@ def _raw_pool(
     Raises:
         SchemaError: a data set without such images.
     """
-    if not Dataset.is_finished(path):
+    if not Dataset.is_finished(path) or is_packed(Dataset.open(path)):
         stage = Ingest(images=path, source_set=_set_name(path, set_name))
         return _ingested(stage, out, engine, name)
-    dataset, raw = Dataset.open(path), storage.join(path, "_raw")
+    dataset, raw = Dataset.open(path), storage.join(path, RAW)
     if "raw" in dataset.columns:
         return Pool.of(dataset, name)
     if Dataset.is_finished(raw):  # `curate ingest --images` lays the bytes beside the rows

@@ -14,6 +14,10 @@ from test_cli import fails, succeeds
 from curation import storage
 from curation.dataset import Dataset, open_foreign, write_dataset
 from curation.errors import ConfigError, StorageError
+from curation.pool import Pool
+from curation.sources.shards import images_below
+from curation.stage import StageFolder, StageInputs
+from curation.stages.ingest import Ingest
 from embedder.images import encode_jpeg
 from pipelines.calibration.app import add_lab
 from pipelines.calibration.judgements import Judgements
@@ -24,8 +28,9 @@ from pipelines.recipe import load_recipe
 from pipelines.runner import RecipeRun
 from pipelines.serving.app import make_app
 from pipelines.serving.catalog_file import catalog_of
-from pipelines.stage_runner import Silent
+from pipelines.stage_runner import Silent, run_stage
 from pipelines.work_folder import WorkFolder
+from tests.curation.sources.test_tars import tar_of
 from tests.pipelines.audited_run import finished_run
 from tests.pipelines.served_run import serving
 
@@ -70,6 +75,35 @@ def test_exists__sees_what_another_process_wrote_a_moment_ago(bucket):
     boto3.client("s3").put_object(Bucket="bucket", Key="late/a", Body=b"1")
     assert storage.exists(f"{bucket}/late/a")
     assert storage.list_files(f"{bucket}/late") == ["a"]
+
+
+def test_ingest__images_of_every_kind_lie_in_a_bucket(bucket, tmp_path):
+    root, data = f"{bucket}/kinds", [encode_jpeg(picture(i)) for i in range(5)]
+    storage.write_bytes(f"{root}/_1.JPG", data[0])
+    storage.write_bytes(f"{root}/b/photo", data[1])
+    storage.write_bytes(f"{root}/b/note", b"no image")
+    storage.write_bytes(f"{root}/.hid/2.jpg", data[2])
+    storage.write_bytes(f"{root}/out/_key.json", b"{}")
+    storage.write_bytes(f"{root}/out/3.jpg", data[3])
+    storage.write_bytes(f"{root}/0.TAR", tar_of(("a.jpg", data[2]), ("b.jpg", "a.jpg")))
+    storage.write_parquet(f"{root}/t.parquet", pa.table({"image": data[3:]}))
+    found = {image.name: image.load() for image in images_below(root)}
+    stage = Ingest(images=f"{root}//")
+    folder = StageFolder(f"{bucket}/kinds-out", "ingest")
+    record, outputs = run_stage(
+        stage, StageInputs(Pool("pool", {})), folder, LocalEngine(1), Silent()
+    )
+    rows = outputs["raw"].read()
+    assert dict(zip(rows["source"].to_pylist(), rows["raw"].to_pylist(), strict=True)) == found
+    assert found == {
+        "_1.JPG": data[0],
+        "b/photo": data[1],
+        "0.TAR/a.jpg": data[2],
+        "0.TAR/b.jpg": data[2],
+        "t.parquet#0": data[3],
+        "t.parquet#1": data[4],
+    }
+    assert record.figures["left_out"] == {"hidden": 1, "own_output": 1, "no_suffix": 1}
 
 
 def test_walk_files__folders_are_listed_side_by_side(bucket, tmp_path, monkeypatch):

@@ -66,6 +66,13 @@ def test_look_for__wrong_input(tmp_path):
         look_for(finished_run() / "images" / "00.jpg", str(tmp_path))
 
 
+def test_look_for__a_file_that_no_memory_holds(tmp_path):
+    with (tmp_path / "big.jpg").open("wb") as file:
+        file.truncate(30 << 30)
+    with pytest.raises(ImageError, match=r"too_large: .*big\.jpg: 32212254720 bytes"):
+        look_for(tmp_path / "big.jpg", str(finished_run()))
+
+
 def test_look_for__another_encoder_is_refused(monkeypatch):
     monkeypatch.setattr(TinyEncoder, "space", "other")
     with pytest.raises(SpaceError, match="another device or version"):

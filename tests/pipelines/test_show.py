@@ -1,7 +1,9 @@
 """`curate show` and `curate evaluate` as users run them, on a small backbone of our own."""
 
 import json
+import os
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +169,19 @@ def test_show__what_cannot_be_is_one_line(backbone: str, tmp_path: Path) -> None
         result = CLI.invoke(app, ["show", *arguments, "--encoder", backbone])
         assert isinstance(result.exception, ConfigError)
         assert message in str(result.exception)
+
+
+def test_show__odd_files_cost_no_others(tmp_path: Path, backbone: str, classes: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "0.jpg").write_bytes(jpeg(0))
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere")
+    with tarfile.open(folder / "1.tar", "w") as tar:
+        tar.add(classes / "val" / "red" / "0.jpg", "_2.jpg")
+    run("show", "pca", folder, "--encoder", backbone, "--out", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<figure>") == 4
+    assert "_2.jpg" in page
+    run("show", "knn", folder, "--encoder", "lite-semantic", "--out", tmp_path / "knn.html")
+    assert (tmp_path / "knn.html").read_text().count("<figure>") == 4  # none finds itself
