@@ -89,16 +89,17 @@ def _pool_after(work: WorkFolder, stage_name: str) -> Pool:
     pool = Pool("base", {})
     for stage in stages[: last + 1]:
         if stage.is_union and not isinstance(pool, UnionPool):
-            parts = (*(_whole_flow(work, name) for name in work.record.as_is), pool)
+            parts = (*(whole_flow(work, name) for name in work.record.as_is), pool)
             pool = UnionPool("base", {}, None, parts)
         pool = _with(pool, stage)
     return pool
 
 
-def _whole_flow(work: WorkFolder, flow: str) -> Pool:
+def whole_flow(work: WorkFolder, flow: str) -> Pool:
+    """The rows of a flow after the last stage of its own, with all that is known of them."""
     pool = Pool(flow, {})
     for stage in work.stages(flow):
-        pool = _with(pool, stage)
+        pool = pool if stage.is_union else _with(pool, stage)
     return pool
 
 

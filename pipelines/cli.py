@@ -835,6 +835,13 @@ def certificate(
         float | None,
         typer.Option("--threshold", min=-1, max=1, help="Cosine of a leak; the run's by default."),
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", help="Judge by another encoder than the run's own."),
+    ] = None,
+    scratch: Annotated[
+        str | None, typer.Option("--scratch", help="Where tables lie. [WORK/work/certificate]")
+    ] = None,
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
@@ -845,10 +852,13 @@ def certificate(
     Example:
 
         curate certificate build/demo --out certificate.md
+
+        curate certificate build/demo --encoder dinov2:vits14:FILE --threshold 0.8
     """
     from pipelines.verbs import audit as verb
 
-    if not verb.print_certificate(work, out, threshold, _engine(engine, workers, address), json):
+    how = {"threshold": threshold, "encoder": encoder, "scratch": scratch}
+    if not verb.print_certificate(work, out, how, _engine(engine, workers, address), json):
         raise typer.Exit(1)
 
 

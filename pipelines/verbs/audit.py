@@ -174,12 +174,15 @@ def print_diff(old: str, new: str, as_json: bool) -> None:
 
 
 def print_certificate(
-    work: str, out: str | None, threshold: float | None, engine: "Engine", as_json: bool
+    work: str, out: str | None, how: dict[str, Any], engine: "Engine", as_json: bool
 ) -> bool:
-    """`curate certificate`: whether no benchmark image has an image of the set near it."""
+    """`curate certificate`: whether no benchmark image has an image of the set near it.
+
+    how: threshold, encoder and scratch, see `certify`.
+    """
     from pipelines.certificate import certify, markdown
 
-    found = certify(work, engine, threshold)
+    found = certify(work, engine, **how)
     if out is not None:
         storage.write_bytes(out, markdown(found).encode())
     if as_json:

@@ -239,6 +239,11 @@ def _report(work: str) -> dict[str, Any]:
     return {"page": write_page(work, storage.join(work, "report.html"))}
 
 
+def _emptied_by(record: RunRecord) -> str | None:
+    """The stage that dropped the last image, where none is left."""
+    return next((one.stage for one in record.pool if not one.record.rows_out), None)
+
+
 def _manifest_digest(record: RunRecord, work: str) -> str:
     if record.manifest is None:
         return ""
@@ -259,6 +264,7 @@ def _summary(
         "worked": worked,
         "seconds": round(seconds, 1),
         "funnel": [vars(row) for row in funnel(record)],
+        "empty": _emptied_by(record),
         "content_digest": _manifest_digest(record, work),
         "manifest": storage.join(work, record.manifest) if record.manifest else None,
         "packed": storage.join(work, record.packed) if record.packed else None,
@@ -282,5 +288,7 @@ def _print_summary(summary: dict[str, Any], record: RunRecord) -> None:
         "k-NN": (summary["evaluate"] or {}).get("text"),
     }
     console.print_pairs({name: value for name, value in lines.items() if value}, title="")
+    if summary["empty"]:
+        console.print_line(f"no image is left: {summary['empty']} dropped the last of them")
     done = "done" if summary["worked"] else "nothing to do: everything was finished before"
     console.print_line(f"{done}, in {summary['seconds']:.1f} s")

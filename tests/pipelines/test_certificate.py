@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 
 from curation.dataset import Dataset
-from curation.errors import DatasetError
-from pipelines.certificate import certify, markdown, nearest, read_vectors
+from curation.errors import ConfigError, DatasetError
+from embedder.encoder import embed_images, load_encoder
+from embedder.images import decode
+from pipelines.certificate import certify, markdown, read_vectors
 from pipelines.local_engine import LocalEngine
 from pipelines.verbs import audit
+from pipelines.verbs.run import run_recipe
 from pipelines.work_folder import WorkFolder
-from tests.pipelines.audited_run import finished_run
+from tests.pipelines.audited_run import copied_run, finished_run
 
 
 def vectors_by_id(work, flow):
@@ -47,6 +50,10 @@ def test_certify__every_image_has_its_nearest_and_the_digest_covers_all():
     (one,) = found["benchmarks"]
     assert {row["image"] for row in one["scores"]} == set(vectors_by_id(work, "bench"))
     assert one["list"] == []
+    table = {row["id"]: row for row in Dataset.open(one["table"]).read().to_pylist()}
+    assert {row["image"]: row["kept"] for row in one["scores"]} == {
+        name: row["kept"] for name, row in table.items()
+    }
     assert found["content_digest"] in one["statement"]
     again = certify(str(finished_run()), LocalEngine(1))["benchmarks"][0]
     assert again["digest"] == one["digest"]
@@ -59,13 +66,6 @@ def test_certify__every_image_has_its_nearest_and_the_digest_covers_all():
     assert "| 0.3 to 0.4 | " in page
 
 
-def test_nearest__ties_and_nothing():
-    rows = np.eye(3, dtype=np.float32)[[0, 0, 1]]
-    scores, ids = nearest(np.eye(3, dtype=np.float32)[:1], rows, ["a", "b", "c"])
-    assert (scores[0], ids) == (1.0, ["a"])
-    assert nearest(rows, rows[:0], [])[1] == ["", "", ""]
-
-
 def test_certify__no_run(tmp_path):
     with pytest.raises(DatasetError, match=r"no run\.json"):
         certify(str(tmp_path), LocalEngine(1))
@@ -73,8 +73,69 @@ def test_certify__no_run(tmp_path):
 
 def test_print_certificate__file_and_verdict(tmp_path, capsys):
     out = tmp_path / "certificate.md"
-    assert audit.print_certificate(str(finished_run()), str(out), None, LocalEngine(1), False)
+    assert audit.print_certificate(str(finished_run()), str(out), {}, LocalEngine(1), False)
     assert "none has an image above cosine" in out.read_text()
     assert "bench" in capsys.readouterr().out
-    assert not audit.print_certificate(str(finished_run()), None, -1.0, LocalEngine(1), True)
+    assert not audit.print_certificate(
+        str(finished_run()), None, {"threshold": -1.0}, LocalEngine(1), True
+    )
     assert json.loads(capsys.readouterr().out)["threshold"] == -1.0
+
+
+def test_certify__another_encoder_embeds_both_sides_and_says_so(tmp_path):
+    work = copied_run(tmp_path)
+    with pytest.raises(ConfigError, match="has no threshold of its own; give --threshold"):
+        certify(str(work), LocalEngine(1), encoder="lite-semantic")
+    found = certify(str(work), LocalEngine(1), 0.9, "lite-semantic", str(tmp_path / "scratch"))
+    (one,) = found["benchmarks"]
+    encoder = load_encoder("lite-semantic")
+    assert (one["encoder"], one["space"]) == ("lite-semantic", encoder.space)
+    assert "(encoder lite-semantic, which the run did not use;" in one["statement"]
+    images = {
+        flow: WorkFolder(str(work)).making(flow, "images").output("images").read(["id", "image"])
+        for flow in ("pool", "taken", "bench")
+    }
+    kept = set(Dataset.open(str(work / "manifest")).read(["id"])["id"].to_pylist())
+    rows = [row for flow in ("pool", "taken") for row in images[flow].to_pylist()]
+    chosen = [row for row in rows if row["id"] in kept]
+    sides = [
+        embed_images([encoder], [decode(row["image"]) for row in side])[0].astype(np.float64)
+        for side in (images["bench"].to_pylist(), chosen)
+    ]
+    units = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides]
+    scores = np.sort((units[0] @ units[1].T).max(axis=1))[::-1]
+    assert [row["similarity"] for row in one["scores"]] == pytest.approx(scores, abs=1e-6)
+    assert not (tmp_path / "scratch" / "embedded").exists()
+
+
+EMPTY = """
+name: empty
+sets:
+  bench: {images: "IMAGES"}
+pool:
+  - ingest: {images: "IMAGES"}
+  - canonicalize
+  - quality: {min_side: 4000}
+  - embed: {encoders: {copy: lite-copy}}
+  - near_dedup: {embeddings: copy}
+  - leaks: {embeddings: copy, against: [bench]}
+  - select
+"""
+
+
+def test_certify__a_run_that_ends_with_no_image_says_so(tmp_path, capsys):
+    work = tmp_path / "work"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(EMPTY.replace("IMAGES", str(finished_run() / "sets" / "bench")))
+    run_recipe(str(recipe), str(work), LocalEngine(1), [], False)
+    assert "no image is left: quality dropped the last of them" in capsys.readouterr().out
+    assert audit.print_certificate(str(work), str(tmp_path / "c.md"), {}, LocalEngine(1), True)
+    (one,) = json.loads(capsys.readouterr().out)["benchmarks"]
+    assert (one["nearest"], one["median"], one["scores"]) == (None, None, [])
+    words = "Nothing was compared with the 4 images of 'bench': the set holds no image."
+    assert one["statement"] == words
+    page = (tmp_path / "c.md").read_text()
+    assert words in page
+    assert "-1.0" not in page
+    assert audit.print_certificate(str(work), None, {}, LocalEngine(1), False)
+    assert "-1.0" not in capsys.readouterr().out
