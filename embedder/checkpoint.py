@@ -6,6 +6,7 @@ of `transformers` and `timm`, whose folders (config.json, model.safetensors) are
 does not fit is an error that lists the keys: a silently half-loaded backbone is the worst outcome.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -25,6 +26,8 @@ from embedder.vit import VisionTransformer, ViTConfig
 
 CONFIG_KEY = "vit_config"
 """Name of the architecture in the metadata of our safetensors files."""
+DIGEST_KEY = "sha256"
+"""Name of the digest of all that is there; files of others have none."""
 
 WRAPPERS = ("teacher", "model", "state_dict", "student")
 PREFIXES = ("module.", "teacher.", "backbone.", "_orig_mod.")
@@ -62,7 +65,7 @@ def write_safetensors(
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(weights), partial, metadata=dict(metadata))
+        save_file(dict(weights), partial, {**metadata, DIGEST_KEY: _digest_of(weights, metadata)})
         partial.chmod(0o644)  # safetensors makes files for their owner only
         partial.replace(path)
     except (OSError, SafetensorError) as error:
@@ -71,6 +74,16 @@ def write_safetensors(
         raise CheckpointError(
             f"{path}: cannot be written, and takes {size:,.1f} MB: {reason_of(error)}"
         ) from error
+
+
+def _digest_of(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Hex SHA-256 of tensors, by name, type, shape and value, and of what is said of them."""
+    said = {key: value for key, value in metadata.items() if key != DIGEST_KEY}
+    content = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        content.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        content.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return content.hexdigest()
 
 
 def load_backbone(path: Path | str, config: ViTConfig | None = None) -> VisionTransformer:
@@ -261,8 +274,11 @@ def _listed(keys: list[str], limit: int = 8) -> str:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], ViTConfig | None]:
     with foreign_weights(f"{path}: not a readable safetensors file", CheckpointError):
         with safe_open(path, framework="pt") as file:
-            saved = (file.metadata() or {}).get(CONFIG_KEY)
+            metadata = file.metadata() or {}
+            saved = metadata.get(CONFIG_KEY)
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != _digest_of(state, metadata):
+            raise CheckpointError(f"{path}: is damaged: its weights are not those that were saved")
         return state, ViTConfig(**json.loads(saved)) if saved else None
 
 

@@ -255,7 +255,9 @@ def _webp_size(kind: bytes, chunk: bytes) -> tuple[int, int] | None:
 
 def parse_webp(data: bytes) -> ImageFile:
     """Parse a WebP, lossy, lossless or animated."""
-    is_whole = len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    end = 8 + int.from_bytes(data[4:8], "little")
+    is_whole = len(data) >= end
+    _refuse_blank_end(data[:end], "WebP")
     size, orientation, icc = None, 1, None
     for kind, chunk in _riff_chunks(data):
         size = size or _webp_size(kind, chunk)
@@ -267,6 +269,16 @@ def parse_webp(data: bytes) -> ImageFile:
         reason = "decode_error" if is_whole else "truncated"
         raise ImageError(reason, "WebP without a frame header")
     return ImageFile("WEBP", *size, data, orientation, icc, is_whole=is_whole)
+
+
+def _refuse_blank_end(data: bytes, format: str) -> None:
+    """A file that was set up and never filled: no coded picture has so many zeros at its end.
+
+    Its decoder cannot tell, and makes a picture of them.
+    """
+    num_blank = len(data) - len(data.rstrip(b"\0"))
+    if num_blank > max(256, len(data) // 8):
+        raise ImageError("truncated", f"{format} whose last {num_blank} bytes are zero")
 
 
 def parse_gif(data: bytes) -> ImageFile:
@@ -309,6 +321,7 @@ def _boxes_fit(data: bytes) -> bool:
 
 def parse_avif(data: bytes) -> ImageFile:
     """Accept an AVIF; its size (0 here) is known once the decoder has read the item properties."""
+    _refuse_blank_end(data, "AVIF")
     return ImageFile("AVIF", 0, 0, data, is_whole=_boxes_fit(data))
 
 

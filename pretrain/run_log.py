@@ -18,10 +18,10 @@ class RunLog:
     def __init__(self, out: Path, step: int, *, tensorboard: bool = False) -> None:
         self.path = out / "log.jsonl"
         self._bad_path = out / "bad_images.jsonl"
-        self._bad = {record["id"] for record in read_lines(self._bad_path)}
+        self._bad = {record.get("id") for record in read_lines(self._bad_path)}
         self._board = _open_tensorboard(out) if tensorboard and rank() == 0 else None
         if rank() == 0:
-            kept = [record for record in read_lines(self.path) if record["step"] <= step]
+            kept = [record for record in read_lines(self.path) if record.get("step", 0) <= step]
             self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     @property
@@ -46,11 +46,27 @@ class RunLog:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """Read JSON lines; none where there is no file. A half-written last line is left out."""
+    """Read JSON lines; none where there is no file. A half-written last line is left out.
+
+    Raises:
+        TrainingError: another line is damaged.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [
+        _record(path, number, line) for number, line in enumerate(lines, 1) if line[-1:] == b"\n"
+    ]
+
+
+def _record(path: Path, number: int, line: bytes) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise TrainingError(f"{path}: line {number} is damaged; remove it")
+    return record
 
 
 def _open_tensorboard(out: Path) -> Any:

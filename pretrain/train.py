@@ -116,7 +116,7 @@ class Trainer:
         self.temperature = Linear(
             *config.teacher.temperature, config.teacher.temperature_warmup_steps
         )
-        self.step = 0
+        self.step = self.resumed_at = 0
         self.position = 0
         self._prepare_folder(resume)
         self.log = RunLog(out, self.step, tensorboard=config.run.tensorboard)
@@ -227,6 +227,7 @@ class Trainer:
         if about["scaler"]:
             self.scaler.load_state_dict(about["scaler"])
         self.step, self.position = about["step"], about["position"]
+        self.resumed_at = self.step
         self.flat = about.get("flat", False)
         logger.info("%s: resumed at step %d", self.out, self.step)
 
@@ -281,8 +282,15 @@ class Trainer:
         raise TrainingError(
             f"step {self.step + 1}: the {kind} are no longer numbers: {values}; images of the "
             f"batch: {', '.join(ids)}; lower optim.base_lr, or use run.precision float32, and "
-            "resume from the last checkpoint"
+            f"{self._way_back()}"
         )
+
+    def _way_back(self) -> str:
+        """Where to go on after a step that failed; one after a checkpoint fails again."""
+        folder = checkpoint.checkpoint_folder(self.out, self.step)
+        if self.step and self.step == self.resumed_at:
+            return f"remove {folder}: it is finite, but past mending"
+        return "resume from the last checkpoint"
 
     def _log(self, record: Record, progress: Progress | None) -> None:
         if self.config.knn is not None and record["step"] % self.config.knn.every_steps == 0:

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -110,3 +111,19 @@ def test_read_weights__runs_no_pickled_code(tmp_path: Path) -> None:
 def test_public_names__nothing_of_a_backbone() -> None:
     with pytest.raises(CheckpointError, match=r"holds no backbone.*fc\.weight"):
         public_names({"fc.weight": torch.zeros(1)}, where="x", max_bytes=4)
+
+
+def test_load_backbone__any_damaged_byte_is_noticed(tmp_path: Path) -> None:
+    config = ViTConfig(width=8, depth=1, heads=2, patch=14, image_size=28)
+    path = tmp_path / "w.safetensors"
+    save_backbone(VisionTransformer(config), path)
+    whole = path.read_bytes()
+    found = load_backbone(path).state_dict()
+    rng = np.random.default_rng(0)
+    for at in [*rng.integers(8, len(whole), 200)]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            now = load_backbone(path).state_dict()
+        except CheckpointError:
+            continue
+        assert all(torch.equal(value, found[name]) for name, value in now.items())

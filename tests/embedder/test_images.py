@@ -301,6 +301,17 @@ def test_decode__other_containers_are_refused_by_name(start: bytes, name: str) -
         decode(start + bytes(200))
 
 
+@pytest.mark.parametrize("format", ["WEBP", "AVIF"])
+def test_decode__file_that_was_never_filled_is_truncated(format: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    data = saved(noise, format)
+    half = len(data) // 2
+    with pytest.raises(ImageError, match=r"truncated: .* bytes are zero"):
+        decode(data[:half] + bytes(len(data) - half))
+    flat = saved(Image.new("RGB", (2000, 2000), (128, 128, 128)), format)
+    assert decode(flat).shape == (2000, 2000, 3)
+
+
 def test_decode__gif_without_its_trailer_and_png_without_its_end() -> None:
     for format, size in (("GIF", 1), ("PNG", 12)):
         data = saved(scene().convert("P"), format)

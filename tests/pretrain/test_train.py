@@ -138,6 +138,37 @@ def test_run__nan_names_step_and_images(
         trainer.take_step([batch])
 
 
+def test_run__gradients_that_are_no_numbers_change_nothing(images: str, tmp_path: Path) -> None:
+    trainer = Trainer(small_config(), images, tmp_path, CPU, resume=True)
+    batch = Batches(trainer.source, trainer.config).batch(Part(0, 4, 0, 4)).to(trainer.device)
+    weight = trainer.method.student.backbone.norm.weight
+    weight.register_hook(lambda gradient: gradient * torch.nan)
+    before = {name: value.clone() for name, value in trainer.method.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"step 1: the gradients are no .*'backbone': nan"):
+        trainer.take_step([batch])
+    networks = {name for name in before if name.startswith(("student.", "teacher."))}
+    after = trainer.method.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in networks)
+    assert checkpoint.saved_steps(tmp_path) == []
+
+
+def test_run__a_checkpoint_past_mending_is_named(images: str, tmp_path: Path) -> None:
+    run(small_config(optim={"steps": 2}), images, str(tmp_path))
+    trainer = Trainer(small_config(), images, tmp_path, CPU, resume=True)
+    torch.nn.init.constant_(trainer.method.student.backbone.norm.bias, torch.nan)
+    batch = Batches(trainer.source, trainer.config).batch(Part(0, 4, 0, 4)).to(trainer.device)
+    with pytest.raises(TrainingError, match=r"step 3: .*remove .*step-00000002: it is finite"):
+        trainer.take_step([batch])
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"[1]", b'{"step": 1', b"\0"])
+def test_read_lines__a_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n{"step"')
+    with pytest.raises(TrainingError, match=r"log\.jsonl: line 2 is damaged"):
+        read_lines(path)
+
+
 def test_batches__a_rank_s_share_is_part_of_the_whole(images: str) -> None:
     source, config = open_source(images), small_config()
     whole = Batches(source, config).batch(Part(8, 4, 0, 4))
