@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from curation import merkle, storage
@@ -38,6 +39,8 @@ class ShardInfo(Settings):
     """SHA-256 of the file."""
     content: str
     """Order-free digest of the rows (`curation.digest.Content`), as hex."""
+    footer: str | None = None
+    """SHA-256 of the file's footer: what says where its pages are, each with a checksum."""
     num_kept: int | None = None
     """For shards of decisions: rows with keep = true."""
     companion: dict[str, str] = {}
@@ -120,6 +123,17 @@ class Dataset:
         """Path of one shard's file."""
         return storage.join(self.path, self.manifest.shards[index].name)
 
+    @contextlib.contextmanager
+    def open_shard(self, index: int) -> Iterator[pq.ParquetFile]:
+        """Open one shard's file; a damaged byte is an error where it is read.
+
+        Raises:
+            StorageError: the file is missing or damaged.
+        """
+        path, footer = self.shard_path(index), self.manifest.shards[index].footer
+        with storage.open_parquet(path, footer) as file, storage.parquet_errors(path):
+            yield file
+
     def read_shard(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Read one shard, only the columns asked for.
 
@@ -128,7 +142,7 @@ class Dataset:
             StorageError: the file is missing or damaged.
         """
         path = self.shard_path(index)
-        with storage.open_parquet(path) as file, storage.parquet_errors(path):
+        with self.open_shard(index) as file:
             require_columns(file.schema_arrow, columns or (), path)
             table = file.read(columns=None if columns is None else list(columns))
         expected = self.manifest.shards[index].num_rows
@@ -175,16 +189,17 @@ def write_shard(
 ) -> ShardInfo:
     """Write one shard, whole or not at all; it belongs to a data set once that is committed."""
     name = shard_name(index)
-    num_bytes, sha256 = storage.write_parquet(storage.join(folder, name), table)
+    written = storage.write_parquet(storage.join(folder, name), table)
     num_kept = None
     if "keep" in table.column_names:
         num_kept = sum(chunk.true_count for chunk in table["keep"].chunks)
     return ShardInfo(
         name=name,
         num_rows=table.num_rows,
-        num_bytes=num_bytes,
-        sha256=sha256,
+        num_bytes=written.num_bytes,
+        sha256=written.sha256,
         content=Content.of(table).hex(),
+        footer=written.footer,
         num_kept=num_kept,
         companion=companion or {},
     )

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
 from curation.errors import LedgerError, SchemaError
@@ -234,7 +233,7 @@ def _read_layer(
 ) -> dict[str, pa.ChunkedArray]:
     """Columns of one side-car's shard for the live ids; of no live rows, only their types."""
     if len(live) == 0:
-        with storage.open_parquet(layer.shard_path(index)) as file:
+        with layer.open_shard(index) as file:
             empty = file.schema_arrow.empty_table()
         return {name: empty[name] for name in names}
     table = layer.read_shard(index, [ID, *names])

@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,10 @@ _LOOKED_UP = ("sha256", "pixel_hash", "seed_id")
 """Columns by whose values single rows are looked for: Bloom filters tell where they may be."""
 _PARTIAL = ".partial"
 _REQUESTS_AT_ONCE = 32
+_LAST_WRITES = 8
+"""Of so many writes at a file's end Parquet's footer is one."""
+_TAIL_BYTES = 1 << 16
+"""Read at once at the end of a Parquet file; longer footers take another read."""
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "azure")
 """Libraries that speak to object stores: they have error trees of their own."""
 
@@ -365,13 +370,19 @@ class _HashingFile:
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0
         self.closed = False
+        self._last: deque[Any] = deque(maxlen=_LAST_WRITES)
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
         self._file.write(view)
         self.sha256.update(view)
         self.num_bytes += view.nbytes
+        self._last.append(data)
         return view.nbytes
+
+    def last(self) -> bytes:
+        """What was written last."""
+        return b"".join(map(bytes, self._last))
 
     def tell(self) -> int:
         return self.num_bytes
@@ -392,8 +403,17 @@ class _HashingFile:
         self.closed = True
 
 
-def write_parquet(path: str, table: pa.Table) -> tuple[int, str]:
-    """Write one Parquet file whole; give its bytes and SHA-256.
+class Written(NamedTuple):
+    """What a file is, once written."""
+
+    num_bytes: int
+    sha256: str
+    footer: str
+    """SHA-256 of the footer, where all its pages are found by."""
+
+
+def write_parquet(path: str, table: pa.Table) -> Written:
+    """Write one Parquet file whole, each page with its checksum.
 
     Row groups stay small so that readers of a few rows fetch little. Images and vectors are
     stored plain: they do not shrink, and a dictionary of vectors costs four times their decoding.
@@ -412,8 +432,9 @@ def write_parquet(path: str, table: pa.Table) -> tuple[int, str]:
             row_group_size=_ROWS_PER_GROUP,
             bloom_filter_options={name: {"ndv": rows, "fpp": 0.01} for name in looked_up},
             write_batch_size=_values_at_once(table.schema),
+            write_page_checksum=True,
         )
-    return sink.num_bytes, sink.sha256.hexdigest()
+    return Written(sink.num_bytes, sink.sha256.hexdigest(), _footer_digest(sink.last()))
 
 
 def _values_at_once(schema: pa.Schema) -> int:
@@ -447,19 +468,60 @@ def read_parquet(path: str, columns: list[str] | None = None) -> pa.Table:
 
 
 @contextlib.contextmanager
-def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file; remotely only the footer is fetched until columns are asked for."""
-    if is_local(path):
-        with storage_errors(path), parquet_errors(path):
-            opened = pq.ParquetFile(path.removeprefix("file://"), memory_map=True)
-        with opened as file:
-            yield file
-        return
-    with open_read(path, by_range=True) as handle:
+def open_parquet(path: str, footer: str | None = None) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file; remotely only the footer is fetched until columns are asked for.
+
+    Pages are checked against their checksums as they are read. footer: SHA-256 that it must have.
+
+    Raises:
+        StorageError: the file is missing or damaged.
+    """
+    with contextlib.ExitStack() as held:
+        if is_local(path):
+            with storage_errors(path), parquet_errors(path):
+                handle = held.enter_context(pa.memory_map(path.removeprefix("file://")))
+        else:
+            handle = held.enter_context(open_read(path, by_range=True))
         with parquet_errors(path):
-            opened = pq.ParquetFile(handle, pre_buffer=True)
-        with opened as file:
-            yield file
+            metadata = None if footer is None else _checked_footer(handle, footer)
+            opened = pq.ParquetFile(
+                handle,
+                metadata=metadata,
+                pre_buffer=not is_local(path),
+                page_checksum_verification=True,
+            )
+        yield held.enter_context(opened)
+
+
+def _checked_footer(file: Any, footer: str) -> pq.FileMetaData:
+    """Read the footer, once.
+
+    Raises:
+        ArrowInvalid: it is not what was written.
+    """
+    size = file.seek(0, os.SEEK_END)
+    tail = _read_last(file, size, _TAIL_BYTES)
+    length = _footer_bytes(tail)
+    if len(tail) < length <= size:
+        tail = _read_last(file, size, length)
+    if _footer_digest(tail) != footer:
+        raise pa.ArrowInvalid("its footer is not what was written (SHA-256 differs)")
+    return pq.read_metadata(pa.BufferReader(tail))
+
+
+def _read_last(file: Any, size: int, count: int) -> bytes:
+    file.seek(max(size - count, 0))
+    return bytes(file.read(count))
+
+
+def _footer_bytes(tail: bytes) -> int:
+    """Bytes of a footer with its length and the mark behind it."""
+    return int.from_bytes(tail[-8:-4], "little") + 8
+
+
+def _footer_digest(tail: bytes) -> str:
+    """SHA-256 of the footer at the end of a file's last bytes."""
+    return hashlib.sha256(tail[-_footer_bytes(tail) :]).hexdigest()
 
 
 @contextlib.contextmanager
@@ -469,7 +531,7 @@ def parquet_errors(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         detail = " ".join(str(error).split())[:200]
         raise StorageError(f"{path}: not a readable Parquet file: {detail}") from error
 

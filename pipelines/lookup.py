@@ -6,7 +6,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation import storage
 from curation.dataset import Dataset
 from curation.schema import ID
 
@@ -18,9 +17,8 @@ def find_rows(
     dataset: Dataset, shard: int, ids: Collection[str], columns: list[str] | None = None
 ) -> pa.Table:
     """Rows of one shard with some ids; columns that the data set lacks are left out."""
-    path = dataset.shard_path(shard)
     names = None if columns is None else [ID, *(c for c in columns if c in dataset.columns)]
-    with storage.open_parquet(path) as file, storage.parquet_errors(path):
+    with dataset.open_shard(shard) as file:
         groups = groups_with(file, ids)
         table = file.read_row_groups(groups, columns=names)
     return table.filter(_is_one_of(table[ID], ids))
@@ -30,9 +28,8 @@ def stream_rows(
     dataset: Dataset, shard: int, ids: Collection[str], columns: list[str]
 ) -> Iterator[pa.RecordBatch]:
     """The same a few rows at a time, for columns of large values such as images."""
-    path = dataset.shard_path(shard)
     wanted, found = pa.array(list(ids), pa.string()), 0
-    with storage.open_parquet(path) as file, storage.parquet_errors(path):
+    with dataset.open_shard(shard) as file:
         batches = file.iter_batches(
             _ROWS_AT_ONCE, row_groups=groups_with(file, ids), columns=[ID, *columns]
         )

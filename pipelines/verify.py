@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,9 +24,17 @@ from curation.neighbors.hits import HIT_COLUMNS
 from curation.schema import ID, KEEP
 from curation.stage import DECISIONS, StageFolder
 from pipelines.run_record import POOL
-from pipelines.seal import broken_seals
+from pipelines.seal import (
+    PRETRAIN,
+    SEAL_FILE,
+    broken_seals,
+    covered_files,
+    sealed_files,
+    sealed_folders,
+)
 from pipelines.tables import Tables
 from pipelines.work_folder import FinishedStage, WorkFolder
+from pretrain.digests import find_damage
 
 _UNREADABLE = (CurateError, OSError, ValueError, pa.ArrowException, OverflowError, MemoryError)
 """What reading a damaged file may raise: Arrow does not always raise its own errors."""
@@ -87,7 +96,9 @@ def verify_run(work: WorkFolder) -> Iterator[Checked]:
         yield _guarded(record.packed, partial(_verify_packed, work))
     if record.manifest:
         yield _guarded(record.manifest, partial(_verify_manifest, work))
+    yield _guarded(PRETRAIN, partial(_verify_pretraining, work))
     yield _guarded("seal", partial(_verify_seal, work))
+    yield _guarded("other files", partial(_verify_others, work))
 
 
 def verify_dataset(path: str, *, may_be_deleted: bool = False) -> Checked:
@@ -180,7 +191,16 @@ def _verify_stage(work: WorkFolder, stage: FinishedStage, checked: Checked) -> N
         _merge(checked, verify_dataset(path, may_be_deleted=deletable), name)
         if Dataset.is_finished(path) and _digest(path) != digest:
             checked.blame(name, "content digest is not the one in the stage's record")
+    for name in _further_sets(stage):
+        _merge(checked, verify_dataset(storage.join(stage.path, name)), name)
     _check_receipts(stage, checked)
+
+
+def _further_sets(stage: FinishedStage) -> list[str]:
+    """Data sets in a stage's folder that are no outputs of its shards, such as hits."""
+    names = (name.rpartition("/") for name in storage.walk_files(stage.path))
+    found = {folder for folder, _, file in names if file == MANIFEST}
+    return sorted(found - set(stage.entry.record.outputs))
 
 
 def _verify_packed(work: WorkFolder, checked: Checked) -> None:
@@ -462,8 +482,40 @@ def _verify_seal(work: WorkFolder, checked: Checked) -> None:
     broken = broken_seals(work.path, work.record)
     if broken is None:
         checked.notes.append("this run was never sealed")
-    for what in broken or []:
+        return
+    for what in broken:
         checked.blame("", what)
+    _check_form(storage.join(work.path, SEAL_FILE), checked)
+
+
+def _verify_pretraining(work: WorkFolder, checked: Checked) -> None:
+    """Weights, checkpoints and logs against the digests that training left beside them."""
+    folder = Path(work.path.removeprefix("file://")) / PRETRAIN
+    if not storage.is_local(work.path) or not folder.is_dir():
+        checked.notes.append("there is none")
+        return
+    checked.files = sum(path.is_file() for path in folder.rglob("*"))
+    for line in find_damage(folder):
+        checked.blame("", line)
+
+
+def _verify_others(work: WorkFolder, checked: Checked) -> None:
+    """Files that no digest covers: in a folder of a stage or set a defect, elsewhere a note."""
+    known = covered_files(work.path, work.record)
+    if storage.exists(storage.join(work.path, SEAL_FILE)):
+        known |= set(sealed_files(storage.read_json(storage.join(work.path, SEAL_FILE))))
+    ours = tuple(f"{folder}/" for folder in sealed_folders(work.record))
+    unknown: Counter[str] = Counter()
+    for name in storage.walk_files(work.path):
+        if name in known:
+            continue
+        if name.startswith(ours):
+            checked.blame(name, "is no part of the run: neither a manifest nor the seal names it")
+        else:
+            unknown[name.partition("/")[0]] += 1
+    if unknown:
+        shown = ", ".join(f"{name} ({count:,})" for name, count in sorted(unknown.items()))
+        checked.notes.append(f"not covered by any digest: {shown}")
 
 
 def _merge(checked: Checked, found: Checked, name: str = "") -> None:

@@ -110,7 +110,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def _is_apart(name: str) -> bool:
-    return name == DIGESTS or name.startswith("checkpoints/") or ".partial" in name
+    # what begins with "_" is of who runs the training: it is written after these digests
+    return name == DIGESTS or name.startswith(("checkpoints/", "_")) or ".partial" in name
 
 
 def _encoded(digests: Mapping[str, FileDigest]) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from curation import storage
+from curation.errors import StorageError
 from pipelines.funnel import funnel, set_funnels
 from pipelines.planner import PLAN_FILE
 from pipelines.report import charts
@@ -179,11 +180,21 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _read_lines(path: str) -> list[Row]:
-    """JSON lines; a half-written last one is left out."""
+    """JSON lines; a half-written last one is left out.
+
+    Raises:
+        StorageError: they are damaged.
+    """
     if not storage.exists(path):
         return []
-    text = storage.read_bytes(path).decode("utf-8", "replace")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = storage.read_bytes(path).split(b"\n")[:-1]
+    try:
+        rows: list[Row] = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise StorageError(
+            f"{path}: is damaged: a line is no JSON; `curate verify` says more"
+        ) from error
+    return rows
 
 
 def _funnels(work: WorkFolder) -> list[tuple[str, Markup]]:

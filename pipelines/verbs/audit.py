@@ -76,8 +76,12 @@ def print_explanation(image: str, work: str, as_json: bool) -> None:
 def write_report(work: str, out: str | None) -> None:
     """`curate report`."""
     from pipelines.report.page import write_page
+    from pipelines.seal import REPORT, seal_again
 
-    console.print_line(write_page(work, out or storage.join(work, "report.html")))
+    page = storage.join(work, REPORT)
+    console.print_line(write_page(work, out or page))
+    if out in (None, page):
+        seal_again(work, REPORT)
 
 
 def serve(work: str, host: str, port: int, catalog: str | None) -> None:

@@ -24,7 +24,7 @@ from pipelines.planner import read_plan
 from pipelines.recipe import CheckedRecipe, Recipe, load_recipe
 from pipelines.run_record import RUN_FILE, RunRecord, read_run
 from pipelines.runner import RecipeRun, is_finished
-from pipelines.seal import write_seal
+from pipelines.seal import is_sealed_whole, write_seal
 from pipelines.tombstones import folders_of
 
 logger = logging.getLogger(__name__)
@@ -75,12 +75,14 @@ def run_recipe(
             recipe_run = RecipeRun(checked, work, observer.observe(engine), observer, earlier)
             record = recipe_run.run()
         if recipe_run.published:
-            write_seal(work, record)
+            write_seal(work, record, whole=False)
         if not adds_up(funnel(record)):
             raise LedgerError(
                 f"{work}: the funnel does not add up; please report this with run.json"
             )
         results = _run_steps(checked, record, work, quiet=as_json)
+    if not is_sealed_whole(work):
+        write_seal(work, record)
     worked = watcher.num_run > 0 or any(step["ran"] for step in results.values())
     summary = _summary(record, work, results, worked, time.monotonic() - began)
     if as_json:
@@ -174,35 +176,47 @@ def _run_steps(
     """Pretrain, evaluate and report, each only if what it rests on has changed."""
     results: dict[str, dict[str, Any]] = {}
     recipe = checked.recipe
+
+    def open_seal() -> None:
+        """Until the steps are through, the seal speaks of stages and sets alone."""
+        if is_sealed_whole(work):
+            write_seal(work, record, whole=False)
+
     digest = _manifest_digest(record, work)
     if recipe.pretrain is not None and record.packed is not None:
         results["pretrain"] = _step(
             storage.join(work, "pretrain"),
             digest_of("pretrain", recipe.pretrain.model_dump_json(), digest),
             lambda: _pretrain(recipe, record, work, quiet=quiet),
+            open_seal,
         )
     if recipe.evaluate is not None and recipe.pretrain is not None:
         results["evaluate"] = _step(
             storage.join(work, "evaluate"),
             digest_of("evaluate", recipe.evaluate.model_dump_json(), results["pretrain"]["key"]),
             lambda: _evaluate(recipe, work),
+            open_seal,
         )
     keys = [step["key"] for step in results.values()]
     results["report"] = _step(
         storage.join(work, "work", "report"),
         digest_of("report", record.stamp, [entry.record.key for entry in record.pool], keys),
         lambda: _report(work),
+        open_seal,
     )
     return results
 
 
-def _step(folder: str, key: str, action: Any) -> dict[str, Any]:
-    """Run an action unless its result with the same key is there."""
+def _step(
+    folder: str, key: str, action: Callable[[], Any], before: Callable[[], None]
+) -> dict[str, Any]:
+    """Run an action unless its result with the same key is there; `before`, where it is run."""
     path = storage.join(folder, _STEP_FILE)
     if storage.exists(path):
         found: dict[str, Any] = storage.read_json(path)
         if found.get("key") == key:
             return {**found, "ran": False}
+    before()
     result = {"key": key, "result": action()}
     storage.write_json(path, result)
     return {**result, "ran": True}

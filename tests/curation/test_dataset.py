@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -130,3 +131,43 @@ def test_write_whole__leaves_nothing_of_a_failed_write(tmp_path):
         file.write(b"half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@given(st.integers(min_value=0), st.integers(min_value=0, max_value=7))
+def test_read_shard__a_flipped_bit_is_an_error_or_harmless(shard, place, bit):
+    dataset, sound = shard
+    path = Path(dataset.shard_path(0))
+    data = bytearray(sound)
+    data[place % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+    try:
+        read = dataset.read_shard(0)
+    except (StorageError, SchemaError) as error:
+        assert str(path) in str(error)  # noqa: PT017  (both ways are right)
+    else:
+        assert Content.of(read).hex() == dataset.manifest.shards[0].content
+    finally:
+        path.write_bytes(sound)
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    dataset = write_dataset(str(tmp_path_factory.mktemp("d")), [rows(0, 40)], SCHEMA)
+    return dataset, Path(dataset.shard_path(0)).read_bytes()
+
+
+def test_read_shard__of_before_footers_had_digests(tmp_path):
+    dataset = write_dataset(str(tmp_path / "d"), [rows(0, 5)], SCHEMA)
+    file = tmp_path / "d" / MANIFEST
+    manifest = json.loads(file.read_text())
+    del manifest["shards"][0]["footer"]
+    file.write_text(json.dumps(manifest))
+    assert Dataset.open(dataset.path).read_shard(0).num_rows == 5
+
+
+def test_write_parquet__a_footer_longer_than_one_read(tmp_path):
+    wide = pa.table({f"{'column' * 20}{number}": [number] for number in range(1500)})
+    path = str(tmp_path / "wide.parquet")
+    written = storage.write_parquet(path, wide)
+    with storage.open_parquet(path, written.footer) as file:
+        assert file.read().equals(wide)

@@ -12,9 +12,10 @@ from curation.errors import ConfigError, DatasetError, StorageError
 from curation.ledger import read_receipt
 from curation.schema import schema_of
 from pipelines.run_record import read_run
-from pipelines.seal import write_seal
+from pipelines.seal import is_sealed_whole, write_seal
 from pipelines.verbs import audit
 from pipelines.verify import prove_shard, verify
+from pretrain.digests import write_digests
 from tests.pipelines.audited_run import copied_run, finished_run
 
 
@@ -106,10 +107,8 @@ def test_verify__edited_verdict(tmp_path):
     rewrite(shard, keep_all)
     found = "\n".join(defects_of(work))
     assert f"decisions/{shard.name}: its rows are not those that were written" in found
-    assert (
-        f"decisions/{shard.name}: 16 verdicts are 'keep'" in found or "verdicts are 'keep'" in found
-    )
-    assert "leaks to retrieve" in found
+    assert "verdicts are 'keep'" in found
+    assert "its footer is not what was written" in found
 
 
 def test_verify__edited_verdict_with_manifest_and_receipt_made_to_fit(tmp_path):
@@ -243,20 +242,101 @@ def test_print_verification__json_says_not_ok(tmp_path, capsys):
 
 
 def sealed_copy(tmp_path):
+    """A run with all that steps after the last stage leave."""
     work = copied_run(tmp_path)
+    for name in ("report.html", "evaluate/_step.json", "work/report/_step.json", "events/1.jsonl"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text('{"key": "one", "result": null}\n')
+    checkpoint = work / "pretrain" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    for folder in (checkpoint, work / "pretrain"):
+        for name in (".metadata", "weights", "log.jsonl"):
+            (folder / name).write_bytes(b"{}\n" if "log" in name else bytes(range(200)))
+        write_digests(folder)
+    (work / "pretrain" / "_step.json").write_text("{}\n")
     write_seal(str(work), read_run(str(work)))
     return work
 
 
 def files_that_count(work):
     """Everything that the run is made of: not its inputs, which verify does not know."""
-    kept = [
-        work / "run.json",
-        work / "_seal.json",
-        *(work / "manifest").rglob("*"),
-        *(work / "work").rglob("*"),
+    inputs = ("images", "sets", "recipe.yaml")
+    files = (path for path in work.rglob("*") if path.relative_to(work).parts[0] not in inputs)
+    return sorted(path for path in files if path.is_file())
+
+
+KINDS = (
+    *("pretrain/checkpoints", "pretrain/weights", "pretrain/digests.json", "pretrain/_step.json"),
+    *("evaluate", "events", "report.html", "run.json", "_seal.json", "work/report", "manifest"),
+    *("hits/shard", "hits/_manifest.json", "packed/shard", "_receipts", "_key.json", "_stage.json"),
+)
+
+
+@pytest.mark.parametrize("how", ["flipped", "shorter", "longer", "gone", "empty"])
+def test_verify__damage_of_every_kind_of_file(tmp_path, how):
+    work = sealed_copy(tmp_path)
+    assert defects_of(work) == []
+    rng = np.random.default_rng(3)
+    for kind in KINDS:
+        files = [one for one in files_that_count(work) if kind in one.as_posix()]
+        file = files[rng.integers(len(files))]
+        if file.name == "log.jsonl" and how == "longer":
+            continue  # training may have gone on
+        if file.name == "_seal.json" and how == "gone":
+            continue  # a run of a program that sealed none: that is told
+        before = file.read_bytes()
+        damage(file, before, how, rng)
+        assert is_noticed(work), f"{file} {how}"
+        file.write_bytes(before)
+    assert defects_of(work) == []
+
+
+def is_noticed(work):
+    """Whether verify names a defect, or finds no run any more."""
+    try:
+        return bool(defects_of(work))
+    except DatasetError:
+        return not (work / "run.json").exists()
+
+
+def damage(file, data, how, rng):
+    """Do one thing to a file."""
+    place = int(rng.integers(len(data)))
+    changed = {
+        "flipped": data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :],
+        "shorter": data[:-1],
+        "longer": data + b"\n",
+        "empty": b"",
+    }
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(changed[how])
+
+
+def test_verify__added_files(tmp_path):
+    work = sealed_copy(tmp_path)
+    (work / "manifest" / "notes.txt").write_text("x")
+    (work / "mine").mkdir()
+    (work / "mine" / "notes.txt").write_text("x")
+    assert defects_of(work) == [
+        "other files: manifest/notes.txt: is no part of the run: neither a manifest nor the seal "
+        "names it"
     ]
-    return sorted(path for path in kept if path.is_file())
+    (others,) = [one for one in verify(str(work)) if one.where == "other files"]
+    assert "mine (1)" in others.notes[0]
+
+
+def test_write_seal__steps_are_sealed_when_all_is_done(tmp_path):
+    work = sealed_copy(tmp_path)
+    write_seal(str(work), read_run(str(work)), whole=False)
+    assert not is_sealed_whole(str(work))
+    (work / "report.html").write_text("another")
+    assert defects_of(work) == []
+    write_seal(str(work), read_run(str(work)))
+    assert is_sealed_whole(str(work))
+    audit.write_report(str(work), None)
+    assert defects_of(work) == []
 
 
 def flip_somewhere(files, rng):
