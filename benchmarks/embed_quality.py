@@ -21,7 +21,8 @@ from embedder.encoders.lite import load_trunk
 from embedder.encoders.lite_network import NUM_FEATURES, gem
 from embedder.encoders.torch_trunk import TrunkEncoder
 from embedder.images import Pixels, decode
-from embedder.whitening import fit_pca_whitening, load_whitening, unit_rows
+from embedder.rows import unit_rows
+from embedder.whitening import fit_pca_whitening, load_whitening
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 POWERS = (1.0, 3.0, 5.0)

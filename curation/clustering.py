@@ -18,8 +18,9 @@ from curation.neighbors.quantized import integer_products, lengths_of, quantize_
 from curation.neighbors.row_files import RowFiles, map_array, write_array
 from curation.neighbors.steps import Done, Work, run_steps
 from curation.neighbors.threads import side_by_side
-from curation.neighbors.vectors import unit_rows, vectors_of
+from curation.neighbors.vectors import vectors_of
 from curation.stage import Engine
+from embedder.rows import leveled, unit_rows
 
 _ROWS_AT_ONCE = 1 << 13
 _SPREAD_UP_TO = 512
@@ -206,6 +207,8 @@ def lloyd(
     centroids to begin with; drawn from the rows where it is None. assign: whether the nearest of
     each row among the last centroids are wanted; they cost an iteration. Else (0,) int32.
     """
+    if rows.dtype == np.float32:
+        rows = leveled(rows)
     centroids = first_centroids(rows, count, rng) if start is None else start
     before, done = np.empty(0, np.int32), False
     for _ in range(iterations):

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.errors import EncoderError, foreign_weights
-
-Rows = NDArray[np.floating]
+from embedder.rows import Rows, unit_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ class Whitening:
         import torch  # numpy's threads of several callers wait for each other: ten times the time
 
         centred = torch.from_numpy(rows.astype(np.float64) - self.mean)
-        return unit_rows((centred @ self._projection64).numpy())  # (N, K)
+        return unit_rows((centred @ self._projection64).numpy()).astype(np.float32)  # (N, K)
 
     @cached_property
     def _projection64(self) -> Any:
@@ -71,13 +70,6 @@ def load_whitening(path: Path) -> Whitening:
     if mean.ndim != 1 or projection.ndim != 2 or len(mean) != len(projection):
         raise EncoderError(f"{path}: a mean of shape {mean.shape} does not fit {projection.shape}")
     return Whitening(mean.astype(np.float32), projection.astype(np.float32))
-
-
-def unit_rows(rows: Rows) -> NDArray[np.float32]:
-    """Scale rows to length one; a row of zeros stays as it is."""
-    rows = rows.astype(np.float64)
-    lengths = np.sqrt((rows**2).sum(1, keepdims=True))
-    return (rows / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
 def fit_pca_whitening(rows: Rows, width: int, shrinkage: float = 0.0) -> Whitening:

@@ -12,7 +12,7 @@ from curation.clustering import cluster_sums, lloyd, means_of
 from curation.grouping import by_group
 from curation.neighbors.quantized import nearest_centroids, quantize_centroids
 from curation.neighbors.threads import in_threads
-from curation.neighbors.vectors import unit_rows
+from embedder.rows import unit_rows
 
 _ROWS_PER_THREAD = (1 << 13, 1 << 15)
 """At least and at most: a few blocks a thread, but fewer sums than rows in each."""

@@ -14,6 +14,7 @@ from curation.dataset import Dataset
 from curation.errors import ConfigError, SchemaError, SpaceError
 from curation.pool import Pool
 from curation.schema import ID, ids_to_bytes
+from embedder.rows import largest_of, leveled, unit_rows
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ class VectorSource:
 
 
 def vectors_of(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """Turn a list column into (N, D) float16 or float32; a null row becomes NaN.
+    """Turn a list column into (N, D) float16 or float32; a null or empty row becomes NaN.
+
+    Rows of extreme lengths are scaled by powers of two: their cosines are as they were, and all
+    that follows may square them.
 
     Raises:
         SchemaError: not a column of lists of numbers.
@@ -66,33 +70,35 @@ def vectors_of(column: pa.ChunkedArray, where: str) -> np.ndarray:
     """
     if not _holds_lists(column.type):
         raise SchemaError(f"{where}: embeddings are {column.type}; allowed: lists of floats")
-    valid = np.asarray(pc.is_valid(column))  # (N,)
+    valid = np.asarray(pc.fill_null(pc.greater(pc.list_value_length(column), 0), False))  # (N,)
     width = _width_of(column, where)
     values = pc.list_flatten(column).combine_chunks()
     if isinstance(values, pa.ChunkedArray):
         values = pa.concat_arrays(values.chunks)
-    kind = np.float16 if values.type == pa.float16() else np.float32
-    flat: np.ndarray = values.to_numpy(zero_copy_only=False).astype(kind, copy=False)
+    flat: np.ndarray = values.to_numpy(zero_copy_only=False)
+    rows = _as_floats(flat.reshape(int(valid.sum()), width))  # (V, D)
     if valid.all():
-        return flat.reshape(len(valid), width)  # (N, D)
-    vectors = np.full((len(valid), width), np.nan, kind)
-    vectors[valid] = flat.reshape(-1, width)
+        return rows
+    vectors = np.full((len(valid), width), np.nan, rows.dtype)
+    vectors[valid] = rows
     return vectors
+
+
+def _as_floats(rows: np.ndarray) -> np.ndarray:
+    """float16 as it is, other numbers as float32, none of which is too large or too small."""
+    if rows.dtype == np.float16 or not rows.size:
+        return rows.astype(np.float16 if rows.dtype == np.float16 else np.float32)
+    wide = rows if rows.dtype == np.float32 else rows.astype(np.float64, copy=False)
+    with np.errstate(over="ignore"):  # beside NaN or Inf, of which the row is bad anyway
+        return leveled(wide).astype(np.float32, copy=False)
 
 
 def bad_rows(vectors: np.ndarray) -> np.ndarray:
     """(N,) bool: rows that are all zero, or hold NaN or Inf; they have no direction."""
     if vectors.shape[1] == 0:
         return np.ones(len(vectors), bool)
-    top = np.abs(vectors).max(axis=1)  # (N,)  NaN and Inf survive a maximum
+    top = largest_of(vectors)  # (N,)  NaN and Inf survive a maximum
     return np.asarray(~(np.isfinite(top) & (top > 0)))
-
-
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """(N, D) float64, every row divided by its length."""
-    rows: np.ndarray = vectors.astype(np.float64)
-    rows /= np.sqrt(np.einsum("nd,nd->n", rows, rows))[:, None]
-    return rows
 
 
 def exact_similarities(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -185,7 +191,8 @@ def _holds_lists(kind: pa.DataType) -> bool:
 def _width_of(column: pa.ChunkedArray, where: str) -> int:
     if pa.types.is_fixed_size_list(column.type):
         return int(column.type.list_size)
-    bounds = pc.min_max(pc.list_value_length(column)).as_py()
+    lengths = pc.list_value_length(column)
+    bounds = pc.min_max(lengths.filter(pc.greater(lengths, 0))).as_py()
     if bounds["min"] != bounds["max"]:
         raise SpaceError(
             f"{where}: vectors of width {bounds['min']} and of width {bounds['max']}; "

@@ -14,7 +14,7 @@ from curation.clustering import assign_exactly, hash_ids
 from curation.decoding import UNREADABLE, measure_images
 from curation.ledger import commit_shard, finished_shards
 from curation.neighbors.layout import sources_of
-from curation.neighbors.vectors import VectorSource, bad_rows, unit_rows, vectors_of
+from curation.neighbors.vectors import VectorSource, bad_rows, vectors_of
 from curation.schema import schema_of
 from curation.stage import (
     DatasetStage,
@@ -27,6 +27,7 @@ from curation.stage import (
     reject,
 )
 from embedder.images import Pixels, decode_within
+from embedder.rows import unit_rows
 
 _SIDE = 512
 """Text is looked for at this size."""

@@ -24,7 +24,8 @@ from embedder.encoders.torch_trunk import (
     weights_digest,
 )
 from embedder.feature_maps import FeatureModel, Layer, with_mean
-from embedder.whitening import Whitening, load_whitening, unit_rows
+from embedder.rows import unit_rows
+from embedder.whitening import Whitening, load_whitening
 
 LICENCE = "Apache-2.0"
 PREPROCESSING = Preprocessing(
@@ -118,4 +119,4 @@ def mean_pool(features: Tensor) -> NDArray[np.float32]:
 def copy_pool(features: Tensor) -> NDArray[np.float32]:
     """(B, C, H, W) to unit rows (B, C): what a whitening is fitted on and applied to."""
     with torch.inference_mode():
-        return unit_rows(gem(features.float(), GEM_P).cpu().numpy())
+        return unit_rows(gem(features.float(), GEM_P).cpu().numpy()).astype(np.float32)

@@ -30,7 +30,7 @@ from embedder.encoders.torch_trunk import (
 )
 from embedder.errors import EncoderError, foreign_weights
 from embedder.images import Pixels
-from embedder.whitening import unit_rows
+from embedder.rows import unit_rows
 
 DEFAULT_BATCH_SIZE = 8
 MAX_SIDE = 4096
@@ -73,7 +73,7 @@ class OnnxEncoder:
             [self.session.get_outputs()[0].name],
             {self.session.get_inputs()[0].name: np.ascontiguousarray(images, np.float32)},
         )
-        return unit_rows(output)
+        return unit_rows(output).astype(np.float32)
 
 
 def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:

@@ -24,7 +24,7 @@ from embedder.encoder import EncoderMemory, LoadOptions, Precision, Thresholds
 from embedder.encoders.lane import CPU_BATCH_SIZE, Lane, largest_batch
 from embedder.errors import EncoderError
 from embedder.images import Pixels, center_crop, resize, resize_short_side
-from embedder.whitening import unit_rows
+from embedder.rows import unit_rows
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -300,7 +300,8 @@ class TrunkEncoder:
 
     def head(self, features: Tensor) -> NDArray[np.float32]:
         """Features of B images to (B, D) unit rows."""
-        return unit_rows(features.cpu().numpy() if self.pool is None else self.pool(features))
+        rows = features.cpu().numpy() if self.pool is None else self.pool(features)
+        return unit_rows(rows).astype(np.float32)
 
     def encode(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """(B, size, size, 3) uint8 to (B, D) unit rows."""

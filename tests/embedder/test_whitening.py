@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from embedder.errors import EncoderError
-from embedder.whitening import fit_pca_whitening, load_whitening, unit_rows
+from embedder.rows import unit_rows
+from embedder.whitening import fit_pca_whitening, load_whitening
 
 
 def rows(count: int = 400, width: int = 6) -> np.ndarray:
