@@ -238,7 +238,7 @@ def write_dataset(
 
 
 def open_foreign(path: str, *, id_column: str = ID) -> Dataset:
-    """Open a finished data set, or any Parquet file or folder as if it were one.
+    """Open a finished data set, or any Parquet file or folder, at any depth, as if it were one.
 
     Foreign shards carry no digests until they are read: their sizes stand in for content.
 
@@ -284,11 +284,23 @@ def _foreign_files(path: str) -> tuple[str, list[str]]:
     if path.endswith(".parquet") and storage.exists(path):
         folder, _, name = path.rpartition("/")
         return folder or ".", [name]
-    names = storage.list_files(path, ".parquet")
+    files = [name for name in storage.walk_files(path) if not _is_hidden(name)]
+    names = [name for name in files if name.endswith(".parquet")]
+    arrays = next((name for name in files if name.endswith((".npy", ".npz"))), None)
+    if arrays is not None:
+        raise DatasetError(
+            f"{path}: holds NumPy arrays ({arrays}), which are not read; write their rows into "
+            "Parquet, with a column of ids and one of lists"
+        )
     if not names:
         state = "no Parquet files in this folder" if storage.exists(path) else "does not exist"
         raise DatasetError(f"{path}: {state}; name a data set or a folder of Parquet files")
     return path, names
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or a folder that it lies in is no data by its name, as for ingest."""
+    return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
 def _content_digest(columns: dict[str, str], shards: tuple[ShardInfo, ...]) -> str:

@@ -174,20 +174,21 @@ def make_id(normalised_source: str) -> str:
     return hashlib.blake2b(normalised_source.encode(), digest_size=16).hexdigest()
 
 
-def ids_to_bytes(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Turn hex ids into (N, 16) uint8, the form inside the joins.
+def ids_to_bytes(ids: pa.Array | pa.ChunkedArray, where: str = "") -> np.ndarray:
+    """Turn hex ids into (N, 16) uint8, the form inside the joins. where: the file, for errors.
 
     Raises:
-        SchemaError: an id that is not 32 hex characters.
+        SchemaError: an id that is null or not 32 hex characters.
     """
-    text = "".join(ids.to_pylist())
+    values = ids.to_pylist()
     try:
-        raw = bytes.fromhex(text)
-    except ValueError:
+        raw = bytes.fromhex("".join(values))
+    except (TypeError, ValueError):
         raw = b""
-    if len(raw) != 16 * len(ids):
-        bad = next(value for value in ids.to_pylist() if not _is_id(value))
-        raise SchemaError(f"id {bad!r} is not 32 hex characters")
+    if len(raw) != 16 * len(ids) or any(len(value) != 32 for value in values):
+        row, bad = next((n, value) for n, value in enumerate(values) if not _is_id(value))
+        place = f"{where}: " if where else ""
+        raise SchemaError(f"{place}id {bad!r} of row {row} is not 32 hex characters")
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, 16)  # (N, 16)
 
 

@@ -355,8 +355,8 @@ def _check_ids(plan: Plan, engine: Engine) -> None:
         found = [name for name in twice if name]
         if found:
             raise DatasetError(
-                f"{source.dataset.path}: id {found[0]} occurs twice; ids must be unique: drop one "
-                "of the rows, or give each its own id"
+                f"{source.dataset.path}: id {source.describe(found[0])} occurs twice; ids must be "
+                "unique: drop one of the rows, or give each its own id"
             )
 
 
@@ -368,7 +368,7 @@ class _IdsOf(Mapper[list[int]]):
     num_buckets: int
 
     def __call__(self, item: list[int]) -> tuple[pa.Table, np.ndarray]:
-        parts = [self.source.pool.live_ids(shard) for shard in range(*item)]
+        parts = [self.source.live_ids(shard) for shard in range(*item)]
         chunks = [chunk for part in parts for chunk in part.chunks]
         ids = pa.chunked_array(chunks, parts[0].type)
         return pa.table({"id": ids}), bucket_of_ids(ids, self.num_buckets)

@@ -55,7 +55,27 @@ class VectorSource:
         """Ids and vectors of the live rows of one shard: (N, 16) uint8, (N, D) float16 or 32."""
         table = self.pool.only(self.layer).read(index, [self.column])
         vectors = vectors_of(table[self.column], self.where(index))
-        return ids_to_bytes(table[ID]), vectors
+        return ids_to_bytes(table[ID], self.where(index)), vectors
+
+    def live_ids(self, index: int) -> pa.ChunkedArray:
+        """Ids of the live rows of one shard.
+
+        Raises:
+            SchemaError: one of them is none of ours; names the file.
+        """
+        ids = self.pool.live_ids(index)
+        ids_to_bytes(ids, self.where(index))
+        return ids
+
+    def describe(self, row_id: str) -> str:
+        """A row as its owner knows it: by the id or the source that it had, and by ours."""
+        if "source" in self.dataset.columns:
+            for index in range(self.pool.num_shards):
+                rows = self.pool.only(self.layer).read(index, ["source"])
+                found = rows.filter(pc.equal(rows[ID], row_id))["source"].to_pylist()
+                if found:
+                    return f"{found[0]!r} ({row_id})"
+        return row_id
 
 
 def vectors_of(column: pa.ChunkedArray, where: str) -> np.ndarray:
