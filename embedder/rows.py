@@ -13,7 +13,7 @@ def unit_rows(rows: Rows) -> NDArray[np.float64]:
     """(N, D) float64, every row divided by its length; a row of zeros stays as it is."""
     found = rows.astype(np.float64)
     if rows.dtype == np.float64:  # squares of float32 fit into float64, but not those of float64
-        found = leveled(found)
+        found = np.asarray(leveled(found), np.float64)
     lengths = np.sqrt(np.einsum("nd,nd->n", found, found))
     found /= np.where(lengths > 0, lengths, 1)[:, None]
     return found

@@ -142,6 +142,7 @@ def kept_by_dedup(
     following: str | None = path.rstrip("/")
     while following is not None:
         recorded = _read_inputs(following, embeddings)
+        _check_moved(following, recorded, embeddings)
         dataset = embeddings or _recorded_embeddings(following, recorded, column)
         pools.append(_kept_rows(following, dataset, layer))
         following, embeddings = recorded.get("base"), None
@@ -158,6 +159,22 @@ def _read_inputs(path: str, embeddings: Dataset | None) -> dict[str, Any]:
             "output of an earlier `curate dedup`, or give --base-embeddings as well"
         )
     return {}
+
+
+def _check_moved(path: str, recorded: dict[str, Any], embeddings: Dataset | None) -> None:
+    """Refuse other embeddings than those that some decisions are about, as far as digests tell.
+
+    Of foreign files read as they are, only names and sizes are known, which change as they move.
+    """
+    told = recorded.get("content_digest")
+    if embeddings is None or told is None:
+        return
+    is_plain = embeddings.attributes.get("foreign") and not embeddings.attributes.get("own_ids")
+    if not is_plain and embeddings.manifest.content_digest != told:
+        raise DatasetError(
+            f"{path}: is about other embeddings than {embeddings.path}; give --base-embeddings "
+            "those that it read"
+        )
 
 
 def _recorded_embeddings(path: str, recorded: dict[str, Any], column: str) -> Dataset:

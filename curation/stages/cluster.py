@@ -142,7 +142,7 @@ class Cluster(DatasetStage):
         if lowest is not None:
             levels, above = self._upper(lowest, folder, engine, inputs.seed)
             figures = _joined_figures([figures, *above], levels)
-            _write_centroids(levels, folder, engine)
+            _write_centroids(levels, folder, engine, sources[0].dataset.attributes.get("space"))
         task = _TellShards(self, inputs.pool, folder, by_shard, items, tuple(levels))
         decide_shards(task, engine)
         return figures
@@ -224,7 +224,9 @@ def _joined_figures(figures: Sequence[dict[str, Any]], levels: Sequence[Level]) 
     }
 
 
-def _write_centroids(levels: Sequence[Level], folder: StageFolder, engine: Engine) -> None:
+def _write_centroids(
+    levels: Sequence[Level], folder: StageFolder, engine: Engine, space: str | None
+) -> None:
     """Write the centroids of all levels as a data set, the shards of the lowest level first."""
     parts = tuple(
         (number, part)
@@ -235,7 +237,8 @@ def _write_centroids(levels: Sequence[Level], folder: StageFolder, engine: Engin
     root = storage.join(folder.scratch, "centroids")
     facts = run_steps(engine, work, len(parts), root, "write centroids")
     infos = [ShardInfo.model_validate_json(fact["info"]) for fact in facts]
-    commit(work.output, work.table(0).schema, infos, {"stage": folder.stage})
+    attributes = {"stage": folder.stage, "space": space}
+    commit(work.output, work.table(0).schema, infos, attributes)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from curation import storage
 from curation.dataset import Dataset
+from curation.errors import SpaceError
 from curation.neighbors.hits import (
     HITS,
     DecideByHits,
@@ -90,6 +91,8 @@ class Retrieve(DatasetStage):
             self.embedding_column,
             assume_same_space=self.assume_same_space,
         )
+        if self.centroids is not None and not self.assume_same_space:
+            _check_centroids(Dataset.open(self.centroids), sources[0].dataset)
         rows = storage.join(folder.scratch, "rows")
         pool = lay_out(
             sources[:1],
@@ -120,3 +123,13 @@ class Retrieve(DatasetStage):
         write_hits(hits, folder.output(HITS), engine, {"stage": folder.stage})
         decide_shards(DecideByHits(self, inputs.pool, folder, hits), engine)
         return figures
+
+
+def _check_centroids(centroids: Dataset, pool: Dataset) -> None:
+    """Refuse centroids of another space than the pool's, where both say theirs."""
+    theirs, ours = centroids.attributes.get("space"), pool.attributes.get("space")
+    if theirs is not None and ours is not None and theirs != ours:
+        raise SpaceError(
+            f"{centroids.path}: centroids of embedding space {theirs}, but {pool.path} has {ours}; "
+            "cluster the embeddings that are searched"
+        )

@@ -245,6 +245,9 @@ def test_dedup_base__embeddings_that_moved_or_changed(tmp_path):
     moved = ("--base-embeddings", tmp_path / "moved")
     dedup(new, "--base", tmp_path / "d", *moved, "--out", tmp_path / "o")
     assert kept_of(tmp_path / "o") == []
+    others = ("--base-embeddings", vectors(tmp_path / "others", np.eye(4)[::-1], 0))
+    with pytest.raises(DatasetError, match=r"d: is about other embeddings than .*others"):
+        dedup(new, "--base", tmp_path / "d", *others, "--out", tmp_path / "x")
     vectors(tmp_path / "a", np.eye(5), 0)
     with pytest.raises(DatasetError, match="have changed since; give --base-embeddings"):
         dedup(new, "--base", tmp_path / "d", "--out", tmp_path / "x")

@@ -10,7 +10,7 @@ from small_pictures import image_row, picture
 from typer.testing import CliRunner
 
 from curation.dataset import Dataset, write_dataset
-from curation.errors import ConfigError, DatasetError, SchemaError
+from curation.errors import ConfigError, DatasetError, SchemaError, SpaceError
 from curation.identity import file_source
 from curation.schema import IMAGE_COLUMNS, embedding_schema, make_id, schema_of
 from embedder.images import encode_jpeg
@@ -323,6 +323,15 @@ def test_ingest__its_output_goes_into_every_verb_that_takes_images(classes, tmp_
         curate("download", tmp_path / "rows", "--allow-private", "--out", tmp_path / "x")
 
 
+def test_pack__packed_shards_are_images_too(classes, tmp_path):
+    curate("pack", classes / "val-tench", "--out", tmp_path / "packed")
+    curate("canonicalize", tmp_path / "packed", "--out", tmp_path / "again")
+    rows = Dataset.open(str(tmp_path / "again")).read().to_pylist()
+    known = Dataset.open(str(classes / "val-tench")).read().to_pylist()
+    assert {row["source"] for row in rows} == {row["id"] for row in known}
+    assert {row["pixel_hash"] for row in rows} == {row["pixel_hash"] for row in known}
+
+
 def test_verbs__a_data_set_without_images_is_one_line(classes, tmp_path):
     verdicts = decisions_on(classes / "val-tench", tmp_path / "v")
     for verb in ("canonicalize", "pack"):
@@ -339,3 +348,13 @@ def test_download__retries_only_the_rows_that_it_is_about(tmp_path):
     words = ("download", tmp_path / "two", "--allow-private", "--retry-failed", tmp_path / "raw")
     with pytest.raises(SchemaError, match="is about other rows than"):
         curate(*words, "--out", tmp_path / "x")
+
+
+def test_retrieve__centroids_of_another_space_are_refused(tmp_path):
+    names = [f"{n}.jpg" for n in range(8)]
+    pool = embeddings(tmp_path / "pool", range(8), names)
+    other = embeddings(tmp_path / "other", range(8), names, space="t")
+    curate("cluster", other, "--levels", "4", "--out", tmp_path / "c")
+    words = ("--seeds", f"s={pool}:cluster:5:1:50", "--clusters", tmp_path / "c")
+    with pytest.raises(SpaceError, match=r"centroids of embedding space t, but .*pool has s"):
+        curate("retrieve", pool, *words, "--out", tmp_path / "h")
