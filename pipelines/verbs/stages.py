@@ -126,7 +126,7 @@ def run_download(
     from curation.fetching.hosts import summarise_hosts
 
     stage = build("download", changes, **settings)
-    if Dataset.is_finished(storage.join(rows, "_raw")):
+    if Dataset.is_finished(storage.join(rows, RAW)):
         raise SchemaError(f"{rows}: holds images, not URLs; give it to canonicalize, or to embed")
     if Dataset.is_finished(rows):
         pool = Pool.of(Dataset.open(rows))
