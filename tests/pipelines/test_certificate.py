@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from curation.dataset import Dataset
-from curation.errors import ConfigError, DatasetError
+from curation.errors import ConfigError, DatasetError, SpaceError
 from embedder.encoder import embed_images, load_encoder
 from embedder.images import decode
 from pipelines.certificate import certify, markdown, read_vectors
@@ -139,3 +140,12 @@ def test_certify__a_run_that_ends_with_no_image_says_so(tmp_path, capsys):
     assert "-1.0" not in page
     assert audit.print_certificate(str(work), None, {}, LocalEngine(1), False)
     assert "-1.0" not in capsys.readouterr().out
+
+
+def test_certify__embeddings_of_two_spaces_are_not_compared(tmp_path):
+    work = copied_run(tmp_path)
+    path = WorkFolder(str(work)).making("taken", "copy").output("copy").path
+    manifest = Path(path) / "_manifest.json"
+    manifest.write_text(manifest.read_text().replace('"space": "tiny"', '"space": "other"'))
+    with pytest.raises(SpaceError, match="'taken' was embedded into another space"):
+        certify(str(work), LocalEngine(1))
