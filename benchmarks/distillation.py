@@ -125,7 +125,7 @@ def mean_iou(backbone: Path, scenes: Path) -> float:
     model = load_feature_model(f"dinov2:{backbone}", device="cpu", image_size=128)
     train, _ = open_scenes(str(scenes / "train"), "train", SEGMENTATION)
     test, layout = open_scenes(str(scenes / "test"), "test", SEGMENTATION)
-    return segmentation(model, train, test, layout, settings)["miou"]
+    return segmentation(model, train.scenes, test.scenes, layout, settings)["miou"]
 
 
 def rendered_scenes(root: Path) -> Path:

@@ -1,32 +1,29 @@
 """Where benchmarks lie: the layouts that evaluation reads, and how their targets are read.
 
-A path may name its layout in front, `ade20k:PATH`; otherwise the layout is recognised. Readers of
-targets give arrays of the image's size.
+A path may name its layout in front, `ade20k:PATH`; otherwise the layout is recognized.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+from typing import Literal, NamedTuple
 
 from curation.errors import ConfigError
 from curation.sources.folders import Listing, list_files
 from curation.sources.names import kind_of
 from curation.sources.shards import StoredImage, image_file, images_below
-from embedder.images import Pixels
+from pretrain.evaluation.targets import (
+    Scene,
+    Targets,
+    read_depth,
+    read_labels,
+    read_labels_from_1,
+)
 
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "test"]
-IGNORED = 255
-"""Label of pixels that count for nothing."""
-
-Targets = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -37,22 +34,12 @@ class LabelledImage:
     label: str
 
 
-@dataclass(frozen=True)
-class Scene:
-    """An image with a target for each of its pixels."""
+class Found(NamedTuple):
+    """The scenes of a split."""
 
-    path: Path
-    target: Path
-    read_target: Callable[[Path], Targets]
-    """(H, W): int64 classes with `IGNORED`, or float32 depths in metres with 0 for none."""
-
-    def pixels(self) -> Pixels:
-        """(H, W, 3)."""
-        return image_file(str(self.path)).pixels()
-
-    def values(self) -> Targets:
-        """(H, W)."""
-        return self.read_target(self.target)
+    scenes: list[Scene]
+    unpaired: int = 0
+    """Images without a target, which are left out."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +48,7 @@ class Layout:
 
     expected: str
     """What is looked for, for people."""
-    scenes: Callable[[Path, Split], list[Scene]]
+    find: Callable[[Path, Split], Found]
     num_classes: int | None = None
     """Known number of classes; None where the labels tell."""
     eigen_crop: bool = False
@@ -115,7 +102,7 @@ def _listed_images(root: Path) -> list[LabelledImage]:
 # --- a target for each pixel --------------------------------------------------------------------
 
 
-def open_scenes(path: str, split: Split, layouts: dict[str, Layout]) -> tuple[list[Scene], Layout]:
+def open_scenes(path: str, split: Split, layouts: dict[str, Layout]) -> tuple[Found, Layout]:
     """List the scenes of a split, in the layout that the path names or shows.
 
     Raises:
@@ -123,100 +110,75 @@ def open_scenes(path: str, split: Split, layouts: dict[str, Layout]) -> tuple[li
     """
     name, colon, rest = path.partition(":")
     if colon and name in layouts:
-        scenes = layouts[name].scenes(Path(rest), split)
-        if not scenes:
+        found = layouts[name].find(Path(rest), split)
+        if not found.scenes:
             raise ConfigError(
                 f"{rest}: holds no {name} images to {split}; expected {layouts[name].expected}"
             )
-        return scenes, layouts[name]
+        return found, layouts[name]
     for layout in layouts.values():
-        if scenes := layout.scenes(Path(path), split):
-            return scenes, layout
+        if (found := layout.find(Path(path), split)).scenes:
+            return found, layout
     expected = "; or ".join(f"{name}: {layout.expected}" for name, layout in layouts.items())
     raise ConfigError(f"{path}: no images to {split} there; expected {expected}")
 
 
-def read_labels(path: Path) -> Targets:
-    """A label image whose values are classes; 255 is ignored. (H, W) int64."""
-    return np.asarray(_open(path), np.int64)
-
-
-def read_labels_from_1(path: Path) -> Targets:
-    """A label image that counts classes from 1; 0 is ignored, as in ADE20K. (H, W) int64."""
-    labels = np.asarray(_open(path), np.int64)
-    return np.where(labels == 0, IGNORED, labels - 1)
-
-
-def read_depth(path: Path) -> Targets:
-    """Depth in metres, 0 for none: 16-bit images in millimetres, or .npy in metres. (H, W)."""
-    if path.suffix == ".npy":
-        metres: Targets = np.nan_to_num(np.load(path, allow_pickle=False)).astype(np.float32)
-        return metres
-    return np.asarray(_open(path), np.float32) / 1000
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as targets: {error}") from error
-    return image
-
-
-def _ade20k(root: Path, split: Split) -> list[Scene]:
+def _ade20k(root: Path, split: Split) -> Found:
     part = {"train": "training", "test": "validation"}[split]
     images, labels = root / "images" / part, root / "annotations" / part
     return _paired(images, labels, (".png",), read_labels_from_1)
 
 
-def _voc(root: Path, split: Split) -> list[Scene]:
+def _voc(root: Path, split: Split) -> Found:
     lists = root / "ImageSets" / "Segmentation"
     names = {"train": ("trainaug.txt", "train.txt"), "test": ("val.txt",)}[split]
     found = next((lists / name for name in names if (lists / name).is_file()), None)
     if found is None:
-        return []
+        return Found([])
     labels = next(
         (root / n for n in ("SegmentationClassAug", "SegmentationClass") if (root / n).is_dir()),
         root / "SegmentationClass",
     )
-    return [
-        Scene(root / "JPEGImages" / f"{name}.jpg", labels / f"{name}.png", read_labels)
-        for name in found.read_text().split()
-    ]
+    return Found(
+        [
+            Scene(root / "JPEGImages" / f"{name}.jpg", labels / f"{name}.png", read_labels)
+            for name in found.read_text().split()
+        ]
+    )
 
 
-def _nyu(root: Path, split: Split) -> list[Scene]:
+def _nyu(root: Path, split: Split) -> Found:
     listed = root / {"train": "nyu_train.txt", "test": "nyu_test.txt"}[split]
     if not listed.is_file():
-        return []
-    rows = [line.split() for line in listed.read_text().splitlines()]
-    pairs = [(row[0].lstrip("/"), row[1].lstrip("/")) for row in rows if len(row) > 1]
-    return [
-        Scene(root / image, root / depth, read_depth) for image, depth in pairs if depth != "None"
+        return Found([])
+    rows = [line.split() for line in listed.read_text().splitlines() if line.strip()]
+    pairs = [row for row in rows if len(row) > 1 and row[1] != "None"]
+    scenes = [
+        Scene(root / row[0].lstrip("/"), root / row[1].lstrip("/"), read_depth) for row in pairs
     ]
+    return Found(scenes, len(rows) - len(pairs))
 
 
-def _plain_labels(root: Path, split: Split) -> list[Scene]:
+def _plain_labels(root: Path, split: Split) -> Found:
     return _paired(root / "images", root / "labels", (".png",), read_labels)
 
 
-def _plain_depth(root: Path, split: Split) -> list[Scene]:
+def _plain_depth(root: Path, split: Split) -> Found:
     return _paired(root / "images", root / "depth", (".png", ".npy"), read_depth)
 
 
 def _paired(
     images: Path, targets: Path, suffixes: Sequence[str], read: Callable[[Path], Targets]
-) -> list[Scene]:
+) -> Found:
     """Images and targets of the same relative name."""
     found = list_files(str(images)) if images.is_dir() else Listing(str(images))
-    scenes = []
+    scenes, unpaired = [], 0
     for name in found.images:
         stem = targets / name
         target = next((t for s in suffixes if (t := stem.with_suffix(s)).is_file()), None)
-        if target is not None and name not in found.odd:
-            scenes.append(Scene(images / name, target, read))
-    return scenes
+        unpaired += target is None
+        scenes += [] if target is None else [Scene(images / name, target, read)]
+    return Found(scenes, unpaired)
 
 
 SEGMENTATION: dict[str, Layout] = {
@@ -241,12 +203,12 @@ SEGMENTATION: dict[str, Layout] = {
 DEPTH: dict[str, Layout] = {
     "nyu": Layout(
         "ROOT/nyu_{train,test}.txt with lines IMAGE DEPTH [FOCAL], DEPTH being 16-bit PNGs in "
-        "millimetres, 0 for none",
+        "millimeters, 0 for none",
         _nyu,
         eigen_crop=True,
     ),
     "plain": Layout(
-        "ROOT/images/NAME.jpg and ROOT/depth/NAME.png (16 bits, millimetres) or NAME.npy (metres), "
+        "ROOT/images/NAME.jpg and ROOT/depth/NAME.png (16 bits, millimeters) or NAME.npy (meters), "
         "0 for none",
         _plain_depth,
     ),

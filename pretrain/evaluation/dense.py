@@ -22,7 +22,7 @@ from embedder.encoder import available_cpus
 from embedder.feature_maps import FeatureModel, Layer
 from embedder.images import Pixels
 from pretrain.distributed import rank, sum_over_ranks, world_size
-from pretrain.evaluation.datasets import Scene
+from pretrain.evaluation.targets import Scene
 
 Maps = list[Layer]
 

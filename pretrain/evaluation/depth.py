@@ -5,6 +5,8 @@ Legend: B images, h w pixels, K bins, rows x columns positions of a feature map.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -14,10 +16,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from curation.errors import ConfigError
 from embedder.feature_maps import FeatureModel
 from embedder.images import Pixels, resize
 from pretrain.distributed import sum_over_ranks
-from pretrain.evaluation.datasets import Layout, Scene
+from pretrain.evaluation.datasets import Layout
 from pretrain.evaluation.dense import (
     CropPlan,
     DenseSettings,
@@ -28,6 +31,8 @@ from pretrain.evaluation.dense import (
     train_head,
     widths_of,
 )
+from pretrain.evaluation.survey import Surveyed, survey
+from pretrain.evaluation.targets import Scene, Targets, read_depth, usual_units
 
 EIGEN_CROP = (45, 471, 41, 601)
 """Top, bottom, left, right, of 480 x 640 pixels."""
@@ -42,10 +47,13 @@ class DepthSettings(DenseSettings):
     """On the last layer, or on four."""
     bins: int = Field(default=256, gt=1)
     """Depths between which the head chooses, equally far apart."""
+    units_per_meter: float | None = Field(default=None, gt=0)
+    """What a meter is in the depth maps: 1000 where they hold millimeters, 256 in KITTI's. null:
+    1000 in 16-bit images, 1 in .npy and float images; 8-bit images have no usual unit."""
     min_depth: float = Field(default=1.0e-3, gt=0)
-    """Nearest depth in metres."""
+    """Nearest depth in meters."""
     max_depth: float = Field(default=10.0, gt=0)
-    """Farthest depth in metres; farther pixels do not count."""
+    """Farthest depth in meters; farther pixels do not count."""
     crop: tuple[int, int] = (416, 544)
     """Height and width of training crops, rounded up to whole patches."""
     steps: int = Field(default=38_400, gt=0)
@@ -72,7 +80,7 @@ class BinHead(nn.Module):
         self.depths: Tensor
 
     def forward(self, maps: Maps) -> Tensor:
-        """Layers to depths (B, 4 rows, 4 columns) in metres."""
+        """Layers to depths (B, 4 rows, 4 columns) in meters."""
         scores = self.score(self.stacked(maps))  # scaling them up is cheaper, and the same
         scores = F.interpolate(scores, scale_factor=4, mode="bilinear", align_corners=False)
         shares = F.relu(scores) + 0.1  # (B, K, 4 rows, 4 columns)
@@ -92,13 +100,13 @@ class DepthErrors:
         self._sums += torch.tensor([*(errors[name] for name in METRICS), 1.0], dtype=torch.float64)
 
     def metrics(self) -> dict[str, float]:
-        """Root mean square error in metres, mean relative error, share within a factor of 1.25."""
+        """Root mean square error in meters, mean relative error, share within a factor of 1.25."""
         sums = sum_over_ranks(self._sums)
         return dict(zip(METRICS, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
 
 def depth_errors(truth: NDArray[np.float32], guess: NDArray[np.float32]) -> dict[str, float]:
-    """Errors of depths (N,) in metres, all positive."""
+    """Errors of depths (N,) in meters, all positive."""
     true, found = truth.astype(np.float64), guess.astype(np.float64)
     ratio = np.maximum(true / found, found / true)
     return {
@@ -117,11 +125,12 @@ def depth(
 ) -> dict[str, float]:
     """Train a head on frozen features and give its errors on the test scenes."""
     torch.manual_seed(settings.seed)
+    taught, asked = (_look_at_depths(scenes, layout, settings) for scenes in (train, test))
     layers = (-1,) if settings.head == "lin1" else model.evenly_spaced(4)
     head = BinHead(widths_of(model, layers), settings).to(model.placement.device)
     height, width = (model.side(side) for side in settings.crop)
     plan = CropPlan(height, width, (1.0, 1.5), 0.0)
-    batches = FeatureBatches(model, layers, train, plan, settings)
+    batches = FeatureBatches(model, layers, taught.scenes, plan, settings)
 
     def loss(found: Tensor, truth: Tensor) -> Tensor:
         return depth_loss(found, truth, settings)
@@ -131,7 +140,7 @@ def depth(
 
     losses = train_head(head, batches, loss, settings, share)
     errors = DepthErrors()
-    for scene in share_of(test):
+    for scene in share_of(asked.scenes):
         truth, found = scene.values(), predict_depth(model, head, layers, scene.pixels())
         if found.shape != truth.shape:
             found = _scaled(torch.from_numpy(found)[None], truth.shape)[0].numpy()
@@ -139,7 +148,38 @@ def depth(
         if valid.any():
             limited = found.clip(settings.min_depth, settings.max_depth)
             errors.add(truth[valid], limited[valid])
-    return {**errors.metrics(), "last_loss": losses[-1]}
+    return {
+        **errors.metrics(),
+        "units_per_meter": settings.units_per_meter or usual_units(test[0].target),
+        "valid_share": (asked.totals[0] / asked.totals[1]).item(),
+        "scenes_without_depth": float(len(asked.scenes) - int(asked.totals[2])),
+        "bad_images": float(taught.bad_images + asked.bad_images),
+        "last_loss": losses[-1],
+    }
+
+
+def _look_at_depths(scenes: Sequence[Scene], layout: Layout, settings: DepthSettings) -> Surveyed:
+    """Read all in one unit; totals: valid pixels, all pixels, scenes with a valid one.
+
+    Raises:
+        ConfigError: no pixel of any scene has a depth in range.
+    """
+    read = partial(read_depth, units_per_meter=settings.units_per_meter)
+    scenes = [replace(scene, read_target=read) for scene in scenes]
+
+    def count(depths: Targets) -> Tensor:
+        valid = int(valid_pixels(depths, settings, layout).sum())
+        return torch.tensor([valid, depths.size, valid > 0])
+
+    found = survey(scenes, count, 3)
+    if found.totals[0] == 0:
+        depths = scenes[0].values()
+        raise ConfigError(
+            f"{scenes[0].target.parent}: no pixel is between {settings.min_depth:g} and "
+            f"{settings.max_depth:g} m; the first map holds {depths.min():g} to "
+            f"{depths.max():g} m: set units_per_meter if that is another unit"
+        )
+    return found
 
 
 def depth_loss(found: Tensor, truth: Tensor, settings: DepthSettings) -> Tensor:

@@ -3,6 +3,7 @@
 Legend: B images, h w pixels, C classes, rows x columns positions of a feature map.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from curation.errors import ConfigError
 from embedder.feature_maps import FeatureModel
 from embedder.images import Pixels
-from pretrain.distributed import max_over_ranks, sum_over_ranks
-from pretrain.evaluation.datasets import IGNORED, Layout, Scene
+from pretrain.distributed import sum_over_ranks
+from pretrain.evaluation.datasets import Layout
 from pretrain.evaluation.dense import (
     CropPlan,
     DenseSettings,
@@ -28,6 +29,10 @@ from pretrain.evaluation.dense import (
     train_head,
     widths_of,
 )
+from pretrain.evaluation.survey import Surveyed, survey
+from pretrain.evaluation.targets import IGNORED, MAX_CLASSES, Scene, Targets
+
+logger = logging.getLogger(__name__)
 
 TEST_SCALES = (1.0, 1.32, 1.73, 2.28, 3.0)
 DECODER_WIDTH = 128
@@ -105,10 +110,14 @@ class Confusion:
         pairs = truth[valid] * classes + guess[valid]
         self.counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
 
-    def metrics(self) -> dict[str, float]:
-        """Mean IoU and recall over the classes that occur, and the share of right pixels."""
+    def metrics(self, unseen: Sequence[int] = ()) -> dict[str, float]:
+        """Mean IoU and recall over the classes that occur, and the share of right pixels.
+
+        unseen: classes that the head never learned; a hit there is chance, and counts for nothing.
+        """
         counts = sum_over_ranks(self.counts).double()
-        hits, truth, guess = counts.diag(), counts.sum(1), counts.sum(0)
+        hits, truth, guess = counts.diag().clone(), counts.sum(1), counts.sum(0)
+        hits[list(unseen)] = 0
         union = truth + guess - hits
         iou = hits[union > 0] / union[union > 0]
         recall = hits[truth > 0] / truth[truth > 0]
@@ -128,20 +137,65 @@ def segmentation(
 ) -> dict[str, float]:
     """Train a head on frozen features and give its mean IoU on the test scenes."""
     torch.manual_seed(settings.seed)
-    classes = layout.num_classes or count_classes(train)
+    taught, asked = (_look_at_labels(scenes, layout) for scenes in (train, test))
+    classes = layout.num_classes or 1 + max(_classes(taught)[-1], _classes(asked)[-1])
+    unseen = sorted(set(_classes(asked)) - set(_classes(taught)))
+    if unseen:
+        logger.warning("classes %s are tested and never taught: they count as 0", unseen)
     layers = (-1,) if settings.head == "linear" else model.evenly_spaced(4)
     kind = LightDecoder if settings.head == "decoder" else LinearHead
     head = kind(widths_of(model, layers), classes).to(model.placement.device)
     side = model.side(settings.crop_size)
     plan = CropPlan(side, side, (0.5, 2.0), IGNORED)
-    batches = FeatureBatches(model, layers, train, plan, settings)
+    batches = FeatureBatches(model, layers, taught.scenes, plan, settings)
     losses = train_head(head, batches, pixel_loss, settings, lambda step: 1 - step / settings.steps)
     confusion = Confusion(classes)
-    for scene in share_of(test):
+    for scene in share_of(asked.scenes):
         truth = torch.from_numpy(scene.values())
         guess = segment(model, head, layers, scene.pixels(), side, settings.scales)
         confusion.add(truth, _fitted(guess, truth))
-    return {**confusion.metrics(), "classes": float(classes), "last_loss": losses[-1]}
+    return {
+        **confusion.metrics(unseen),
+        "classes": float(classes),
+        "unseen_classes": float(len(unseen)),
+        "ignored_share": (asked.totals[IGNORED] / asked.totals.sum()).item(),
+        "bad_images": float(taught.bad_images + asked.bad_images),
+        "last_loss": losses[-1],
+    }
+
+
+def _look_at_labels(scenes: Sequence[Scene], layout: Layout) -> Surveyed:
+    """Pixels of each class, `IGNORED` among them: totals (MAX_CLASSES,).
+
+    Raises:
+        ConfigError: fewer than two classes, or more than the layout has.
+    """
+
+    def count(labels: Targets) -> Tensor:
+        return torch.bincount(torch.from_numpy(labels).flatten(), minlength=MAX_CLASSES)
+
+    found = survey(scenes, count, MAX_CLASSES)
+    classes = _classes(found)
+    first = scenes[0].target
+    if len(classes) < 2:
+        share = (found.totals[IGNORED] / found.totals.sum()).item()
+        raise ConfigError(
+            f"{first.parent}: the masks hold {len(classes)} class, and at least two are needed; "
+            f"{IGNORED} stands for pixels without a class ({share:.0%} of them here): where it "
+            "marks an object, write 1"
+        )
+    if layout.num_classes is not None and classes[-1] >= layout.num_classes:
+        raise ConfigError(
+            f"{first.parent}: masks hold more than the {layout.num_classes} classes of this "
+            f"layout; expected {layout.expected}"
+        )
+    return found
+
+
+def _classes(found: Surveyed) -> list[int]:
+    """The classes that any pixel has, in order."""
+    present: list[int] = found.totals.nonzero()[:, 0].tolist()
+    return [label for label in present if label != IGNORED]
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -209,20 +263,3 @@ def _fitted(probabilities: Tensor, truth: Tensor) -> Tensor:
         size = tuple(truth.shape)
         probabilities = F.interpolate(probabilities[None], size=size, mode="bilinear")[0]
     return probabilities.argmax(0).cpu()
-
-
-def count_classes(scenes: Sequence[Scene]) -> int:
-    """One more than the highest class of any scene.
-
-    Raises:
-        ConfigError: no scene has a class.
-    """
-    highest = -1
-    for scene in share_of(scenes):
-        labels = scene.values()
-        present = labels[labels != IGNORED]
-        highest = max(highest, int(present.max()) if present.size else -1)
-    highest = int(max_over_ranks(torch.tensor(highest)))
-    if highest < 0:
-        raise ConfigError(f"{scenes[0].target}: no scene has a labelled pixel")
-    return highest + 1

@@ -246,8 +246,10 @@ def _dense(
     train, _ = open_scenes(_train_of(request), "train", layouts)
     test, layout = open_scenes(request.test, "test", layouts)
     model = _feature_model(request)
-    metrics = measure(model, train, test, layout, settings)
-    return Measured(metrics, len(train), len(test), model.name, model.space, model.licence)
+    metrics = measure(model, train.scenes, test.scenes, layout, settings)
+    metrics["images_without_target"] = float(train.unpaired + test.unpaired)
+    about = (model.name, model.space, model.licence)
+    return Measured(metrics, len(train.scenes), len(test.scenes), *about)
 
 
 def _artifacts(request: Request, settings: ArtifactSettings) -> Measured:

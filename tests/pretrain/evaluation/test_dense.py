@@ -15,7 +15,7 @@ from curation.errors import ConfigError
 from embedder.encoder import LoadOptions
 from embedder.encoders.torch_trunk import place
 from embedder.feature_maps import FeatureModel, Layer, load_feature_model, with_mean
-from pretrain.evaluation.datasets import DEPTH, SEGMENTATION, Layout, Scene, open_scenes
+from pretrain.evaluation.datasets import DEPTH, SEGMENTATION, Layout, open_scenes
 from pretrain.evaluation.dense import nearest
 from pretrain.evaluation.depth import (
     DepthErrors,
@@ -31,6 +31,7 @@ from pretrain.evaluation.segmentation import (
     segmentation,
     window_starts,
 )
+from pretrain.evaluation.targets import Scene
 from tests.pretrain.evaluation.scenes import write_scenes
 
 QUICK = {"augment": False, "batch_size": 8, "warmup_steps": 20, "learning_rate": 5e-3}
@@ -70,7 +71,7 @@ def raw_colours() -> FeatureModel:
 def split(root: Path, layouts: dict[str, Layout]) -> tuple[list[Scene], list[Scene], Layout]:
     train, _ = open_scenes(str(root / "train"), "train", layouts)
     test, layout = open_scenes(str(root / "test"), "test", layouts)
-    return train, test, layout
+    return train.scenes, test.scenes, layout
 
 
 def segment_scenes(model: FeatureModel, root: Path, **changes: object) -> dict[str, float]:
@@ -278,7 +279,8 @@ def test_open_scenes__ade20k_voc_and_nyu(tmp_path: Path) -> None:
         ("voc", SEGMENTATION, "test", 20),
         ("nyu", DEPTH, "test", 2.5),
     ):
-        (scene,), layout = open_scenes(str(tmp_path / name), split_name, layouts)
+        found, layout = open_scenes(str(tmp_path / name), split_name, layouts)
+        (scene,) = found.scenes
         assert scene.values().shape == scene.pixels().shape[:2] == (4, 6)
         assert set(scene.values().flatten().tolist()) == {value}
         assert layout.eigen_crop == (name == "nyu")
