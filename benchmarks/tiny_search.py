@@ -181,10 +181,10 @@ def baselines() -> list[dict[str, Any]]:
     from curation.config import parse_settings
     from pretrain.building import build_method
     from pretrain.config import PretrainConfig
-    from pretrain.evaluation.knn import center_crop, load
+    from pretrain.evaluation.knn import center_crop
 
     def pixels(files: list[Any]) -> Any:
-        crops = [torch.from_numpy(center_crop(load(file), 64).copy()) for file in files]
+        crops = [torch.from_numpy(center_crop(file.pixels(), 64).copy()) for file in files]
         flat = torch.stack(crops).flatten(1).float()
         return flat - flat.mean(0)
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from curation.errors import ConfigError
 from embedder.vit import VisionTransformer
 from pretrain.config import PretrainConfig
 from pretrain.distributed import world_size
@@ -37,11 +38,19 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def local_device(name: str) -> torch.device:
-    """Give the device of this process; each has a GPU of its own."""
+    """Give the device of this process; each has a GPU of its own.
+
+    Raises:
+        ConfigError: another name than auto, cpu and cuda, or CUDA does not work here.
+    """
+    works = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if works else "cpu"
     if name == "cpu":
         return torch.device(name)
+    if name != "cuda" or not works:
+        found = "CUDA does not work here" if name == "cuda" else "is no device of ours"
+        raise ConfigError(f"device {name}: {found}; use auto or cpu, or cuda where there is a GPU")
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(index)
     return torch.device(name, index)

@@ -5,11 +5,12 @@ With several processes each looks at its share of the images, and all get all fe
 Legend: N images, D width, n layers.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -18,17 +19,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from curation import storage
 from curation.dataset import Dataset
 from curation.errors import ConfigError
 from curation.neighbors.vectors import vectors_of
-from curation.sources.shards import StoredImage
+from curation.schema import ID
 from embedder.encoder import Encoder, available_cpus, embed_images
 from embedder.feature_maps import FeatureModel
 from embedder.images import Pixels
 from pretrain.crops import draw_box
-from pretrain.distributed import gather_rows, max_over_ranks, rank, world_size
+from pretrain.distributed import gather_rows, max_over_ranks, rank, sum_over_ranks, world_size
+from pretrain.evaluation.bad_images import Reading
 from pretrain.evaluation.datasets import LabelledImage
 from pretrain.evaluation.knn import center_crop
+
+logger = logging.getLogger(__name__)
 
 CROP_SCALE = (0.08, 1.0)
 """Area of a training view as a share of the image, as for ImageNet."""
@@ -41,6 +46,10 @@ class Features:
     rows: Tensor
     """(N, D) float32; or (N, n + 1, D) class tokens of the last n layers, then the mean patch."""
     labels: list[str]
+    keys: list[str]
+    """What tells an image from all others: the path of its file, or its id."""
+    bad_images: int = 0
+    """Images that could not be decoded, and have no row."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,7 +68,7 @@ def stored_vectors(path: str) -> Features:
     """
     dataset = Dataset.open(path)
     tables = [
-        dataset.read_shard(i, ["source", "embedding"]) for i in range(dataset.num_shards)
+        dataset.read_shard(i, [ID, "source", "embedding"]) for i in range(dataset.num_shards)
     ]  # embedding: (N, D)
     table = pa.concat_tables(tables)
     order = np.argsort(np.asarray(table["source"].to_pylist(), dtype=np.str_), kind="stable")
@@ -69,13 +78,19 @@ def stored_vectors(path: str) -> Features:
         source = table["source"][labels.index("")]
         raise ConfigError(f"{path}: source '{source}' names no class; expected CLASS/IMAGE")
     rows = vectors_of(table["embedding"], path).astype(np.float32)
-    return Features(torch.from_numpy(rows), labels)
+    return Features(torch.from_numpy(rows), labels, table[ID].to_pylist())
 
 
 def vectors(encoder: Encoder, images: Sequence[Callable[[], Pixels]]) -> Tensor:
     """Embed images as `curate embed` does: unit rows (N, D), rounded to half precision."""
     (rows,) = embed_images([encoder], images[rank() :: world_size()])
     return gathered(torch.from_numpy(rows), len(images)).float()
+
+
+def image_vectors(encoder: Encoder, items: Sequence[LabelledImage]) -> Features:
+    """Embed labelled images (see `vectors`), but for bad ones."""
+    reading = Reading([item.image for item in items])
+    return _features_of(vectors(encoder, reading.readers()), items, reading)
 
 
 def layer_features(
@@ -91,23 +106,74 @@ def layer_features(
     view: draws a random crop and flip of each image; None takes the centre.
     Layers of other widths than the last (of convolutional networks) are left out.
     """
-    mine = images[rank() :: world_size()]
+    reading = Reading([item.image for item in images])
+    mine = reading.readers()[rank() :: world_size()]
     seeds = None if view is None else view.integers(2**63, size=len(images))[rank() :: world_size()]
     crops = (
-        partial(_view, item.image, model.image_size, None if seeds is None else int(seeds[i]))
-        for i, item in enumerate(mine)
+        partial(_view, read, model.image_size, None if seeds is None else int(seeds[i]))
+        for i, read in enumerate(mine)
     )
     parts = [_look(model, batch, num_layers) for batch in _batches(crops, batch_size)]
-    rows = torch.cat(parts) if parts else torch.zeros(0)
-    return Features(gathered(rows, len(images)), [item.label for item in images])
+    if not parts:  # fewer images than processes: no rows, of the shape that all agree on
+        parts = [_look(model, [np.zeros((model.image_size,) * 2 + (3,), np.uint8)], num_layers)[:0]]
+    return _features_of(gathered(torch.cat(parts), len(images)), images, reading)
+
+
+def _features_of(rows: Tensor, items: Sequence[LabelledImage], reading: Reading) -> Features:
+    """Rows (N, …) of all images without those of bad ones."""
+    is_bad = sum_over_ranks(reading.is_bad)
+    good = reading.good(is_bad)
+    kept = [items[i] for i in good]
+    keys = [_key(item.image.path) for item in kept]
+    return Features(rows[good], [item.label for item in kept], keys, len(items) - len(good))
+
+
+def _key(path: str) -> str:
+    """One file, one key: whatever links lead to it."""
+    full = storage.full_path(path)
+    return str(Path(full).resolve()) if storage.is_local(path) else full
+
+
+def compare(train: Features, test: Features) -> dict[str, float]:
+    """Count what makes a comparison of two sets less than it seems; say it where it does."""
+    shared = len(set(train.keys) & set(test.keys))
+    known = set(train.labels)
+    unknown = sum(label not in known for label in test.labels)
+    if shared:
+        logger.warning("%d of %d test images are training images, too", shared, len(test))
+    if unknown:
+        logger.warning(
+            "%d of %d test images are of classes without a training image: they count as wrong",
+            unknown,
+            len(test),
+        )
+    return {
+        "shared_images": float(shared),
+        "unknown_class_images": float(unknown),
+        "bad_images": float(train.bad_images + test.bad_images),
+    }
 
 
 def class_numbers(train: Features, test: Features) -> tuple[Tensor, Tensor, list[str]]:
-    """Number the classes: (N,) of the training rows, (n,) of the others, -1 for unknown ones."""
+    """Number the classes: (N,) of the training rows, (n,) of the others, -1 for unknown ones.
+
+    Raises:
+        ConfigError: all of the test classes are unknown.
+    """
     names, numbers = np.unique(train.labels, return_inverse=True)
     known = {name: i for i, name in enumerate(names.tolist())}
     truth = torch.tensor([known.get(label, -1) for label in test.labels])
+    if (truth < 0).all():
+        raise ConfigError(
+            f"no test class ({_listed(test.labels)}) is a training class "
+            f"({_listed(train.labels)}); the folders' names must be the same"
+        )
     return torch.from_numpy(numbers), truth, names.tolist()
+
+
+def _listed(labels: Sequence[str], most: int = 5) -> str:
+    names = sorted(set(labels))
+    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])])
 
 
 def _look(model: FeatureModel, crops: list[Pixels], num_layers: int) -> Tensor:
@@ -131,9 +197,9 @@ def _batches(crops: Iterable[partial[Pixels]], size: int) -> Iterator[list[Pixel
             yield waiting
 
 
-def _view(stored: StoredImage, side: int, seed: int | None) -> Pixels:
+def _view(read: Callable[[], Pixels], side: int, seed: int | None) -> Pixels:
     """(side, side, 3): the centre, or a random crop, perhaps mirrored."""
-    pixels = stored.pixels()
+    pixels = read()
     if seed is None:
         return center_crop(pixels, side)
     rng = np.random.default_rng(seed)

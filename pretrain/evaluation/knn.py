@@ -6,7 +6,7 @@ weights softmax(similarity / temperature), taken over the largest k that is aske
 Legend: N training images, n test images, D width, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from curation.config import Settings
 from curation.errors import ConfigError
 from curation.sources.shards import StoredImage, image_file
 from embedder.checkpoint import load_backbone
-from embedder.images import decode
+from embedder.images import Pixels
 from embedder.vit import VisionTransformer
 from pretrain.batch import normalize
 from pretrain.config import KnnSettings
+from pretrain.evaluation.bad_images import Reading
 from pretrain.evaluation.datasets import labelled_images
 
 Labeled = Sequence[tuple[bytes | str | Path | StoredImage, Any]]
@@ -38,7 +39,7 @@ RESIZE = 256 / 224
 class KnnTaskSettings(Settings):
     """The paper's."""
 
-    k: tuple[int, ...] = (10, 20, 100, 200)
+    k: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
     """Neighbours that vote."""
     temperature: float = Field(default=0.07, gt=0)
     """Of their votes' weights."""
@@ -86,15 +87,13 @@ def evaluate_model(
     names, train_labels = np.unique([str(label) for _, label in train], return_inverse=True)
     known = {name: i for i, name in enumerate(names)}
     truth = torch.tensor([known.get(str(label), -1) for _, label in test])
-    features = [
-        class_tokens(model, [image for image, _ in images], size, batch_size)
-        for images in (train, test)
-    ]
-    guesses = knn_classify(
-        features[0], torch.from_numpy(train_labels), features[1], k=k, temperature=temperature
-    )
+    bank, bank_rows = _good_tokens(model, train, size, batch_size)
+    asked, asked_rows = _good_tokens(model, test, size, batch_size)
+    labels, truth = torch.from_numpy(train_labels)[bank_rows], truth[asked_rows]
+    guesses = knn_classify(bank, labels, asked, k=k, temperature=temperature)
     result = {f"knn_{n}": (guess == truth).float().mean().item() for n, guess in guesses.items()}
-    return {**result, "train": len(train), "test": len(test)}
+    bad = len(train) + len(test) - len(bank) - len(asked)
+    return {**result, "train": len(bank), "test": len(asked), "bad_images": bad}
 
 
 class KnnProbe:
@@ -146,29 +145,49 @@ def labeled_folder(path: str | Path) -> list[tuple[StoredImage, str]]:
     return [(item.image, item.label) for item in labelled_images(str(path))]
 
 
-@torch.no_grad()
 def class_tokens(
     model: VisionTransformer,
     images: Sequence[bytes | str | Path | StoredImage],
     size: int,
     batch_size: int = 32,
 ) -> Tensor:
-    """Give the class tokens (N, D) of image files, centre-cropped to `size`."""
+    """Give the class tokens (N, D) of image files, center-cropped to `size`.
+
+    Raises:
+        ImageError: one cannot be decoded.
+    """
+    return _tokens(model, [stored(image).pixels for image in images], size, batch_size)
+
+
+def _good_tokens(
+    model: VisionTransformer, labeled: Labeled, size: int, batch_size: int
+) -> tuple[Tensor, list[int]]:
+    """Class tokens (n, D) of the images that can be decoded, and which these are."""
+    reading = Reading([stored(image) for image, _ in labeled])
+    tokens = _tokens(model, reading.readers(), size, batch_size)
+    good = reading.good(reading.is_bad)
+    return tokens[good], good
+
+
+@torch.no_grad()
+def _tokens(
+    model: VisionTransformer, readers: Sequence[Callable[[], Pixels]], size: int, batch_size: int
+) -> Tensor:
     device = next(model.parameters()).device
     parts = []
-    for start in range(0, len(images), batch_size):
-        crops = [center_crop(load(image), size) for image in images[start : start + batch_size]]
+    for start in range(0, len(readers), batch_size):
+        crops = [center_crop(read(), size) for read in readers[start : start + batch_size]]
         pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
         tokens = model.forward_packed([normalize(pixels.to(device))], [None])[0]
         parts.append(tokens.cls.float().cpu())
     return torch.cat(parts)
 
 
-def load(image: bytes | str | Path | StoredImage) -> NDArray[np.uint8]:
-    """Decode an image, a file or a path to one."""
+def stored(image: bytes | str | Path | StoredImage) -> StoredImage:
+    """An image file, a path to one, or its bytes, to be read."""
     if isinstance(image, bytes):
-        return decode(image)
-    return (image if isinstance(image, StoredImage) else image_file(str(image))).pixels()
+        return StoredImage("bytes", "bytes", lambda: image)
+    return image if isinstance(image, StoredImage) else image_file(str(image))
 
 
 def center_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from curation.config import Settings
@@ -25,11 +25,11 @@ class LinearSettings(Settings):
     features: Literal["layers", "vectors"] = "layers"
     """What is looked at: layers of the model, or the vectors that `curate embed` stores (only
     these where stored features are read)."""
-    layers: tuple[int, ...] = (1, 4)
+    layers: tuple[PositiveInt, ...] = Field(default=(1, 4), min_length=1)
     """Class tokens of the last 1 and of the last 4 layers."""
-    pooling: tuple[bool, ...] = (False, True)
+    pooling: tuple[bool, ...] = Field(default=(False, True), min_length=1)
     """Without and with the mean of the last layer's patches."""
-    learning_rates: tuple[float, ...] = RATES
+    learning_rates: tuple[PositiveFloat, ...] = Field(default=RATES, min_length=1)
     """At a batch of 256."""
     steps: int = Field(default=12_500, gt=0)
     """Steps of SGD with momentum 0.9 and a cosine to 0."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from curation.config import Settings
@@ -74,20 +75,28 @@ def mean_average_precision(
 class RetrievalSettings(Settings):
     """What is told of the rankings of folders."""
 
-    precisions: tuple[int, ...] = (1, 5, 10)
+    precisions: tuple[PositiveInt, ...] = Field(default=(1, 5, 10), min_length=1)
     """Precision among the first so many."""
 
 
 def retrieve_classes(
     database: Features, queries: Features, precisions: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Rank training images for test images; those of the same class are relevant."""
-    labels = np.asarray(database.labels)
-    none = np.zeros(0, np.int64)
-    truths = [Truth(np.flatnonzero(labels == label), none) for label in queries.labels]
-    ranking = rank_database(queries.rows, database.rows)
-    hits = labels[ranking] == np.asarray(queries.labels)[:, None]  # (Q, N)
-    found = {f"precision_{k}": float(hits[:, :k].mean()) for k in precisions}
+    """Rank training images for test images; those of the same class are relevant.
+
+    A query that lies in the database is no answer to itself: it is taken out of its ranking.
+    """
+    labels, keys = np.asarray(database.labels), np.asarray(database.keys)
+    truths, hits = [], []
+    ranking = rank_database(queries.rows, database.rows)  # (Q, N)
+    for order, label, key in zip(ranking, queries.labels, queries.keys, strict=True):
+        itself = keys == key
+        truths.append(Truth(np.flatnonzero((labels == label) & ~itself), np.flatnonzero(itself)))
+        hits.append(labels[order[~itself[order]]][: max(precisions)] == label)
+    found = {
+        f"precision_{k}": float(np.mean([one[:k].mean() for one in hits if len(one)]))
+        for k in precisions
+    }
     return {"map": mean_average_precision(ranking, truths), **found}
 
 

@@ -7,7 +7,6 @@ here and not in the middle.
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,12 +16,11 @@ from curation.errors import ConfigError
 from embedder.encoder import available_cpus
 from embedder.errors import ImageError
 from pretrain.distributed import any_rank, rank, sum_over_ranks, world_size
+from pretrain.evaluation.bad_images import check_bad_images
 from pretrain.evaluation.targets import Scene, Targets
 
 logger = logging.getLogger(__name__)
 
-MAX_BAD_SHARE = 0.01
-"""More images that cannot be decoded than this are an error."""
 _AT_ONCE = 64
 """Scenes that are held."""
 
@@ -60,7 +58,7 @@ def survey(scenes: Sequence[Scene], tally: Callable[[Targets], Tensor], width: i
     if any_rank(refusal is not None):  # all processes stop, or none
         raise refusal or ConfigError("another process met a scene that it refuses")
     is_bad = sum_over_ranks(bad).bool().tolist()
-    check_bad_images([scenes[i].path for i, one in enumerate(is_bad) if one], len(scenes))
+    check_bad_images([str(scenes[i].path) for i, one in enumerate(is_bad) if one], len(scenes))
     good = [scene for scene, one in zip(scenes, is_bad, strict=True) if not one]
     return Surveyed(good, sum_over_ranks(totals), sum(is_bad))
 
@@ -69,20 +67,7 @@ def _look_at(scene: Scene) -> Targets | None:
     """The target of a scene, or None where its image is bad."""
     try:
         pixels = scene.pixels()
-    except (ImageError, OSError) as error:
-        logger.warning("%s: left out: %s", scene.path, error)
+    except ImageError as error:
+        logger.warning("left out: %s", error)
         return None
     return scene.values_for(pixels)
-
-
-def check_bad_images(bad: Sequence[Path], total: int) -> None:
-    """Accept a few images that cannot be decoded.
-
-    Raises:
-        ConfigError: more than `MAX_BAD_SHARE` of all, with the first one's name.
-    """
-    if len(bad) > MAX_BAD_SHARE * total:
-        raise ConfigError(
-            f"{bad[0]}: cannot be decoded, as {len(bad):,} of {total:,} images there; at most "
-            f"{MAX_BAD_SHARE:.0%} may be left out: repair or remove them"
-        )

@@ -28,6 +28,8 @@ from pretrain.evaluation.depth import DepthSettings, depth
 from pretrain.evaluation.features import (
     Features,
     class_numbers,
+    compare,
+    image_vectors,
     is_stored,
     layer_features,
     stored_vectors,
@@ -134,7 +136,7 @@ def _knn(request: Request, settings: KnnTaskSettings) -> Measured:
     metrics = {
         f"knn_{k}": (guess.cpu() == truth).float().mean().item() for k, guess in guesses.items()
     }
-    return Measured(metrics, len(train), len(test), *about)
+    return Measured({**metrics, **compare(train, test)}, len(train), len(test), *about)
 
 
 def _linear(request: Request, settings: LinearSettings) -> Measured:
@@ -152,13 +154,14 @@ def _linear(request: Request, settings: LinearSettings) -> Measured:
         drawn = [layer_features(model, images, most, view=rng) for _ in range(settings.views)]
         views = drawn or [layer_features(model, images, most)]
     metrics = linear_probe(views, test, settings, request.device)
+    metrics |= compare(views[0], test)
     return Measured(metrics, len(views[0]), len(test), *about)
 
 
 def _logreg(request: Request, settings: LogisticSettings) -> Measured:
     train, test, about = _vector_pair(request)
     metrics = logistic_regression(train, test, settings, request.device)
-    return Measured(metrics, len(train), len(test), *about)
+    return Measured({**metrics, **compare(train, test)}, len(train), len(test), *about)
 
 
 def _retrieval(request: Request, settings: RetrievalSettings) -> Measured:
@@ -166,7 +169,7 @@ def _retrieval(request: Request, settings: RetrievalSettings) -> Measured:
     if file is None:
         train, test, about = _vector_pair(request)
         found = retrieve_classes(train, test, settings.precisions)
-        return Measured(found, len(train), len(test), *about)
+        return Measured({**found, **compare(train, test)}, len(train), len(test), *about)
     truth = open_revisited(file)
     encoder = _encoder(request)
     database = vectors(encoder, [_reader(path) for path in truth.images])
@@ -188,10 +191,7 @@ def _vector_pair(request: Request) -> tuple[Features, Features, tuple[str, str, 
     if not any(is_stored(path) for path in paths):
         encoder = _encoder(request)
         sets = [labelled_images(path) for path in paths]
-        train, test = (
-            Features(vectors(encoder, [item.image.pixels for item in items]), _labels(items))
-            for items in sets
-        )
+        train, test = (image_vectors(encoder, items) for items in sets)
         return train, test, (encoder.name, encoder.space, encoder.licence)
     if not all(is_stored(path) for path in paths):
         raise ConfigError(f"{paths[0]}, {paths[1]}: give images for both, or features for both")
@@ -205,10 +205,6 @@ def _vector_pair(request: Request) -> tuple[Features, Features, tuple[str, str, 
     name = str(attributes[0].get("encoder", request.encoder or "unknown"))
     licence = str(attributes[0].get("licence", "unknown"))
     return stored_vectors(paths[0]), stored_vectors(paths[1]), (name, spaces[0], licence)
-
-
-def _labels(items: list[Any]) -> list[str]:
-    return [item.label for item in items]
 
 
 def _reader(

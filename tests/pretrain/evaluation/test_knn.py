@@ -6,7 +6,7 @@ import torch
 from curation.errors import ConfigError
 from embedder.checkpoint import save_backbone
 from embedder.vit import VisionTransformer
-from pretrain.evaluation.knn import center_crop, evaluate, knn_classify, load
+from pretrain.evaluation.knn import center_crop, evaluate, knn_classify, stored
 from tests.pretrain.small_runs import jpeg, small_config
 
 
@@ -33,11 +33,11 @@ def test_evaluate__images_find_themselves(tmp_path: Path) -> None:
     result = evaluate(
         tmp_path / "b.safetensors", [(tmp_path / "0.jpg", "zero"), *images], images, (1,)
     )
-    assert result == {"knn_1": 1.0, "train": 6, "test": 5}
+    assert result == {"knn_1": 1.0, "train": 6, "test": 5, "bad_images": 0}
     with pytest.raises(ConfigError, match="k-NN needs images"):
         evaluate(tmp_path / "b.safetensors", images, [])
 
 
 def test_center_crop__middle_square() -> None:
-    assert center_crop(load(jpeg(0, side=64)), 56).shape == (56, 56, 3)
-    assert center_crop(load(jpeg(0, side=20)), 56).shape == (56, 56, 3)
+    assert center_crop(stored(jpeg(0, side=64)).pixels(), 56).shape == (56, 56, 3)
+    assert center_crop(stored(jpeg(0, side=20)).pixels(), 56).shape == (56, 56, 3)

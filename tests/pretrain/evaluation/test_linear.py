@@ -36,9 +36,13 @@ def digits() -> tuple[Features, Features]:
     return split(x / 16, y, 900)
 
 
+def named(rows: torch.Tensor, labels: list[str]) -> Features:
+    return Features(rows, labels, [str(i) for i in range(len(labels))])
+
+
 def split(x: np.ndarray, y: np.ndarray, count: int) -> tuple[Features, Features]:
     rows, labels = torch.from_numpy(x).float(), [str(label) for label in y]
-    return Features(rows[:count], labels[:count]), Features(rows[count:], labels[count:])
+    return named(rows[:count], labels[:count]), named(rows[count:], labels[count:])
 
 
 def accuracy_of(model: object, train: Features, test: Features) -> float:
@@ -117,8 +121,8 @@ def test_linear_probe__grid_over_layers_and_pooling() -> None:
     useful = torch.eye(4)[labels] + 0.3 * torch.randn(200, 4)
     tokens = torch.randn(200, 4, 4)  # (N, n + 1, D): 3 layers and the mean patch
     tokens[:, -1] = useful
-    rows = Features(tokens[:100].half(), [str(label) for label in labels[:100].tolist()])
-    test = Features(tokens[100:].half(), [str(label) for label in labels[100:].tolist()])
+    rows = named(tokens[:100].half(), [str(label) for label in labels[:100].tolist()])
+    test = named(tokens[100:].half(), [str(label) for label in labels[100:].tolist()])
     settings = LinearSettings(layers=(1, 3), steps=300, learning_rates=(0.1, 1.0))
     found = linear_probe([rows, rows], test, settings, "cpu")
     assert found["linear (layers 1)"] < 0.5 < 0.8 < found["linear (layers 1, mean patch)"]
@@ -129,7 +133,7 @@ def test_linear_probe__grid_over_layers_and_pooling() -> None:
 
 
 def test_linear_probe__classes_that_no_one_taught_are_wrong() -> None:
-    train = Features(torch.eye(2).repeat(4, 1), ["a", "b"] * 4)
-    test = Features(torch.eye(2), ["a", "zebra"])
+    train = named(torch.eye(2).repeat(4, 1), ["a", "b"] * 4)
+    test = named(torch.eye(2), ["a", "zebra"])
     settings = LinearSettings(steps=50, learning_rates=(1.0,), batch_size=8)
     assert linear_probe([train], test, settings, "cpu")["linear"] == 0.5

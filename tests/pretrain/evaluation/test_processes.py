@@ -71,7 +71,13 @@ def test_run_task__two_processes_find_what_one_finds(data: Path) -> None:
         ["artifacts", *both, []],
         ["segmentation", *dense, steps],
     ]
+    one = data / "one"
+    (one / "a").mkdir(parents=True)
+    (one / "a" / "0.png").write_bytes((data / "val" / "a" / "0.png").read_bytes())
+    few = [both[0], str(data / "train"), str(one)]  # fewer images than processes
     alone, together = run_jobs(jobs, 1), run_jobs(jobs, 2)
+    jobs_of_few = [["linear", *few, ["steps=5"]], ["artifacts", *few, []]]
+    assert run_jobs(jobs_of_few, 2).keys() == {"linear", "artifacts"}
     for task in ("knn", "linear", "artifacts"):
         assert together[task] == pytest.approx(alone[task], abs=1e-6)
     assert together["segmentation"].keys() == alone["segmentation"].keys()

@@ -44,12 +44,23 @@ def test_mean_average_precision__junk_is_taken_out_and_empty_queries_do_not_coun
 
 
 def test_retrieve_classes__by_hand() -> None:
-    database = Features(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), ["a", "b", "a"])
-    queries = Features(torch.tensor([[2.0, 0.1]]), ["a"])
+    rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    database = Features(rows, ["a", "b", "a"], ["1", "2", "3"])
+    queries = Features(torch.tensor([[2.0, 0.1]]), ["a"], ["4"])
     assert rank_database(queries.rows, database.rows).tolist() == [[0, 1, 2]]
     found = retrieve_classes(database, queries, (1, 2))
     assert found["map"] == pytest.approx((1 + 2 / 3) / 2)
     assert (found["precision_1"], found["precision_2"]) == (1.0, 0.5)
+
+
+def test_retrieve_classes__a_query_in_the_database_is_no_answer_to_itself() -> None:
+    rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    both = Features(rows, ["a", "b", "a"], ["1", "2", "3"])
+    found = retrieve_classes(both, both, (1, 2))
+    # Each "a" finds the "b" first and the other "a" second; "b" has no other of its class.
+    assert found["map"] == pytest.approx(1 / 2)
+    assert found["precision_1"] == 0
+    assert found["precision_2"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
 
 
 def write_revisited(root: Path, values: object) -> Path:
