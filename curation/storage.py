@@ -477,7 +477,7 @@ def open_parquet(path: str, footer: str | None = None) -> Iterator[pq.ParquetFil
         StorageError: the file is missing or damaged.
     """
     with contextlib.ExitStack() as held:
-        if is_local(path):
+        if is_local(path) and _is_utf8(path):  # Arrow takes no other names
             with storage_errors(path), parquet_errors(path):
                 handle = held.enter_context(pa.memory_map(path.removeprefix("file://")))
         else:
@@ -522,6 +522,10 @@ def _footer_bytes(tail: bytes) -> int:
 def _footer_digest(tail: bytes) -> str:
     """SHA-256 of the footer at the end of a file's last bytes."""
     return hashlib.sha256(tail[-_footer_bytes(tail) :]).hexdigest()
+
+
+def _is_utf8(name: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ def list_files(path: str) -> Listing:
     if storage.is_file(path):
         return _only(path)
     listing = Listing(path)
-    files = _walk(path, listing.left_out)
+    files = walk(path, listing.left_out)
     own = own_folders(files)
     skipped, unnamed = set[str](), list[str]()
     for name in sorted(files):
@@ -167,8 +167,11 @@ def _sniff(listing: Listing, unnamed: dict[str, FileInfo]) -> None:
     listing.left_out["no_suffix"] += len(unnamed) - len(taken)
 
 
-def _walk(root: str, left_out: Counter[str]) -> dict[str, FileInfo]:
-    """Names below a root with what is known of each."""
+def walk(root: str, left_out: Counter[str]) -> dict[str, FileInfo]:
+    """Names of files below a root, linked folders included, with what is known of each.
+
+    left_out: what cannot be walked is counted here, by reason.
+    """
     if storage.is_local(root):
         return dict(_LocalWalk(storage.local_path(root), left_out).files())
     return storage.walk_infos(root)

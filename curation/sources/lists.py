@@ -4,6 +4,7 @@ Parquet is read by row groups. Text lists are first written again as Parquet (`t
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from curation import storage
 from curation.errors import ConfigError, LedgerError, SchemaError
 from curation.schema import schema_of
 from curation.sources.columns import TEXTS, as_text, check_columns, repaired
+from curation.sources.folders import told, walk
+from curation.sources.names import shown
 from curation.sources.pieces import Piece
 from curation.sources.text_lists import ODDITIES, TEXT_SUFFIXES, ListTally
 from curation.unpacking import plain_name
@@ -36,7 +39,7 @@ class ListFiles:
     texts: list[str]
     """Text lists."""
     left_out: list[str]
-    """Files that are no lists by their names, or hidden: `.name` and `_name`."""
+    """Files that are no lists by their names, hidden (`.name` and `_name`) or no regular files."""
 
     @property
     def all(self) -> list[str]:
@@ -65,16 +68,11 @@ class UrlList:
         """
         if not self.path:
             return ListFiles([], [], [])
-        is_list = plain_name(self.path).endswith(_SUFFIXES)
-        # A web server's folders are read from its pages: a list is none.
-        is_on_web = self.path.startswith(("http://", "https://"))
-        names = [] if is_list and is_on_web else storage.walk_files(self.path)
-        if names:
-            found = _sorted_out(self.path, names)
-        elif storage.exists(self.path):
-            found = _sorted_out(self.path, [""])
-        else:
+        if not storage.exists(self.path):
             raise ConfigError(f"{self.path}: no such list of URLs")
+        if storage.is_local(self.path) and not _is_file_or_folder(self.path):
+            raise ConfigError(f"{self.path}: is a pipe or a device; lists are files")
+        found = _sorted_out(self.path) if _is_folder(self.path) else _told_apart([self.path])
         if not found.all:
             raise ConfigError(
                 f"{self.path}: no lists of URLs there; allowed: {', '.join(_SUFFIXES)}, "
@@ -135,7 +133,7 @@ def report_lists(found: ListFiles, tallies: list[ListTally]) -> dict[str, int]:
         if tally.unreadable_rows
     ]
     empty = [file for file, tally in pairs if not tally.rows]
-    _warn("left out, as their names are not those of lists", found.left_out)
+    _warn("left out, as they are no lists by their names, or no regular files", found.left_out)
     _warn("empty lists", empty)
     _warn("rows that cannot be read are dropped as bad_source", broken)
     odd = {"left_out_files": len(found.left_out), "empty_lists": len(empty)}
@@ -148,26 +146,46 @@ def report_lists(found: ListFiles, tallies: list[ListTally]) -> dict[str, int]:
 def _warn(what: str, cases: list[str]) -> None:
     if cases:
         more = f"; and {len(cases) - _MOST_NAMED} more" if len(cases) > _MOST_NAMED else ""
-        logger.warning("%s: %s%s", what, "; ".join(cases[:_MOST_NAMED]), more)
+        logger.warning("%s: %s%s", what, "; ".join(map(shown, cases[:_MOST_NAMED])), more)
 
 
-def _sorted_out(path: str, names: list[str]) -> ListFiles:
-    """Tell lists from other files. names: below the path; "" is the path itself.
+def _is_file_or_folder(path: str) -> bool:
+    return storage.is_file(path) or storage.local_path(path).is_dir()
+
+
+def _is_folder(path: str) -> bool:
+    """A web server's folders are read from its pages; what is called a list there is no folder."""
+    if path.startswith(("http://", "https://")):
+        return not plain_name(path).endswith(_SUFFIXES)
+    return not storage.is_file(path)
+
+
+def _sorted_out(folder: str) -> ListFiles:
+    """The lists below a folder, linked folders included."""
+    troubles = Counter[str]()
+    infos = walk(folder, troubles)
+    odd = {name for name, info in infos.items() if _hidden(name) or info.size < 0}
+    found = _told_apart([storage.join(folder, name) for name in sorted(infos.keys() - odd)])
+    found.left_out.extend(storage.join(folder, name) for name in sorted(odd))
+    found.left_out.extend(told(Counter({one: count})) for one, count in troubles.items())
+    return found
+
+
+def _told_apart(files: list[str]) -> ListFiles:
+    """Tell tables from texts and other files by their names.
 
     Raises:
         ConfigError: a packed Parquet file.
     """
     found = ListFiles([], [], [])
-    for name in names:
-        file = storage.join(path, name) if name else path
-        if _hidden(name) or not plain_name(file).endswith(_SUFFIXES):
-            found.left_out.append(file)
-        elif not plain_name(file).endswith(_PARQUET):
-            found.texts.append(file)
-        elif file.lower().endswith(_PARQUET):
+    for file in files:
+        name = plain_name(file)
+        if name.endswith(_PARQUET) and not file.lower().endswith(_PARQUET):
+            raise ConfigError(f"{file}: Parquet is compressed inside; unpack the file")
+        if name.endswith(_PARQUET):
             found.tables.append(file)
         else:
-            raise ConfigError(f"{file}: Parquet is compressed inside; unpack the file")
+            (found.texts if name.endswith(TEXT_SUFFIXES) else found.left_out).append(file)
     return found
 
 

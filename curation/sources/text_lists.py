@@ -145,7 +145,7 @@ class TextList:
             first = next(records, None)
             if first is None:
                 return
-            header = first[0]
+            header = [repaired(name, "") for name in first[0]]
             self.tally.header_lines = self._line - self.tally.blank_lines
         check_columns(self._file, header, self._columns, is_header=not self._header)
         self._width = len(header)

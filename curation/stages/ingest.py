@@ -133,7 +133,7 @@ class Ingest(DatasetStage):
             files = set(archive_files(self.archives))
         else:
             files = set(self._url_list("").files().all)
-        return [(file, storage.stamp_of(file)) for file in sorted(files)]
+        return [(shown(file), storage.stamp_of(file)) for file in sorted(files)]
 
     def forgotten_ids(self) -> list[str]:
         """The ids that stay out, in the order of their files."""

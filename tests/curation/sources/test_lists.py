@@ -1,5 +1,6 @@
 import functools
 import http.server
+import os
 import threading
 
 import pyarrow as pa
@@ -57,7 +58,26 @@ def test_files__of_a_list_on_a_web_server_are_not_looked_for_in_it(tmp_path):
         url = f"http://127.0.0.1:{server.server_port}/a.txt"
         assert UrlList(url, SAME).files().texts == [url]
         server.shutdown()
-    assert _Counting.asked == ["/a.txt"]  # whether it is there
+    assert set(_Counting.asked) == {"/a.txt"}
+
+
+def test_files__below_links_and_beside_odd_ones(tmp_path):
+    folder = tmp_path / "lists"
+    for name in ("lists/a.csv", "lists/_part.csv", "lists/.b.csv", "elsewhere/c.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("url\n")
+    os.mkfifo(folder / "pipe.csv")
+    (folder / "gone.csv").symlink_to("nowhere")
+    (folder / "linked").symlink_to("../elsewhere")
+    (folder / "loop").symlink_to(".")
+    (folder / "same.csv").symlink_to("a.csv")
+    with pytest.raises(ConfigError, match="is a pipe or a device; lists are files"):
+        UrlList(str(folder / "pipe.csv"), SAME).files()
+    found = UrlList(str(folder), SAME).files()
+    texts = ["a.csv", "linked/c.csv", "same.csv"]
+    assert found.texts == [f"{folder}/{name}" for name in texts]
+    left_out = [".b.csv", "_part.csv", "gone.csv", "pipe.csv"]
+    assert found.left_out == [*(f"{folder}/{name}" for name in left_out), "1 links that lead back"]
 
 
 def test_files__that_are_none_say_what_is_allowed(tmp_path):

@@ -285,6 +285,8 @@ def test_tables__of_lists_whose_columns_have_other_names():
     assert "no column 'CAPTION'" in error(data, "a.csv", url="URL", alt="CAPTION")
     assert "column 'url' is there 2 times" in error(b"url,url\na,b\n", "a.csv")
     assert pairs(b"url,x,x\nu,1,2\n", "a.csv") == [("u", None)]
+    latin = b"url,libell\xe9\nu,x\n"
+    assert pairs(latin, "a.csv", alt="libellé") == [("u", "x")]
     lines = b'{"link": "u", "b": 1}\n{"b": 2}\n'
     assert "a.jsonl: no column 'url'; found: b, link; name it with url_column, such as link" in (
         error(lines, "a.jsonl")

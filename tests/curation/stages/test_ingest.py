@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import lzma
+import os
 import tarfile
 
 import numpy as np
@@ -15,6 +16,7 @@ from web_archives import packed, page, wat
 
 from curation.config import parse_settings
 from curation.errors import ConfigError, CurateError, EngineError, SchemaError, StageError
+from curation.exchange import Exchange
 from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
@@ -193,6 +195,33 @@ def test_ingest__parquet_values_of_other_types(tmp_path):
         ingest(tmp_path, "twice", urls=str(tmp_path / "twice.parquet"))
     with pytest.raises(SchemaError, match=r"n\.parquet: column 'url' is int64; text is expected"):
         ingest(tmp_path, "number", urls=write_urls(tmp_path / "n.parquet", [1]))
+
+
+def test_ingest__lists_whose_names_are_no_utf8(tmp_path):
+    folder = os.fsencode(
+        folder_of(tmp_path / "lists", {"a.csv": b"url\nhttp://h/1\nhttp://h/2,3\n"})
+    )
+    write_urls(tmp_path / "lists" / "b.parquet", ["http://h/3"])
+    for name in (b"a.csv", b"b.parquet"):
+        os.rename(folder + b"/" + name, folder + b"/caf\xe9" + name)  # noqa: PTH104
+    assert ingest(tmp_path, urls=str(tmp_path / "lists"))[0].rows_out == 2
+
+
+def test_ingest__goes_on_where_a_killed_one_read_lists(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path / "lists", TEXTS)
+    whole, _ = ingest(tmp_path, "whole", urls=folder)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Exchange, "run", interrupt)
+        ingest(tmp_path, urls=folder)
+    written = sorted((tmp_path / "out").rglob("links/*"))
+    assert len(written) == 2 * len(TEXTS)
+    monkeypatch.setattr("curation.stages.ingest.rewrite", interrupt)  # nothing is read again
+    record, _ = ingest(tmp_path, urls=folder)
+    assert (record.outputs, record.figures) == (whole.outputs, whole.figures)
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 def test_ingest__a_folder_named_as_a_list(tmp_path):
