@@ -12,6 +12,7 @@ from curation.errors import StorageError
 from curation.sources.names import (
     IMAGE_SUFFIXES,
     Kind,
+    counted_as,
     hidden_part,
     inside,
     kind_of,
@@ -36,6 +37,8 @@ _WORDS = {
     "no_suffix": "without a suffix",
     "no_images": "Parquet files without images",
     "not_a_tar": "no readable tars",
+    "not_a_table": "no readable Parquet files",
+    "odd_suffix": "with odd suffixes",
     "link": "links in tars",
 }
 
@@ -50,6 +53,8 @@ class Listing:
     tables: list[str] = field(default_factory=list)
     packed_tars: list[str] = field(default_factory=list)
     """Compressed ones: their images cannot be read singly."""
+    is_own: bool = False
+    """Whether this is a finished data set of ours."""
     is_packed: bool = False
     """Whether the Parquet files are the index of packed shards."""
     odd: dict[str, str] = field(default_factory=dict)
@@ -140,7 +145,7 @@ def _sort_in(listing: Listing, name: str, info: FileInfo, unnamed: list[str]) ->
     if kind == "other" and is_regular and not suffix_of(name):
         unnamed.append(name)
     elif kind == "other":
-        listing.left_out[shown(suffix_of(name)) or "no_suffix"] += 1
+        listing.left_out[counted_as(name)] += 1
     elif kind != "image" and not is_regular:
         listing.left_out["not_a_file"] += 1
     else:

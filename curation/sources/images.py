@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 
 from curation import storage
 from curation.dataset import Dataset
-from curation.errors import ConfigError, SchemaError
+from curation.errors import ConfigError, SchemaError, StorageError
+from curation.sources.columns import repaired
 from curation.sources.folders import Listing, list_files
 from curation.sources.names import as_bytes, shown
 from curation.sources.pieces import Piece
 from curation.sources.places import image_place
 from curation.sources.references import REFERENCES, WHOLE
-from curation.sources.tables import image_column, no_image_column, read_images
+from curation.sources.tables import image_column, no_image_column, read_images, texts
 from curation.sources.tars import TarMembers, packing_of, read_members
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ class ImageFiles:
         pieces = [
             Piece(found.root, names=names, num_rows=len(names)) for names in _chunks(found.images)
         ]
-        pieces += [piece for file in members for piece in _references_of(file)]
+        told = storage.gather(_references_of, members, next(iter(members), found.root))
+        pieces += [piece for groups in told for piece in groups]
         pieces += self.table_pieces(found, alone=not pieces)
         if not pieces:
             raise ConfigError(found.emptiness())
@@ -103,15 +105,27 @@ class ImageFiles:
 
     def _groups(self, found: Listing, name: str) -> list[Piece] | SchemaError:
         file = found.path(name)
-        with storage.open_parquet(file) as opened:
-            if found.is_packed:
-                return _row_groups(opened, file, kind=_PACKED)
-            if image_column(opened.schema_arrow, self.column, file) is None:
-                return no_image_column(opened.schema_arrow, self.column, file)
-            return _row_groups(opened, file, name=name)
+        try:
+            with storage.open_parquet(file) as opened:
+                return self._groups_of(opened, file, name, is_packed=found.is_packed)
+        except StorageError as error:
+            if found.is_own or not _is_damage(error):
+                raise
+            logger.warning("%s; left out", error)
+            found.left_out["not_a_table"] += 1
+            return []
+
+    def _groups_of(
+        self, opened: pq.ParquetFile, file: str, name: str, *, is_packed: bool
+    ) -> list[Piece] | SchemaError:
+        if is_packed:
+            return _row_groups(opened, file, kind=_PACKED)
+        if image_column(opened.schema_arrow, self.column, file) is None:
+            return no_image_column(opened.schema_arrow, self.column, file)
+        return _row_groups(opened, file, name=name)
 
     def _files(self, piece: Piece) -> pa.Table:
-        urls: dict[str, dict[str, str]] = {}
+        urls: dict[str, dict[str | None, str | None]] = {}
         rows = []
         for name in piece.names:
             folder, _, file = name.rpartition("/")
@@ -177,7 +191,7 @@ def _own_files(dataset: Dataset) -> Listing:
     shards = [shard.name for shard in dataset.manifest.shards]
     stamps = {name: storage.stamp_of(storage.join(dataset.path, name)) for name in shards}
     is_packed = "offset" in dataset.columns
-    return Listing(dataset.path, tables=shards, stamps=stamps, is_packed=is_packed)
+    return Listing(dataset.path, tables=shards, stamps=stamps, is_own=True, is_packed=is_packed)
 
 
 def _packed_error(file: str, count: int) -> ConfigError:
@@ -217,21 +231,33 @@ def _references(
     )
 
 
-def _urls_beside(shard: str) -> dict[str, str]:
+def _urls_beside(shard: str) -> dict[str | None, str | None]:
     """URL of each key, from the table that img2dataset lays beside a tar or a folder."""
     table = f"{shard}.parquet"
     if not storage.is_file(table):
         return {}
-    with storage.open_parquet(table) as opened:
-        if not {"key", "url"} <= set(opened.schema_arrow.names):
-            return {}
-        known = opened.read(columns=["key", "url"])
-    return dict(zip(known["key"].to_pylist(), known["url"].to_pylist(), strict=True))
+    try:
+        with storage.open_parquet(table) as opened:
+            if any(opened.schema_arrow.names.count(name) != 1 for name in ("key", "url")):
+                return {}
+            known = opened.read(columns=["key", "url"])
+    except StorageError as error:
+        if not _is_damage(error):
+            raise
+        logger.warning("%s; its URLs are not known", error)
+        return {}
+    urls = [None if url is None else repaired(url, "url") for url in texts(known["url"])]
+    return dict(zip(texts(known["key"]), urls, strict=True))
 
 
 def _references_of(file: str) -> list[Piece]:
     with storage.open_parquet(file) as opened:
         return [piece for piece in _row_groups(opened, file, kind=_REFERENCES) if piece.num_rows]
+
+
+def _is_damage(error: StorageError) -> bool:
+    """Whether a Parquet file's bytes are at fault, and not the way to them."""
+    return isinstance(error.__cause__, pa.ArrowInvalid)
 
 
 def _row_groups(

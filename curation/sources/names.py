@@ -16,6 +16,7 @@ _SUFFIXES = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 # Also what a suffix grew on its way: photo.jpg_large, photo.jpg:orig, photo.jpg?width=1.5
 _IMAGE = re.compile(rf".*\.(?:{_SUFFIXES})(?:\?.*|[^a-z0-9.][^.]*)?", re.DOTALL)
 _PACKED_TAR = re.compile(r".*\.(?:tar\.(?:gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)", re.DOTALL)
+_PLAIN_SUFFIX = re.compile(r"\.[a-z0-9_+~-]{1,12}")
 _JUNK_FOLDERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})
 _OWN_FILES = frozenset({"_manifest.json", "_stage.json", "_key.json"})
 _OWN_FOLDERS = frozenset({"_receipts", "_scratch"})
@@ -36,6 +37,12 @@ def suffix_of(name: str) -> str:
     base = name.rpartition("/")[2]
     stem, dot, suffix = base.rpartition(".")
     return f".{suffix.lower()}" if dot and stem else ""
+
+
+def counted_as(name: str) -> str:
+    """The reason that a file that is no image counts under: its suffix, if that looks like one."""
+    suffix = suffix_of(name)
+    return suffix if _PLAIN_SUFFIX.fullmatch(suffix) else "odd_suffix" if suffix else "no_suffix"
 
 
 def hidden_part(name: str) -> str | None:

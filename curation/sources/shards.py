@@ -26,15 +26,20 @@ _TABLES_HELD = 4
 """Row groups of Parquet files that are kept for the next image: none can be read in part."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image, named and not read yet."""
+    """An image, named and not read yet: of a whole benchmark all are held."""
 
     name: str
     """Below its source."""
-    path: str
-    """Of its file, or of what holds it with its name inside."""
+    root: str
+    """Of the source; empty for a file by itself."""
     load: Callable[[], bytes]
+
+    @property
+    def path(self) -> str:
+        """Path of its file, or of what holds it with its name inside."""
+        return storage.join(self.root, self.name) if self.root else self.name
 
     def pixels(self) -> Pixels:
         """(H, W, 3).
@@ -46,12 +51,12 @@ class StoredImage:
             return decode(self.load())
         except ImageError as error:
             detail = str(error).removeprefix(error.reason).removeprefix(": ")
-            raise ImageError(error.reason, f"{shown(self.path)}: {detail}") from error
+            raise ImageError(error.reason, f"{self.path}: {detail}") from error
 
 
 def image_file(path: str) -> StoredImage:
     """An image that is a file of its own."""
-    return StoredImage(shown(path), path, Reference(path).read)
+    return StoredImage(shown(path), "", Reference(path).read)
 
 
 class ImageShards:
@@ -107,7 +112,7 @@ class ImageShards:
     def readable(self) -> list[StoredImage]:
         """All images in order, but for those that are no files, empty or too large: left out."""
         found = [
-            (StoredImage(name, self.found.path(name), partial(self.load, shard, row)), fault)
+            (StoredImage(name, self.found.root, partial(self.load, shard, row)), fault)
             for shard in range(len(self.sizes))
             for row, (name, fault) in enumerate(self._listed(shard))
         ]

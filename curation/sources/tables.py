@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from curation import storage
 from curation.errors import SchemaError
+from curation.sources.columns import as_text, repaired
 from curation.sources.names import as_bytes, shown
 from curation.sources.references import REFERENCES, WHOLE
 
@@ -26,6 +27,9 @@ def image_column(schema: pa.Schema, wanted: str | None, file: str) -> str | None
         SchemaError: any of several may be meant.
     """
     able = [field.name for field in schema if _holds_bytes(field.type)]
+    twice = next((name for name in able if schema.names.count(name) > 1), None)
+    if twice is not None:
+        raise SchemaError(f"{shown(file)}: column '{twice}' is there more than once; want one")
     if wanted is not None:
         return wanted if wanted in able else None
     usual = next((name for name in _NAMES if name in able), None)
@@ -56,22 +60,23 @@ def read_images(
     stay the same wherever they lie. An image that is a struct with a path alone is that file,
     beside the Parquet file.
     """
-    schema = opened.schema_arrow
-    known = [one for one in ("id", "url") if one in schema.names and one != column]
+    names_there = opened.schema_arrow.names
+    known = [one for one in ("id", "url") if one != column and names_there.count(one) == 1]
     table = opened.read_row_group(row_group, columns=[*known, column])
     data, paths = _bytes_and_paths(table[column])
     first = sum(opened.metadata.row_group(group).num_rows for group in range(row_group))
-    ids = table["id"].to_pylist() if "id" in known else [None] * table.num_rows
+    ids = texts(table["id"]) if "id" in known else [None] * table.num_rows
     names = [
-        value if isinstance(value, str) and _OWN_ID.fullmatch(value) else f"{name}#{first + row}"
+        value if value and _OWN_ID.fullmatch(value) else f"{name}#{first + row}"
         for row, value in enumerate(ids)
     ]
+    urls = texts(table["url"]) if "url" in known else [None] * table.num_rows
     folder = str(PurePosixPath(name).parent)
     files = [_beside(folder, path, root) for path in paths] if paths else None
     return pa.table(
         [
             pa.array([shown(one) for one in names], pa.string()),
-            _urls(table, known),
+            pa.array([None if url is None else repaired(url, "url") for url in urls], pa.string()),
             pa.nulls(len(names), pa.binary()) if files is None else pa.array(files, pa.binary()),
             pa.array([0] * len(names), pa.int64()),
             pa.array([WHOLE] * len(names), pa.int64()),
@@ -81,10 +86,13 @@ def read_images(
     )
 
 
-def _urls(table: pa.Table, known: list[str]) -> pa.ChunkedArray | pa.Array:
-    is_text = "url" in known and pa.types.is_string(table["url"].type)
-    is_text |= "url" in known and pa.types.is_large_string(table["url"].type)
-    return table["url"].cast(pa.string()) if is_text else pa.nulls(table.num_rows, pa.string())
+def texts(column: pa.ChunkedArray) -> list[str | None]:
+    """Values of a column of text, with lone surrogates for bytes that are no UTF-8; else nulls."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return [None] * len(column)
+    return [as_text(value) for value in column.cast(pa.large_binary()).to_pylist()]
 
 
 def _bytes_and_paths(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str | None]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
 from curation.sources.folders import SNIFFED_BYTES
-from curation.sources.names import hidden_part, kind_of, shown, suffix_of
+from curation.sources.names import counted_as, hidden_part, kind_of, suffix_of
 from embedder.image_files import looks_like_image
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -165,7 +165,7 @@ class _Reader:
         elif kind == "other" and not suffix_of(name) and self._begins_as_image(member, end):
             self.found.images.append(member)
         else:
-            self.found.left_out[shown(suffix_of(name)) or "no_suffix"] += 1
+            self.found.left_out[counted_as(name)] += 1
 
     def _begins_as_image(self, member: Member, end: int) -> bool:
         size = min(SNIFFED_BYTES, member.size, end - member.offset)

@@ -65,6 +65,12 @@ def test_list_files__files_without_a_suffix_are_looked_into(tmp_path):
     assert (found.images, found.left_out) == (["a/0123abc", "photo"], {"no_suffix": 2})
 
 
+def test_list_files__odd_suffixes_are_counted_as_one(tmp_path):
+    names = ["a.b c", "a.\x1b[31m", "a." + "x" * 40, "a.é", "b.Jpeg2000"]
+    found = list_files(str(put(tmp_path, *names)))
+    assert found.left_out == {"odd_suffix": 4, ".jpeg2000": 1}
+
+
 def test_list_files__linked_folders_are_read_once(tmp_path):
     put(tmp_path / "data" / "cats", "1.jpg", "old/2.jpg")
     put(tmp_path / "data" / "dogs", "3.jpg")

@@ -172,10 +172,19 @@ def test_ingest__tars_that_cannot_be_read_cost_no_others(tmp_path, caplog):
     write(tmp_path / "t" / "0.tar", tar_of(("a.jpg", JPEGS[0])))
     write(tmp_path / "t" / "no.tar", b"no tar" * 300)
     write(tmp_path / "t" / "none.tar", b"")
+    write(tmp_path / "t" / "no.parquet", b"PAR1 cut off")
+    with (tmp_path / "t" / "sparse.parquet").open("wb") as file:
+        file.truncate(30 << 30)
+    with (tmp_path / "t" / "sparse.tar").open("wb") as file:
+        file.write(tar_of(("b.jpg", JPEGS[1])))
+        file.truncate(200 << 20)
     record, found = ingest(tmp_path, tmp_path / "t")
-    assert found == {"0.tar/a.jpg": JPEGS[0]}
-    assert record.figures["left_out"] == {"not_a_tar": 1}
+    assert found == {"0.tar/a.jpg": JPEGS[0], "sparse.tar/b.jpg": JPEGS[1]}
+    assert record.figures["left_out"] == {"not_a_tar": 1, "not_a_table": 2}
     assert "no.tar: no header of a tar in it" in caplog.text
+    assert "no.parquet: not a readable Parquet file" in caplog.text
+    source = open_source(str(tmp_path / "t"))
+    assert {source.name(shard, 0) for shard in (0, 1)} == set(found)
 
 
 def test_ingest__names_that_are_no_utf8_are_rows(tmp_path):
@@ -227,6 +236,22 @@ def test_ingest__image_column_is_asked_for_where_it_is_unclear(tmp_path):
     table(tmp_path / "none" / "0.parquet", path=["0.jpg"])
     with pytest.raises(SchemaError, match="no column of image bytes"):
         ingest(tmp_path, tmp_path / "none")
+
+
+def test_ingest__columns_of_foreign_parquet(tmp_path):
+    bad = pa.array([b"http://h/caf\xe9.jpg", None]).cast(pa.string(), safe=False)
+    kinds = {"0": bad, "1": pa.array(["http://h/1.jpg", "no url"]).dictionary_encode()}
+    for name, urls in kinds.items():
+        table(tmp_path / "t" / f"{name}.parquet", id=bad, url=urls, image=JPEGS[:2])
+    _, found = ingest(tmp_path, tmp_path / "t")
+    assert set(found) == {
+        *("http://h/caf%E9.jpg", "0.parquet#1", "http://h/1.jpg", "1.parquet#1"),
+    }
+    rows = pa.table([JPEGS[:1], JPEGS[:1]], names=["image", "image"])
+    (tmp_path / "twice").mkdir()
+    pq.write_table(rows, tmp_path / "twice" / "0.parquet")
+    with pytest.raises(SchemaError, match="column 'image' is there more than once"):
+        ingest(tmp_path, tmp_path / "twice")
 
 
 @pytest.mark.parametrize("key", ["id", "key"])
