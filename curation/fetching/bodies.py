@@ -55,7 +55,7 @@ class BodyReader:
         Raises:
             FetchError: too_large, truncated, bad_encoding or timeout.
         """
-        codings = codings_in(head.get_all("content-encoding"))
+        codings = codings_in(head.get_all(b"content-encoding"))
         body = self._receive(head.body_bytes, parts, deadline)
         if not codings:
             return body

@@ -24,11 +24,9 @@ from curation.identity import normalise_url
 T = TypeVar("T")
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_SMALL_BODY = 1 << 14
-"""Bodies of redirects and errors up to this size are read, to keep the connection."""
+_SMALL_BODY = 1 << 18
+"""Bodies that nobody wants are read up to this size, to keep the connection."""
 _DRAIN_S = 1.0
-_BROKEN = frozenset({"connection", "bad_response", "truncated", "timeout"})
-"""Ends of a kept connection that may hide an answer which was still to come."""
 _WHOLE_RANGE = re.compile(r"bytes 0-(\d{1,18})/(\d{1,18})")
 
 
@@ -131,11 +129,10 @@ class Client:
         )
         self._bodies = BodyReader(policy.max_bytes, ByteBudget(policy.max_bytes_in_flight))
         self._robots = RobotsCache(self._ask_for_rules, policy.robots_failure_s)
-        self._headers = {
-            "User-Agent": policy.user_agent,
-            "Accept": "image/*,*/*;q=0.5",
-            "Accept-Encoding": "identity",
-        }
+        self._fields = (
+            f"User-Agent: {policy.user_agent}\r\n"
+            "Accept: image/*,*/*;q=0.5\r\nAccept-Encoding: identity\r\n"
+        ).encode("ascii")
 
     def rest(self) -> None:
         """Close idle connections: nobody waits with an open one until the next shard."""
@@ -161,21 +158,26 @@ class Client:
         deadline = Deadline(self.policy.total_timeout_s)
         inquiry = _Inquiry(partial(self._read, trail, deadline), deadline, trail)
         head, body = self._follow(url, enter, inquiry)
+        if isinstance(body, FetchError):
+            raise body
         if body is None:
             raise FetchError(http_reason(head.status), _retry_after(head))
         return Fetched(body, trail.final_url, head.status, trail.content_type or "")
 
     def _read(
         self, trail: Trail, deadline: Deadline, head: Head, parts: Iterable[bytes]
-    ) -> bytes | None:
+    ) -> bytes | FetchError | None:
         trail.http_status = head.status
-        trail.content_type = head.get("content-type")
+        trail.content_type = head.get(b"content-type")
         if not _is_success(head):
             return None
         if head.status == 206 and not _is_whole(head):
             raise FetchError("truncated")
         policy = self.policy
-        check_headers(head, policy.user_agent, policy.directives, tdm=policy.tdm)
+        try:
+            check_headers(head, policy.user_agent, policy.directives, tdm=policy.tdm)
+        except FetchError as refusal:
+            return refusal  # an answer like others: its connection is kept
         return self._bodies.read(head, parts, deadline)
 
     def _ask_for_rules(self, origin: Origin) -> RobotsRules:
@@ -205,7 +207,7 @@ class Client:
             target = _Target.parse(url)
             enter(target)
             head, found = self._ask(target, inquiry)
-            location = head.get("location") if head.status in _REDIRECTS else None
+            location = head.get(b"location") if head.status in _REDIRECTS else None
             if location is None:
                 return head, found
             url = _joined(target.url, location)
@@ -218,8 +220,7 @@ class Client:
             try:
                 return self._ask_over(kept, target, inquiry)
             except FetchError as error:
-                if error.reason in _BROKEN:
-                    self._pool.doubt(kept)
+                self._pool.doubt(kept)
                 if error.reason not in ("connection", "bad_response"):
                     raise
         fresh = self._pool.dial(target.origin, inquiry.deadline)
@@ -229,10 +230,9 @@ class Client:
         self, connection: Connection, target: _Target, inquiry: _Inquiry[T]
     ) -> tuple[Head, T]:
         try:
-            head = connection.get(target.path, self._headers, inquiry.deadline)
+            head = connection.get(target.path, self._fields, inquiry.deadline)
             found = inquiry.read(head, connection.parts())
-            if not _is_success(head):
-                connection.drain(_SMALL_BODY, Deadline(_DRAIN_S))
+            connection.drain(_SMALL_BODY, Deadline(_DRAIN_S))
             self._pool.give_back(connection, inquiry.trail)
         except BaseException:
             connection.close()
@@ -250,7 +250,7 @@ def _is_success(head: Head) -> bool:
 
 def _is_whole(head: Head) -> bool:
     """Whether a part that nobody asked for is all there is."""
-    found = _WHOLE_RANGE.fullmatch((head.get("content-range") or "").strip())
+    found = _WHOLE_RANGE.fullmatch((head.get(b"content-range") or "").strip())
     return found is not None and int(found[1]) + 1 == int(found[2])
 
 
@@ -266,10 +266,10 @@ def _joined(base: str, location: str) -> str:
 
 def _retry_after(head: Head) -> float | None:
     """Seconds that a server asks to be left alone; dates count from its own clock."""
-    value = (head.get("retry-after") or "").strip()
+    value = (head.get(b"retry-after") or "").strip()
     if value.isdecimal():
         return float(value)
-    until, now = (_seconds_of(text) for text in (value, head.get("date") or ""))
+    until, now = (_seconds_of(text) for text in (value, head.get(b"date") or ""))
     return None if until is None else max(until - (now or time.time()), 0.0)
 
 

@@ -4,13 +4,14 @@ What HTTP says about heads, bodies and their ends is h11's affair; sockets and t
 """
 
 import contextlib
+import itertools
 import re
 import select
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,7 +29,7 @@ _MAX_INTERIM = 100
 """Answers of class 1xx before the real one."""
 _MAX_SETTLING_S = 0.25
 _DISTRUST_S = 600.0
-_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+_BLANK_LINE = re.compile(rb"\n\r?\n")
 _IGNORED_LINE = re.compile(
     rb"\n(?![-!#$%&'*+.^_`|~0-9a-zA-Z]+:|[ \t]|\r?\n|\Z)[^\n]*"
     rb"|\ntransfer-encoding:[ \t]*identity[ \t]*\r?(?=\n)",
@@ -76,23 +77,32 @@ class Head:
     """The status and the header fields of an answer."""
 
     status: int
-    fields: tuple[tuple[bytes, bytes], ...]
-    """Names in lower case, and values."""
+    fields: Mapping[bytes, Sequence[bytes]]
+    """Values by names in lower case."""
 
-    def get_all(self, name: str) -> list[str]:
+    @classmethod
+    def of(cls, response: h11.Response) -> "Head":
+        """Take a head from h11."""
+        fields: dict[bytes, list[bytes]] = {}
+        for name, value in response.headers:
+            fields.setdefault(name, []).append(value)
+        return cls(response.status_code, fields)
+
+    def get_all(self, name: bytes) -> list[str]:
         """Values of a field, whose name is given in lower case."""
-        wanted = name.encode()
-        return [value.decode("latin-1") for found, value in self.fields if found == wanted]
+        return [value.decode("latin-1") for value in self.fields.get(name, ())]
 
-    def get(self, name: str) -> str | None:
+    def get(self, name: bytes) -> str | None:
         """The first value of a field."""
-        return next(iter(self.get_all(name)), None)
+        values = self.fields.get(name)
+        return values[0].decode("latin-1") if values else None
 
     @property
     def body_bytes(self) -> int | None:
         """Announced length of the body, if it is."""
-        length = None if self.get("transfer-encoding") else self.get("content-length")
-        return None if length is None else int(length)
+        if b"transfer-encoding" in self.fields or b"content-length" not in self.fields:
+            return None
+        return int(self.fields[b"content-length"][0])
 
 
 class Connection:
@@ -106,6 +116,8 @@ class Connection:
         """Of the answers since then: what comes too late shows that they were others' answers."""
         self.settles_at = 0.0
         """When a late answer would have come."""
+        self.is_free = False
+        """Whether another request may follow."""
         self._slowest_s = 0.0
         self._socket = inner
         self._readable = select.poll()
@@ -116,19 +128,22 @@ class Connection:
         self._received = bytearray()
         """Of heads that are not complete."""
 
-    def get(self, path: str, headers: Mapping[str, str], deadline: Deadline) -> Head:
+    def get(self, path: str, fields: bytes, deadline: Deadline) -> Head:
         """Send a GET and read the head of its answer, past every interim one.
+
+        fields: lines of the request's head beside Host, ready to send.
 
         Raises:
             FetchError: timeout, connection, or bad_response.
         """
         self._deadline = deadline
-        fields = [("Host", self.origin.authority), *headers.items()]
+        host = [("Host", self.origin.authority)]
         try:
-            request = self._http.send(h11.Request(method="GET", target=path, headers=fields))
+            request = self._http.send(h11.Request(method="GET", target=path, headers=host)) or b""
+            self._http.send(h11.EndOfMessage())
             self._arm()
             began = time.monotonic()
-            self._socket.sendall(request + (self._http.send(h11.EndOfMessage()) or b""))
+            self._socket.sendall(request.removesuffix(b"\r\n") + fields + b"\r\n")
             head = self._receive_answer()
         except (OSError, h11.ProtocolError) as error:
             raise FetchError(_reason_of(error)) from error
@@ -169,7 +184,8 @@ class Connection:
         trailing, is_closed = self._http.trailing_data
         if trailing or is_closed:
             return trailing
-        if not self._readable.poll(0):
+        pending = self._socket.pending() if isinstance(self._socket, ssl.SSLSocket) else 0
+        if not pending and not self._readable.poll(0):
             return None
         try:
             self._socket.settimeout(0)
@@ -179,15 +195,22 @@ class Connection:
         except OSError:
             return b"what a reset may have hidden"
 
-    def is_done(self) -> bool:
-        """Whether all of an answer was read, and another request may follow."""
-        return self._http.their_state is h11.DONE
+    def is_settled(self) -> bool:
+        """Whether an answer that is late would have come."""
+        return time.monotonic() >= self.settles_at
 
-    def renew(self) -> None:
-        """Be ready for the next request."""
-        self._http.start_next_cycle()
-        self.is_kept = True
+    def end_answer(self, trail: Trail) -> bool:
+        """Note that all of an answer has come, for the fetch of `trail`, if it has."""
+        if self._http.their_state not in (h11.DONE, h11.MUST_CLOSE):
+            return False
+        if self.is_kept:
+            self.carried.append(trail)
         self.settles_at = time.monotonic() + min(2 * self._slowest_s, _MAX_SETTLING_S)
+        self.is_free = self._http.their_state is h11.DONE
+        if self.is_free:
+            self._http.start_next_cycle()
+            self.is_kept = True
+        return True
 
     def close(self) -> None:
         """Close the socket."""
@@ -208,7 +231,7 @@ class Connection:
                 if self._received:
                     self._http.receive_data(bytes(self._received))
                 self._received.clear()
-                return Head(event.status_code, tuple(event.headers))
+                return Head.of(event)
         raise FetchError("bad_response")
 
     def _receive_head(self, max_bytes: int) -> bytes:
@@ -260,6 +283,8 @@ class ConnectionPool:
         """Give an idle connection to the origin, if there is one that has been quiet."""
         while (connection := self._pop(origin)) is not None:
             if self._is_quiet(connection):
+                if connection.is_settled():
+                    connection.carried.clear()
                 return connection
             connection.close()
         return None
@@ -280,39 +305,36 @@ class ConnectionPool:
     def give_back(self, connection: Connection, trail: Trail) -> None:
         """Keep a connection whose answer, of the fetch of `trail`, was read to its end.
 
-        Any other is closed.
-
         Raises:
-            FetchError: bad_response, where more has come over a kept connection than was asked
-                for: then nobody can say to which request the answer belonged.
+            FetchError: bad_response, where a kept connection did not end its answer, or more has
+                come than was asked for: nobody can say to which request the answer belonged.
         """
+        was_kept = connection.is_kept
         is_quiet = self._is_quiet(connection)
         with self._lock:
-            is_distrusted = time.monotonic() < self._distrusted.get(connection.origin, 0.0)
-        if connection.is_kept and is_distrusted:
+            is_trusted = time.monotonic() >= self._distrusted.get(connection.origin, 0.0)
+        is_whole = is_trusted and connection.end_answer(trail)
+        if was_kept and not is_whole:
             raise FetchError("bad_response")
-        if not (is_quiet and connection.is_done()) or is_distrusted:
+        if was_kept or (is_whole and is_quiet and connection.is_free):
+            self._keep(connection)
+        else:
             connection.close()
-            return
-        if connection.is_kept:
-            connection.carried.append(trail)
-        connection.renew()
-        self._keep(connection)
 
     def doubt(self, connection: Connection) -> None:
         """Keep no connections for a while to an origin that breaks them or sends more than asked.
 
-        The answers that its open connections have carried are doubtful from now on.
+        What this one has carried is doubtful, and what others have that may still bring more.
         """
         origin = connection.origin
         with self._lock:
             self._distrusted[origin] = time.monotonic() + _DISTRUST_S
-            untrusted = [one for one in self._idle if one.origin == origin]
+            others = [one for one in self._idle if one.origin == origin]
             self._idle = [one for one in self._idle if one.origin != origin]
-        for one in (connection, *untrusted):
-            for trail in one.carried:
-                trail.is_doubtful = True
-        for one in untrusted:
+        unsettled = [one for one in others if not one.is_settled() or one.surplus()]
+        for trail in itertools.chain(*(one.carried for one in (connection, *unsettled))):
+            trail.is_doubtful = True
+        for one in others:
             one.close()
 
     def close(self) -> None:
@@ -343,7 +365,7 @@ class ConnectionPool:
     def _pop(self, origin: Origin) -> Connection | None:
         with self._lock:
             for index in range(len(self._idle) - 1, -1, -1):
-                if self._idle[index].origin == origin:
+                if self._idle[index].origin == origin and self._idle[index].is_free:
                     return self._idle.pop(index)
         return None
 

@@ -14,10 +14,10 @@ def check_headers(head: Head, user_agent: str, directives: Collection[str], *, t
         FetchError: opted_out:noai or opted_out:tdm.
     """
     token = product_token(user_agent)
-    for value in head.get_all("x-robots-tag"):
+    for value in head.get_all(b"x-robots-tag"):
         if not directives_for(value, token).isdisjoint(directives):
             raise FetchError("opted_out:noai")
-    if tdm and "1" in head.get_all("tdm-reservation"):
+    if tdm and "1" in head.get_all(b"tdm-reservation"):
         raise FetchError("opted_out:tdm")
 
 

@@ -66,7 +66,7 @@ def read_robots(head: Head, parts: Iterable[bytes]) -> str:
         body.write(part)
         if body.tell() > MAX_BYTES:
             break
-    codings = codings_in(head.get_all("content-encoding"))
+    codings = codings_in(head.get_all(b"content-encoding"))
     data = unpack(body.getvalue(), codings, _MAX_UNPACKED_BYTES)
     if is_gzip(data):  # a file of that kind, sent without a word about it
         data = unpack(data, ["gzip"], _MAX_UNPACKED_BYTES)

@@ -27,7 +27,7 @@ def read(head: str, body: bytes, *, max_bytes: int = 4 * MB, room: int = 8 * MB)
     budget = ByteBudget(room)
     connection = Connection(Origin("http", "a.test", 80), ours, 1.0)
     try:
-        found = connection.get("/", {}, Deadline(1.0))
+        found = connection.get("/", b"", Deadline(1.0))
         return BodyReader(max_bytes, budget).read(found, connection.parts(), Deadline(1.0))
     finally:
         connection.close()

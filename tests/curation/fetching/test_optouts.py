@@ -23,16 +23,12 @@ def test_directives_for__values(value, expected):
     assert directives_for(value, "mybot") == expected
 
 
-def head(*fields: tuple[bytes, bytes]) -> Head:
-    return Head(200, fields)
-
-
 def test_check_headers__several_headers_and_tdm():
-    robots = ((b"x-robots-tag", b"all"), (b"x-robots-tag", b"noai"))
+    robots = {b"x-robots-tag": [b"all", b"noai"]}
     with pytest.raises(FetchError, match="opted_out:noai"):
-        check_headers(head(*robots), "mybot/1", DIRECTIVES, tdm=True)
-    check_headers(head(*robots), "mybot/1", (), tdm=True)
-    reserved = head(*robots, (b"tdm-reservation", b"1"))
+        check_headers(Head(200, robots), "mybot/1", DIRECTIVES, tdm=True)
+    check_headers(Head(200, robots), "mybot/1", (), tdm=True)
+    reserved = Head(200, {**robots, b"tdm-reservation": [b"1"]})
     with pytest.raises(FetchError, match="opted_out:tdm"):
         check_headers(reserved, "mybot/1", (), tdm=True)
     check_headers(reserved, "mybot/1", (), tdm=False)

