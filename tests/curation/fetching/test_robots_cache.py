@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import socket
 import time
@@ -9,8 +10,10 @@ import pyarrow as pa
 import pytest
 from raw_server import answer, reset, serving
 
+from curation.fetching.client import Client
 from curation.fetching.connections import Origin
-from curation.fetching.outcomes import FetchError
+from curation.fetching.outcomes import FetchError, Trail
+from curation.fetching.resolver import Resolver
 from curation.fetching.robots import RobotsRules
 from curation.fetching.robots_cache import RobotsCache
 from curation.schema import make_id
@@ -155,6 +158,15 @@ def test_download__a_dead_host_says_why():
     shard = downloaded(f"http://127.0.0.1:{port}", 40)
     assert shard.reasons.tolist() == ["connection"] * 40
     assert set(shard.emitted["fetches"]["attempts"]) == {3}
+
+
+def test_download__a_name_that_does_not_exist_says_so():
+    def nobody(host: str) -> list[str]:
+        raise socket.gaierror(socket.EAI_NONAME, host)
+
+    client = Client(Download(**QUICK).policy, Resolver(allow_private=True, lookup=nobody))
+    with contextlib.closing(client), pytest.raises(FetchError, match=r"^dns$"):
+        client.fetch("http://gone.test/1.jpg", Trail())
 
 
 PACKED = {
