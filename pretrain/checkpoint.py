@@ -257,8 +257,13 @@ def _damaged(folder: Path, error: BaseException | str) -> CheckpointError:
     detail = " ".join(str(error).split())[:300]
     out = folder.parent.parent
     others = (checkpoint_folder(out, step) for step in reversed(saved_steps(out)))
-    whole = next((one.name for one in others if one != folder and not find_damage(one)), None)
+    whole = next((one.name for one in others if one != folder and _is_whole(one)), None)
     before = f"from {whole}" if whole else "from the start: no other is whole"
     return CheckpointError(
         f"{folder}: cannot be read ({detail}); remove it, and training goes on {before}"
     )
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint has its digests, and is as they say."""
+    return (folder / DIGESTS).is_file() and not find_damage(folder)

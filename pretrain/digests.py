@@ -110,8 +110,10 @@ def _names(folder: Path) -> list[str]:
 
 
 def _is_apart(name: str) -> bool:
-    # what begins with "_" is of who runs the training: it is written after these digests
-    return name == DIGESTS or name.startswith(("checkpoints/", "_")) or ".partial" in name
+    # _step.json is of who runs the training: it is written after these digests. Torch's own files
+    # begin with underscores, too.
+    of_the_runner = name.startswith("_") and name.endswith(".json")
+    return name == DIGESTS or of_the_runner or name.startswith("checkpoints/") or ".partial" in name
 
 
 def _encoded(digests: Mapping[str, FileDigest]) -> bytes:

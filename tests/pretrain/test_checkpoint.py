@@ -89,6 +89,13 @@ def test_load__cut_or_missing_file_is_named(out: Path, name: str, left: int | No
         checkpoint.load_into(out, 4, state())
 
 
+def test_read_about__a_checkpoint_that_cannot_be_checked_is_not_called_whole(out: Path) -> None:
+    for step in (2, 4):
+        (checkpoint.checkpoint_folder(out, step) / DIGESTS).unlink()
+    with pytest.raises(CheckpointError, match=r"digests\.json is missing.*no other is whole"):
+        checkpoint.read_about(out, 4)
+
+
 def test_read_about__older_checkpoints_without_digests_load(out: Path) -> None:
     folder = checkpoint.checkpoint_folder(out, 4)
     (folder / DIGESTS).unlink()
