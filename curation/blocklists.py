@@ -1,6 +1,7 @@
 """Lists of known-bad hashes: exact ones (MD5, SHA-256) and perceptual ones (PDQ, by distance)."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,8 @@ from curation.config import Settings
 from curation.errors import ConfigError
 from curation.stage import Shard, reject
 from curation.unpacking import text_lines
+
+logger = logging.getLogger(__name__)
 
 _CHUNKS = 16
 """A PDQ hash is 16 chunks of 16 bits. Two hashes at most 31 bits apart agree in one chunk but for
@@ -213,6 +216,8 @@ def _read_hashes(path: str, width: int) -> np.ndarray:
                 "characters is expected"
             )
         raw += digest
+    if not raw:
+        logger.warning("%s: has no hashes", path)
     return np.frombuffer(bytes(raw), np.uint8).reshape(-1, width)
 
 

@@ -5,6 +5,7 @@ its host, the domains above it and the beginnings of its path.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,8 @@ from curation.errors import ConfigError
 from curation.identity import normalise_url
 from curation.unpacking import PACKED_SUFFIXES, text_lines
 from curation.url_entries import entries_of, host_and_path
+
+logger = logging.getLogger(__name__)
 
 _CATEGORY_FILES = ("domains", "urls")
 _MAX_SEGMENTS = 32
@@ -159,6 +162,8 @@ def _load(lists: tuple[tuple[str, str], ...], categories: tuple[str, ...], state
         for entry in _entries(file):
             has_paths |= "/" in entry
             raw += _key(entry).to_bytes(8, "little")
+        if len(raw) == before and name in dict(lists):  # of a folder's files many are empty
+            logger.warning("%s: has no entries", file)
         origins.append(np.full((len(raw) - before) // 8, names.index(name), np.uint16))
     keys = np.frombuffer(bytes(raw), "<u8")
     # Stable, so that of equal entries the one from the first list comes first, and stays.

@@ -135,6 +135,15 @@ def test_judge__pages_in_any_spelling(tmp_path):
     assert judged(["http://a.org/"] * 4, pages, blocked=blocked) == listed
 
 
+def test_judge__a_list_without_entries_is_told(tmp_path, caplog):
+    blocked = {"own": a_list(tmp_path, "# nothing"), "ut1": str(tmp_path / "ut1")}
+    a_list(tmp_path, "", name="ut1/adult/urls")
+    assert judged(["http://a.org/"], blocked=blocked) == [""]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/list.txt: has no entries"
+    ]
+
+
 def test_judge__packed_lists(tmp_path):
     blocked = {"own": a_list(tmp_path, "\ufeffa.org", "b.org", name="l.txt.gz")}
     assert judged(["http://a.org/", "http://b.org/"], blocked=blocked) == ["url_list:own"] * 2

@@ -111,6 +111,11 @@ def test_blocklists__a_bad_line_is_named(tmp_path):
         Blocklists(md5={"x": str(tmp_path / "latin.txt")}).load()
 
 
+def test_blocklists__a_list_without_hashes_is_told(tmp_path, caplog):
+    Blocklists(md5={"x": write(tmp_path / "a.txt", "# nothing")}).load()
+    assert caplog.messages == [f"{tmp_path}/a.txt: has no hashes"]
+
+
 def test_exact_hashes__equal_beginnings_are_told_apart():
     digests = np.zeros((3, 16), np.uint8)
     digests[1, 15], digests[2, 0] = 1, 1
