@@ -1,11 +1,13 @@
 """Whose images a path means: a work folder stands for its set, a manifest for its packed images."""
 
+import re
 from typing import Any
 
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import DatasetError, StorageError
 
+_STAGE_FOLDER = re.compile(r"\d\d-[a-z_]+-[0-9a-f]+$")
 RUN_FILE = "run.json"
 """What a finished run did, in its work folder."""
 RAW = "_raw"
@@ -27,7 +29,7 @@ def image_place(path: str) -> str:
         record = _run_record(path)
         if record is not None:
             return _packed_by(record, path)
-    elif storage.exists(storage.join(path, "work", "pool")):
+    elif any(map(_STAGE_FOLDER.match, storage.list_folders(storage.join(path, "work", "pool")))):
         raise DatasetError(
             f"{path}: a run that has not finished (no {RUN_FILE}); end it with the same "
             "`curate run`, or name a folder of images inside"

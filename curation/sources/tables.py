@@ -104,9 +104,9 @@ def _bytes_and_paths(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str
     data = data.cast(pa.large_binary())
     if "path" not in [field.name for field in column.type] or not data.null_count:
         return data, []
-    paths = [path for chunk in chunks for path in _field(chunk, "path").to_pylist()]
+    paths = texts(pa.chunked_array([_field(chunk, "path") for chunk in chunks]))
     pairs = zip(paths, data.is_null().to_pylist(), strict=True)
-    return data, [path if empty and isinstance(path, str) else None for path, empty in pairs]
+    return data, [path if empty else None for path, empty in pairs]
 
 
 def _field(chunk: Any, name: str) -> pa.Array:
@@ -116,7 +116,9 @@ def _field(chunk: Any, name: str) -> pa.Array:
 
 def _beside(folder: str, path: str | None, root: str) -> bytes | None:
     """The file that a relative path names below the root; a path never leads out of it."""
-    if not path or path.startswith("/") or "://" in path or ".." in PurePosixPath(path).parts:
+    if not path or path.startswith("/") or "://" in path or "\0" in path:
+        return None
+    if ".." in PurePosixPath(path).parts:
         return None
     return as_bytes(storage.join(root, *(() if folder == "." else (folder,)), path))
 

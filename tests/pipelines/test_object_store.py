@@ -153,7 +153,7 @@ def test_read_parquet__fetches_the_footer_and_the_columns_asked_for(bucket, fetc
     table = pa.table({"id": rng.integers(0, 1 << 60, 100), "heavy": list(rng.bytes(400_000))[:100]})
     heavy = pa.array([rng.bytes(40_000) for _ in range(100)], pa.large_binary())
     path = f"{bucket}/t/shard.parquet"
-    num_bytes, _ = storage.write_parquet(path, table.set_column(1, "heavy", heavy))
+    num_bytes, *_ = storage.write_parquet(path, table.set_column(1, "heavy", heavy))
     with storage.open_parquet(path) as file:
         assert file.metadata.num_rows == 100
     assert sum(fetched) < num_bytes / 20

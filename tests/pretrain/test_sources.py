@@ -121,8 +121,8 @@ def test_open_scenes__sees_the_images_that_all_see(tmp_path: Path) -> None:
     write_folder(tmp_path / "depth" / "a", 2)
     for file in (tmp_path / "depth" / "a").iterdir():
         file.rename(file.with_suffix(".png"))
-    scenes, _ = open_scenes(str(tmp_path), "test", DEPTH)
-    assert [scene.path.name for scene in scenes] == ["000.jpg", "001.jpg"]
+    found, _ = open_scenes(str(tmp_path), "test", DEPTH)
+    assert [scene.path.name for scene in found.scenes] == ["000.jpg", "001.jpg"]
 
 
 def test_open_source__a_work_folder_is_its_packed_set(tmp_path: Path) -> None:

@@ -163,7 +163,9 @@ def test_told__many_suffixes_are_cut(tmp_path):
 
 def test_image_place__a_work_folder_is_its_packed_set(tmp_path):
     work = tmp_path / "work folder"
-    put(work, "site/raw.jpg", "work/pool/00-ingest-1/x.jpg")
+    put(work, "site/raw.jpg", "work/pool/own/x.jpg")
+    assert image_place(str(work)) == str(work)  # a name alone makes no run
+    put(work, "work/pool/00-ingest-1f/x.jpg")
     with pytest.raises(DatasetError, match="has not finished"):
         image_place(str(work))
     (work / "run.json").write_text('{"recipe": "demo", "pool": [], "packed": null}')

@@ -208,12 +208,13 @@ def test_ingest__names_that_are_no_utf8_are_rows(tmp_path):
 def test_ingest__parquet_of_hugging_face_spark_and_others(tmp_path):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     structs = [{"bytes": data, "path": f"{i}.jpg"} for i, data in enumerate(JPEGS[:3])]
-    beside = [{"bytes": None, "path": "b/3.jpg"}, {"bytes": None, "path": "../x.jpg"}, None]
+    paths = ("b/3.jpg", "../x.jpg", "/etc/passwd", "a\0.jpg", "gone.jpg")
+    beside = [*({"bytes": None, "path": path} for path in paths), None]
     table(tmp_path / "hf" / "a" / "0.parquet", image=pa.array([*structs, *beside], kind))
     write(tmp_path / "hf" / "a" / "b" / "3.jpg", JPEGS[3])
     write(tmp_path / "hf" / "x.jpg", JPEGS[4])
     record, found = ingest(tmp_path, tmp_path / "hf")
-    assert record.dropped == {"empty": 2}
+    assert record.dropped == {"empty": 4, "unreadable": 1}
     assert found == {
         **{f"a/0.parquet#{i}": JPEGS[i] for i in range(4)},
         "a/b/3.jpg": JPEGS[3],
