@@ -425,7 +425,7 @@ def bench_kmeans_large(args: Any) -> list[Any]:
     stage = Cluster(embeddings="copy", levels=(count // 50,))
 
     def ours() -> Any:
-        return run_stage(stage, StageInputs(source.pool), folder, LocalEngine(1), Silent())[0]
+        return run_stage(stage, StageInputs(source.pool), folder, LocalEngine(), Silent())[0]
 
     what = f"curate cluster, {count:,} x {width}, {count // 50:,} centroids, files included"
     figures = measured(what, ours, table).figures

@@ -7,8 +7,12 @@ CurateError (embedder.errors)
 ├── SpaceError       embeddings of different spaces or widths
 ├── LedgerError      rows that do not add up: a bug of ours, never of the user's
 ├── StageError       a stage that cannot go on with this data
+├── LockError        a folder in which another process writes
 ├── EngineError      shards that failed after their retries
 └── StorageError     a path that cannot be read or written
+
+An engine tries an item again after the last three, and after errors that are not ours; the others
+end it at once (`is_final`).
 """
 
 from collections.abc import Sequence
@@ -22,6 +26,7 @@ __all__ = [
     "DatasetError",
     "EngineError",
     "LedgerError",
+    "LockError",
     "SchemaError",
     "SpaceError",
     "StageError",
@@ -52,10 +57,17 @@ class LedgerError(CurateError):
 class StageError(CurateError):
     """A stage that cannot go on with the data that it was given."""
 
+    is_final = False
+
+
+class LockError(CurateError):
+    """A folder in which another process writes: the text names it."""
+
 
 class EngineError(CurateError):
     """Shards that still failed after their retries: `failures` holds each with its cause."""
 
+    is_final = False
     can_be_accepted = False
     """Whether the stage can go on without them: where shards do not depend on each other."""
 
@@ -66,3 +78,5 @@ class EngineError(CurateError):
 
 class StorageError(CurateError):
     """A path that cannot be read or written: permission, space, or a wrong URL."""
+
+    is_final = False

@@ -93,7 +93,7 @@ def commit_shard(stage: Stage, folder: StageFolder, shard: Shard) -> Receipt:
         },
         counters=shard.counters,
     )
-    storage.write_json(_receipt_path(folder, shard.index), receipt.model_dump(mode="json"))
+    storage.write_json(receipt_path(folder, shard.index), receipt.model_dump(mode="json"))
     return receipt
 
 
@@ -115,18 +115,8 @@ def commit_failed_shard(
         outputs={name: write_shard(folder.output(name), index, t) for name, t in tables.items()},
         failure=cause,
     )
-    storage.write_json(_receipt_path(folder, index), receipt.model_dump(mode="json"))
+    storage.write_json(receipt_path(folder, index), receipt.model_dump(mode="json"))
     return receipt
-
-
-def reopen_failed(folder: StageFolder, record: StageRecord, allowed: int) -> bool:
-    """Take back the commit of a stage that accepted more failed shards than are allowed now."""
-    if len(record.failed_shards) <= allowed:
-        return False
-    storage.remove(storage.join(folder.path, STAGE_FILE))
-    for index in record.failed_shards:
-        storage.remove(_receipt_path(folder, index))
-    return True
 
 
 def decision_table(stage: Stage, stage_name: str, shard: Shard) -> pa.Table:
@@ -292,5 +282,6 @@ def _check_reasons(stage: Stage, dropped: dict[str, int]) -> None:
             raise LedgerError(f"stage '{stage.name()}' dropped rows for '{reason}', unlisted")
 
 
-def _receipt_path(folder: StageFolder, index: int) -> str:
+def receipt_path(folder: StageFolder, index: int) -> str:
+    """Where the receipt of a shard lies."""
     return storage.join(folder.path, RECEIPTS, f"{index:05d}.json")

@@ -67,6 +67,10 @@ class Pool:
         """
         return self.only(name).layers[name]
 
+    def datasets(self) -> list[Dataset]:
+        """All that is read of it: side-cars and decisions."""
+        return [*self.layers.values(), *([self.decisions] if self.decisions else [])]
+
     def locate(self, index: int) -> tuple["Pool", int]:
         """The flow that a shard belongs to, and its number there."""
         return self, index
@@ -181,6 +185,10 @@ class UnionPool(Pool):
     def layer(self, name: str) -> Dataset:
         """One side-car of the first part, which speaks for all: they passed the same stages."""
         return self.parts[0].layer(name)
+
+    def datasets(self) -> list[Dataset]:
+        """Those of all parts, and what came after them."""
+        return [*super().datasets(), *(one for part in self.parts for one in part.datasets())]
 
     def shard_rows(self) -> np.ndarray:
         """(S,) int64: live rows of each shard."""

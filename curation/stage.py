@@ -40,6 +40,8 @@ class Resources:
     """Devices."""
     memory: int = 1 << 30
     """Bytes at its peak."""
+    time_limit_s: float = field(default=4 * 3600.0, compare=False)
+    """Seconds after which one item is taken to hang: it is stopped, which counts as a failure."""
 
 
 class Task(ABC, Generic[Item, Result]):
@@ -66,6 +68,12 @@ class Engine(ABC):
     """Shards of a stage that may keep failing: their rows are dropped, and the run goes on."""
     retries: int = 0
     """Failures so far that were tried again."""
+    time_limit_s: float | None = None
+    """Seconds that any item may take, in place of what its task declares."""
+
+    def limit_s(self, needed: Resources) -> float:
+        """Seconds that an item of a task with these needs may take."""
+        return self.time_limit_s or needed.time_limit_s
 
     @property
     @abstractmethod
@@ -201,6 +209,8 @@ class StageFolder:
     """Outputs that lie in folders of their own: their names, and where."""
     facts: tuple[tuple[str, Any], ...] = ()
     """What a single verb knows of all that it writes: attributes and their values."""
+    deleted_after_use: tuple[str, ...] = ()
+    """Outputs whose files may be gone, since the run that made them needs them no more."""
 
     def output(self, name: str) -> str:
         """Folder of one output."""

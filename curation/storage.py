@@ -111,14 +111,22 @@ def list_folders(path: str) -> list[str]:
     return _list(path, "directory")
 
 
+def list_sizes(path: str) -> dict[str, int]:
+    """Bytes of the files directly inside a folder, by name."""
+    return {name: entry["size"] for name, entry in _named_entries(path, "file")}
+
+
 def _list(path: str, wanted: str) -> list[str]:
+    return sorted(name for name, _ in _named_entries(path, wanted))
+
+
+def _named_entries(path: str, wanted: str) -> list[tuple[str, dict[str, Any]]]:
     fs, inner = _resolve(path)
     with storage_errors(path):
         fs.invalidate_cache(inner)
         entries = _entries(fs, inner)
-    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries)
-    kinds = zip(names, (entry["type"] for entry in entries), strict=True)
-    return sorted(name for name, kind in kinds if kind == wanted)
+    found = [entry for entry in entries if entry["type"] == wanted]
+    return [(entry["name"].rstrip("/").rsplit("/", 1)[-1], entry) for entry in found]
 
 
 def total_bytes(path: str) -> int:
@@ -339,10 +347,30 @@ def write_bytes(path: str, data: bytes) -> None:
         file.write(data)
 
 
+def create(path: str, data: bytes) -> bool:
+    """Write a small file where there is none; False where there is one.
+
+    Object stores without conditional writes may let two create the same.
+    """
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        try:
+            if is_local(path):
+                with open(inner, "xb") as file:  # noqa: PTH123  (a path of any file system)
+                    file.write(data)
+            else:
+                fs.pipe_file(inner, data, mode="create")
+        except FileExistsError:
+            return False
+    return True
+
+
 def read_bytes(path: str) -> bytes:
-    """Read a small file."""
-    with open_read(path) as file:
-        return file.read()
+    """Read a small file, in one request: it may be replaced meanwhile."""
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        data: bytes = fs.cat_file(inner)
+    return data
 
 
 def write_json(path: str, value: Any) -> None:

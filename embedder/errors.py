@@ -11,10 +11,14 @@ CurateError
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 
 class CurateError(Exception):
     """An error whose text is for people: where, what was found, and what to do."""
+
+    is_final: ClassVar[bool] = True
+    """Whether another try with the same input would end the same: an engine then makes none."""
 
 
 class ImageError(CurateError):

@@ -8,14 +8,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Generic
 
-from curation.errors import ConfigError, DatasetError, EngineError, LedgerError, SpaceError
+from curation.errors import CurateError, EngineError
 from curation.stage import Item
-from embedder.errors import EncoderError
+from pipelines.outcome import named
 
 logger = logging.getLogger(__name__)
 
-_HOPELESS = (ConfigError, DatasetError, EncoderError, LedgerError, SpaceError)
-"""Errors that another try cannot mend."""
 _MOST_LOSSES = 10
 """Workers that may vanish under an item, such as with their nodes, before it is blamed."""
 
@@ -69,17 +67,17 @@ class Attempts:
         Raises:
             CurateError: the error itself, where another try cannot mend it.
         """
-        if isinstance(error, _HOPELESS):
+        if isinstance(error, CurateError) and error.is_final:
             raise error
         name = describe(item)
         self._counts[name] += 1
         if self._counts[name] >= self._limit:
-            logger.warning("%s: shard %s is set aside: %s", self._label, name, _one_line(error))
+            logger.warning("%s: shard %s is set aside: %s", self._label, name, named(error))
             self._given_up[name] = (item, error)
             return
         pause_s = self._first_pause_s * 4 ** (self._counts[name] - 1)
         text = "%s: shard %s failed, trying again in %.3g s: %s"
-        logger.warning(text, self._label, name, pause_s, _one_line(error))
+        logger.warning(text, self._label, name, pause_s, named(error))
         self.retries += 1
         backlog.put(item, pause_s)
 
@@ -116,15 +114,11 @@ class Attempts:
         raise EngineError(
             f"{self._label}: {len(self._given_up)} of {num_items} shards failed {self._limit} "
             f"times ({names}{f' and {more} more' if more > 0 else ''}): "
-            f"{type(first).__name__}: {_one_line(first)}; the others are kept",
-            [(item, f"{type(e).__name__}: {_one_line(e)}") for item, e in self._given_up.values()],
+            f"{named(first)}; the others are kept",
+            [(item, named(error)) for item, error in self._given_up.values()],
         ) from first
 
 
 def describe(item: Any) -> str:
     """Short name of an item."""
     return str(item[0] if isinstance(item, tuple) else item)[:120]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]

@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 
 from curation import storage
-from curation.errors import StageError
 from curation.ledger import STAGE_FILE
+from curation.lock import locked
 from pipelines.disk_budget import bytes_below
-from pipelines.events import read_events
-from pipelines.run_record import POOL, read_run
-from pipelines.status import status_of
+from pipelines.run_record import POOL, RunRecord, read_run
 
 _SCRATCH = "_scratch"
 
@@ -18,11 +16,14 @@ def clean(work: str, *, dry_run: bool = False) -> dict[str, int]:
 
     Raises:
         DatasetError: no run has finished there.
-        StageError: one is at work there.
+        LockError: one is at work there.
     """
     record = read_run(work)
-    if read_events(work) and status_of(work)["state"] == "running":
-        raise StageError(f"{work}: a run is at work there; wait until it ends (`curate status`)")
+    with locked(work):
+        return _remove_unneeded(work, record, dry_run=dry_run)
+
+
+def _remove_unneeded(work: str, record: RunRecord, *, dry_run: bool) -> dict[str, int]:
     entries = [*record.pool, *(entry for flow in record.sets.values() for entry in flow)]
     needed = {entry.folder for entry in entries}
     removed = {}

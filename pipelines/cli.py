@@ -57,6 +57,12 @@ MaxFailed = Annotated[
     typer.Option("--max-failed-shards", min=0, help="Shards of a stage that may keep failing."),
 ]
 Address = Annotated[str | None, typer.Option("--address", help="Address of a Ray cluster.")]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--time-limit", min=1, help="Seconds after which a shard is taken to hang. [its stage's]"
+    ),
+]
 Seed = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seeds every random choice.")
 ]
@@ -95,6 +101,7 @@ def run(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
     max_failed_shards: MaxFailed = 0,
     max_disk: Annotated[
         str | None, typer.Option("--max-disk", help="Most that DIR may hold, such as 200GB.")
@@ -123,7 +130,7 @@ def run(
     """
     from pipelines.verbs import run as verb
 
-    runner = _engine(engine, workers, address, max_failed_shards)
+    runner = _engine(engine, workers, address, time_limit, max_failed_shards)
     limits = verb.RunLimits(max_disk, plan_file)
     verb.run_recipe(recipe, work, runner, changes or [], json, base, limits)
 
@@ -147,7 +154,7 @@ def preflight(
     """
     from pipelines.verbs import operation as verb
 
-    runner = _engine(engine, workers, address)
+    runner = _engine(engine, workers, address, None)
     if not verb.print_preflight(recipe, work, runner, changes or [], base, json):
         raise typer.Exit(1)
 
@@ -216,6 +223,7 @@ def ingest(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
 ) -> None:
     """Give every URL or image its id; drop repeated ones and those on lists.
 
@@ -238,7 +246,8 @@ def ingest(
         "columns": [] if columns is None else [name.strip() for name in columns.split(",")],
         "rows_per_shard": rows_per_shard,
     }
-    verb.run_ingest(settings, set_name, changes or [], out, _engine(engine, workers, address))
+    runner = _engine(engine, workers, address, time_limit)
+    verb.run_ingest(settings, set_name, changes or [], out, runner)
 
 
 @app.command()
@@ -260,6 +269,7 @@ def download(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
     max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Fetch images politely and safely; every URL ends as a row with one reason.
@@ -274,7 +284,7 @@ def download(
     """
     from pipelines.verbs import stages as verb
 
-    runner = _engine(engine, workers, address, max_failed_shards)
+    runner = _engine(engine, workers, address, time_limit, max_failed_shards)
     given = {"user_agent": user_agent, "allow_private": allow_private or None}
     settings = {name: value for name, value in given.items() if value is not None}
     verb.run_download(rows, out, retry_failed, settings, changes or [], runner)
@@ -291,6 +301,7 @@ def canonicalize(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
     max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Decode once, turn upright, convert to sRGB, shrink, and hash.
@@ -301,7 +312,7 @@ def canonicalize(
     """
     from pipelines.verbs import stages as verb
 
-    runner = _engine(engine, workers, address, max_failed_shards)
+    runner = _engine(engine, workers, address, time_limit, max_failed_shards)
     verb.run_canonicalize(raw, out, changes or [], set_name, runner)
 
 
@@ -317,6 +328,7 @@ def filter_images(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
     max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Drop useless and unsafe images: id, keep, reason, score, threshold, a column a score.
@@ -329,7 +341,7 @@ def filter_images(
     """
     from pipelines.verbs import stages as verb
 
-    runner = _engine(engine, workers, address, max_failed_shards)
+    runner = _engine(engine, workers, address, time_limit, max_failed_shards)
     verb.run_filter(images, out, filters, changes or [], set_name, runner)
 
 
@@ -352,6 +364,7 @@ def embed(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
     max_failed_shards: MaxFailed = 0,
 ) -> None:
     """Embed images: id, source, embedding (unit rows of float16).
@@ -367,7 +380,7 @@ def embed(
     from pipelines.verbs import stages as verb
 
     settings = {"device": device, "allow_hub": allow_hub}
-    runner = _engine(engine, workers, address, max_failed_shards)
+    runner = _engine(engine, workers, address, time_limit, max_failed_shards)
     verb.run_embed(images, out, encoder, like, settings, changes or [], set_name, runner)
 
 
@@ -418,6 +431,7 @@ def dedup(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
 ) -> None:
     """Find near duplicates, and leaks of evaluation sets: one verdict an image.
 
@@ -446,7 +460,7 @@ def dedup(
         **verb.comparison(recall, memory),
     }
     columns = (id_column, embedding_column)
-    runner = _engine(engine, workers, address)
+    runner = _engine(engine, workers, address, time_limit)
     earlier = (base, base_embeddings)
     verb.run_dedup(
         embeddings, out, against or [], settings, changes or [], columns, runner, earlier, pairs
@@ -485,6 +499,7 @@ def retrieve(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
 ) -> None:
     """Retrieve images of the pool that resemble curated seed images: one row a hit.
 
@@ -503,7 +518,7 @@ def retrieve(
     if clusters is not None:
         settings["centroids"] = f"{clusters.rstrip('/')}/_centroids"
     columns = (id_column, embedding_column)
-    runner = _engine(engine, workers, address)
+    runner = _engine(engine, workers, address, time_limit)
     verb.run_retrieve(pool, out, seeds, settings, changes or [], columns, seed, runner)
 
 
@@ -527,6 +542,7 @@ def cluster(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
 ) -> None:
     """Cluster embeddings by k-means out of core, with levels of clusters above.
 
@@ -537,7 +553,7 @@ def cluster(
     from pipelines.verbs import neighbours as verb
 
     columns = (id_column, embedding_column)
-    runner = _engine(engine, workers, address)
+    runner = _engine(engine, workers, address, time_limit)
     settings = verb.memory_gb(memory)
     verb.run_cluster(embeddings, out, levels, settings, changes or [], columns, seed, runner)
 
@@ -554,6 +570,7 @@ def balance(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
 ) -> None:
     """Draw a sample to which every cluster of each level gives as equally as it can.
 
@@ -563,7 +580,7 @@ def balance(
     """
     from pipelines.verbs import neighbours as verb
 
-    runner = _engine(engine, workers, address)
+    runner = _engine(engine, workers, address, time_limit)
     verb.run_balance(clusters, out, target, multiplier, seed, runner)
 
 
@@ -583,6 +600,7 @@ def select(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
 ) -> None:
     """Join sets of images into one manifest, each image once.
 
@@ -592,7 +610,7 @@ def select(
     """
     from pipelines.verbs import stages as verb
 
-    verb.run_select(images, keep or [], out, _engine(engine, workers, address))
+    verb.run_select(images, keep or [], out, _engine(engine, workers, address, time_limit))
 
 
 @app.command()
@@ -610,6 +628,7 @@ def pack(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
 ) -> None:
     """Write images into tars with an index, for training by byte range.
 
@@ -619,7 +638,7 @@ def pack(
     """
     from pipelines.verbs import stages as verb
 
-    runner = _engine(engine, workers, address)
+    runner = _engine(engine, workers, address, time_limit)
     verb.run_pack(images, keep or [], rows_per_tar, out, set_name, runner)
 
 
@@ -845,6 +864,7 @@ def certificate(
     engine: Kind = EngineName.local,
     workers: Workers = None,
     address: Address = None,
+    time_limit: TimeLimit = None,
     json: Json = False,
 ) -> None:
     """Certify how near the finished set comes to every benchmark image; exit 1 if any leaks.
@@ -858,7 +878,8 @@ def certificate(
     from pipelines.verbs import audit as verb
 
     how = {"threshold": threshold, "encoder": encoder, "scratch": scratch}
-    if not verb.print_certificate(work, out, how, _engine(engine, workers, address), json):
+    runner = _engine(engine, workers, address, time_limit)
+    if not verb.print_certificate(work, out, how, runner, json):
         raise typer.Exit(1)
 
 
@@ -1133,7 +1154,11 @@ for _registered in app.registered_commands:
 
 
 def _engine(
-    kind: EngineName, workers: int | None, address: str | None, max_failed_shards: int = 0
+    kind: EngineName,
+    workers: int | None,
+    address: str | None,
+    time_limit: float | None,
+    max_failed_shards: int = 0,
 ) -> "Engine":
     engine: Engine
     if kind is EngineName.ray or address:
@@ -1144,7 +1169,7 @@ def _engine(
         from pipelines.local_engine import LocalEngine
 
         engine = LocalEngine(workers or 1)
-    engine.max_failed_shards = max_failed_shards
+    engine.max_failed_shards, engine.time_limit_s = max_failed_shards, time_limit
     return engine
 
 

@@ -18,12 +18,13 @@ from curation import storage
 from curation.dataset import MANIFEST, Dataset, ShardInfo, files_digest, write_shard
 from curation.digest import Content
 from curation.errors import ConfigError
-from curation.ledger import RECEIPTS, STAGE_FILE, Receipt, StageRecord, read_receipt
+from curation.ledger import RECEIPTS, STAGE_FILE, Receipt, StageRecord, read_receipt, receipt_path
+from curation.lock import locked
 from curation.schema import ID, KEEP
-from curation.stage import DECISIONS
+from curation.stage import DECISIONS, StageFolder
 from pipelines import tombstones
 from pipelines.explain import ids_in
-from pipelines.run_record import POOL, RUN_FILE, StageEntry
+from pipelines.run_record import POOL, RUN_FILE, StageEntry, read_run
 from pipelines.seal import SEAL_FILE, write_seal
 from pipelines.serving.catalog_file import FILE as CATALOG
 from pipelines.tables import Row, Tables
@@ -62,8 +63,14 @@ def forget(path: str, kind: Kind, wanted: Sequence[str], *, near: bool = False) 
     Raises:
         DatasetError: no finished run there.
         ConfigError: nothing to forget was named.
+        LockError: a run is at work there.
     """
-    work = WorkFolder(path.rstrip("/"))
+    read_run(path.rstrip("/"))
+    with locked(path.rstrip("/")):
+        return _forget(WorkFolder(path.rstrip("/")), kind, wanted, near=near)
+
+
+def _forget(work: WorkFolder, kind: Kind, wanted: Sequence[str], *, near: bool) -> Forgotten:
     found, not_found = _resolve(work, kind, wanted)
     if near:
         found = {flow: _with_copies(work, flow, ids) for flow, ids in found.items()}
@@ -262,7 +269,7 @@ def _recommit(dataset: Dataset, infos: Sequence[ShardInfo]) -> Dataset:
 
 
 def _rewrite_receipt(stage: FinishedStage, shard: int, outputs: dict[str, Dataset]) -> None:
-    path = storage.join(stage.path, RECEIPTS, f"{shard:05d}.json")
+    path = receipt_path(StageFolder(stage.path, stage.name), shard)
     receipt = read_receipt(path)
     verdicts = outputs[DECISIONS].read_shard(shard, [KEEP, "reason"])
     fallen = verdicts.filter(pc.invert(verdicts[KEEP]))["reason"].to_pylist()

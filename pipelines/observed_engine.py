@@ -60,6 +60,7 @@ class ObservedEngine(Engine):
 
     def __post_init__(self) -> None:
         self.max_failed_shards = self.engine.max_failed_shards
+        self.time_limit_s = self.engine.time_limit_s
 
     @property
     def workers(self) -> int:

@@ -16,6 +16,8 @@ from curation.errors import ConfigError, EngineError
 from curation.stage import Engine, Item, Resources, Result, Task
 from pipelines.attempts import Attempts, Backlog, describe
 from pipelines.memory_guard import MemoryGuard, MemoryLimitError, give_back, private_bytes
+from pipelines.outcome import Outcome, TimeLimitError, WorkerDiedError
+from pipelines.time_guard import OPENING_S, ending_after
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class RayEngine(Engine):
         _connect(self._limit, self._address)
         attempts = Attempts(label, self._attempts, self._first_pause_s)
         pool = self._pool_for(task.resources, label)
-        yield from pool.run(task, Backlog(items), attempts)
+        yield from pool.run(task, self.limit_s(task.resources), Backlog(items), attempts)
         self.retries += attempts.retries
         attempts.raise_failures(len(items))
 
@@ -117,10 +119,8 @@ class RayEngine(Engine):
             if _fits(node["Resources"], task.resources)
         }
         try:
-            limit = 2 * task.resources.memory + _LIBRARIES_BYTES
-            sent = {
-                name: actor.run.remote(label, task, limit, None) for name, actor in actors.items()
-            }
+            call = _Call.of(label, task.resources, self.limit_s(task.resources))
+            sent = {name: actor.run.remote(call, task, None) for name, actor in actors.items()}
             return [(name, _answer_of(name, reference, label)) for name, reference in sent.items()]
         finally:
             for actor in actors.values():
@@ -219,15 +219,39 @@ class _Worker:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def run(self, key: str, task: Task[Any, Any], limit_bytes: int, item: Any) -> Any:
-        with MemoryGuard(limit_bytes).watching():
-            if self._key != key:
-                self._key, self._opened = "", None  # the last task's model goes first
-                if private_bytes() > limit_bytes // 2:  # a tenth of a second, in every worker
-                    give_back()
-                self._opened = task.open()
-                self._key = key
-            return task(item, self._opened)
+    def run(self, call: "_Call", task: Task[Any, Any], item: Any) -> Outcome:
+        return Outcome.of(lambda: self._work_on(call, task, item))
+
+    def _work_on(self, call: "_Call", task: Task[Any, Any], item: Any) -> Any:
+        with Path(os.devnull).open("w") as nowhere, MemoryGuard(call.limit_bytes).watching():
+            if self._key != call.key:
+                with ending_after(max(call.limit_s, OPENING_S), nowhere):
+                    self._open(call, task)
+            with ending_after(call.limit_s, nowhere):
+                return task(item, self._opened)
+
+    def _open(self, call: "_Call", task: Task[Any, Any]) -> None:
+        self._key, self._opened = "", None  # the last task's model goes first
+        if private_bytes() > call.limit_bytes // 2:  # a tenth of a second, in every worker
+            give_back()
+        self._opened = task.open()
+        self._key = call.key
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all items of a map have in common, besides the task."""
+
+    key: str
+    limit_bytes: int
+    """What a worker may hold."""
+    limit_s: float
+    """How long an item may take."""
+
+    @classmethod
+    def of(cls, key: str, needed: Resources, limit_s: float) -> "_Call":
+        """Items of a task with these needs."""
+        return cls(key, 2 * needed.memory + _LIBRARIES_BYTES, limit_s)
 
 
 def _name_of(node: dict[str, Any]) -> str:
@@ -256,12 +280,11 @@ def _answer_of(name: str, reference: Any, label: str) -> Any:
     import ray
 
     try:
-        return ray.get(reference, timeout=_SECONDS_TO_OPEN)
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause or error) from error
+        outcome: Outcome = ray.get(reference, timeout=_SECONDS_TO_OPEN)
     except ray.exceptions.RayError as error:
         text = " ".join(str(error).split())[:300]
         raise EngineError(f"{label}: node {name} does not answer: {text}") from error
+    return outcome.unwrap()
 
 
 @dataclass(eq=False)
@@ -273,6 +296,8 @@ class _Actor:
     """Where it runs; None while it waits for its place."""
     num_items: int = 0
     """Items that were sent to it and have not come back."""
+    since: float = 0.0
+    """When it began with the first of them, as far as the driver knows."""
 
 
 class _ActorPool:
@@ -301,17 +326,18 @@ class _ActorPool:
         self._warned = time.monotonic()
 
     def run(
-        self, task: Task[Item, Any], backlog: Backlog[Item], attempts: Attempts
+        self, task: Task[Item, Any], limit_s: float, backlog: Backlog[Item], attempts: Attempts
     ) -> Iterator[tuple[Item, Any]]:
         """Give (item, result) as they finish."""
         import ray
 
-        call = (uuid.uuid4().hex, ray.put(task), 2 * task.resources.memory + _LIBRARIES_BYTES)
+        self._call = _Call.of(uuid.uuid4().hex, task.resources, limit_s)
+        stored = ray.put(task)
         self._looked = float("-inf")
         try:
             while len(backlog) or self._running:
                 self._grow(len(backlog))
-                self._submit(call, backlog)
+                self._submit(stored, backlog)
                 for reference in self._next_done(backlog):
                     if reference in self._starting:
                         self._welcome(reference)
@@ -385,13 +411,14 @@ class _ActorPool:
                 raise EngineError(f"Ray workers cannot start: {text}") from error
             self._replace(actor)
 
-    def _submit(self, call: tuple[str, Any, int], backlog: Backlog[Any]) -> None:
+    def _submit(self, task: Any, backlog: Backlog[Any]) -> None:
         ready = [actor for actor in self._actors if actor.node is not None]
         while ready:
             actor = min(ready, key=lambda one: one.num_items)
             if actor.num_items >= _IN_FLIGHT_PER_WORKER or (item := backlog.pop()) is None:
                 return
-            self._running[actor.handle.run.remote(*call, item)] = (actor, item)
+            self._running[actor.handle.run.remote(self._call, task, item)] = (actor, item)
+            actor.since = actor.since if actor.num_items else time.monotonic()
             actor.num_items += 1
 
     def _next_done(self, backlog: Backlog[Any]) -> list[Any]:
@@ -414,19 +441,20 @@ class _ActorPool:
 
         actor, item = self._running[reference]
         try:
-            result = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            del self._running[reference]
-            actor.num_items -= 1
-            cause = error.cause or error
-            attempts.failed(item, cause, backlog)
-            if isinstance(cause, MemoryLimitError):  # what leaked would fail the next item, too
-                self._bury(actor, None, backlog, attempts)
+            outcome: Outcome = ray.get(reference)
         except ray.exceptions.RayError as error:
             self._bury(actor, error, backlog, attempts)
+            return
+        del self._running[reference]
+        actor.num_items -= 1
+        actor.since = time.monotonic()
+        try:
+            result = outcome.unwrap()
+        except Exception as error:  # noqa: BLE001  (counted, retried, raised at the end)
+            if isinstance(error, MemoryLimitError | MemoryError):  # the next item would fail, too
+                self._bury(actor, None, backlog, attempts)
+            attempts.failed(item, error, backlog)
         else:
-            del self._running[reference]
-            actor.num_items -= 1
             attempts.succeeded += 1
             yield item, result
 
@@ -443,9 +471,16 @@ class _ActorPool:
                 logger.warning("node %s is lost; its shards are tried elsewhere", actor.node)
                 attempts.lost(item, error, backlog)
             else:
-                logger.warning("a worker died on shard %s", describe(item))
-                attempts.failed(item, error, backlog)
+                cause = self._cause_of_death(actor)
+                logger.warning("shard %s: %s", describe(item), cause)
+                attempts.failed(item, cause, backlog)
         self._replace(actor)
+
+    def _cause_of_death(self, actor: _Actor) -> Exception:
+        limit_s = self._call.limit_s
+        if time.monotonic() - actor.since >= limit_s:
+            return TimeLimitError.after(limit_s)
+        return WorkerDiedError("its worker process died")
 
     def _replace(self, actor: _Actor) -> None:
         import ray

@@ -15,6 +15,7 @@ from curation import storage
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
 from curation.digest import digest_of
 from curation.ledger import StageRecord, read_stage
+from curation.lost_files import lost_files, lost_of, reopen, unfinished_shards
 from curation.pool import Pool, UnionPool
 from curation.schema import schema_of
 from curation.stage import DECISIONS, Engine, Stage, StageFolder, StageInputs, Task
@@ -114,9 +115,10 @@ class RecipeRun:
         inputs = StageInputs(flow.pool, self._named_sets(stage), self._recipe.seed, base)
         key = stage_key(stage, inputs)
         name = f"{len(flow.entries) + 1:02d}-{stage.name()}-{key[:8]}"
-        folder = StageFolder(storage.join(self._work, "work", where, name), stage.name())
-        if "raw" in stage.needs() and read_stage(folder) is None:
-            self._fetch_again_if_deleted(flow)
+        folder = _folder_of(self._work, storage.join("work", where, name), stage.name())
+        if "raw" in stage.needs() and self._fetch_again_if_deleted(flow, folder):
+            self._advance(flow, stage, where)  # what was fetched may differ, and so may the key
+            return
         watcher = self._watcher if where == POOL else OfSet(self._watcher, flow.pool.name)
         record, outputs = run_stage(stage, inputs, folder, self._engine, watcher, key=key)
         self._settle(flow, stage, folder, record, outputs)
@@ -164,18 +166,24 @@ class RecipeRun:
         layers = {name: layer for name, layer in flow.pool.layers.items() if name != "raw"}
         flow.pool = Pool(flow.pool.name, layers, flow.pool.decisions)
 
-    def _fetch_again_if_deleted(self, flow: _Flow) -> None:
-        """Run again what made the raw bytes, where an earlier run with other settings used them."""
+    def _fetch_again_if_deleted(self, flow: _Flow, reader: StageFolder) -> bool:
+        """Make raw bytes again that a stage has still to read, and that were deleted after use."""
         raw = flow.pool.layers.get("raw")
-        if raw is None or all(storage.exists(raw.shard_path(i)) for i in range(raw.num_shards)):
-            return
-        logger.warning("%s: raw bytes were deleted after use; fetching them again", flow.pool.name)
+        if raw is None:
+            return False
+        waiting = unfinished_shards(reader, raw.num_shards)
+        gone = [index for index in waiting if not storage.exists(raw.shard_path(index))]
+        if not gone:
+            return False
+        text = "%s: raw bytes of %d of %d shards were deleted after use; fetching them again"
+        logger.warning(text, flow.pool.name, len(gone), raw.num_shards)
         stage, folder = flow.stages.pop(), flow.folders.pop()
         flow.entries.pop()
-        storage.remove(folder.path)
+        reopen(folder, gone)
         flow.pool = self._pool_before(flow)
         where = folder.path.removeprefix(storage.join(self._work, "work")).strip("/")
         self._advance(flow, stage, where.rpartition("/")[0])
+        return True
 
     def _pool_before(self, flow: _Flow) -> Pool:
         """The pool as it was after the stages that the flow still lists."""
@@ -267,7 +275,7 @@ def _already_published(target: str, selected: Dataset, attributes: dict[str, Any
         return False
     published = Dataset.open(target)
     same = published.manifest.content_digest == selected.manifest.content_digest
-    return same and published.attributes == attributes
+    return same and published.attributes == attributes and not lost_of(published).paths
 
 
 def _stamp(checked: CheckedRecipe, base_digest: str) -> str:
@@ -294,16 +302,29 @@ def _stamps_of_files(stage: Stage) -> list[str]:
     return [storage.stamp_of(part) for part in sorted(parts) if Path(part).is_file()]
 
 
+def _folder_of(work: str, relative: str, stage: str) -> StageFolder:
+    """The folder of a stage of a run."""
+    return StageFolder(storage.join(work, relative), stage, deleted_after_use=("raw",))
+
+
 def _finished_before(work: str, stamp: str) -> RunRecord | None:
     """The record of a finished run with the same stamp whose folders are all there."""
     if not storage.exists(storage.join(work, RUN_FILE)):
         return None
     record = read_run(work)
     entries = (*record.pool, *(entry for flow in record.sets.values() for entry in flow))
-    folders = [StageFolder(storage.join(work, e.folder), e.stage) for e in entries]
-    published = record.manifest is None or Dataset.is_finished(storage.join(work, record.manifest))
-    same = record.stamp == stamp and published
-    return record if same and all(read_stage(folder) for folder in folders) else None
+    if record.stamp != stamp or not _is_published(work, record):
+        return None
+    folders = [_folder_of(work, entry.folder, entry.stage) for entry in entries]
+    whole = all(read_stage(folder) and not lost_files(folder).paths for folder in folders)
+    return record if whole else None
+
+
+def _is_published(work: str, record: RunRecord) -> bool:
+    if record.manifest is None:
+        return True
+    target = storage.join(work, record.manifest)
+    return Dataset.is_finished(target) and not lost_of(Dataset.open(target)).paths
 
 
 def _versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Runs one stage: works out its key, resumes what a killed run left, and commits it."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from curation.ledger import (
     finished_shards,
     open_outputs,
     read_stage,
-    reopen_failed,
 )
+from curation.lock import LOCK_FILE, locked
+from curation.lost_files import lost_files, reopen, reopen_failed
 from curation.pool import Pool
 from curation.stage import (
     DECISIONS,
@@ -111,12 +113,28 @@ def run_stage(
     key: what `stage_key` gave for these inputs, where the caller has asked already.
 
     Raises:
+        LockError: another process writes there.
         StageError: the folder holds another stage, or the same with other settings or inputs.
         EngineError: shards failed; the finished ones are kept.
     """
     key = key or stage_key(stage, inputs)
-    record = read_stage(folder)
+    with contextlib.ExitStack() as locks:
+        for path in (folder.path, *dict(folder.elsewhere).values()):
+            locks.enter_context(locked(path))
+        return _run_or_find(stage, inputs, folder, engine, watcher, key)
+
+
+def _run_or_find(
+    stage: Stage,
+    inputs: StageInputs,
+    folder: StageFolder,
+    engine: Engine,
+    watcher: Watcher,
+    key: str,
+) -> tuple[StageRecord, dict[str, Dataset]]:
     _check_same(folder, key)
+    _reopen_lost(folder)
+    record = read_stage(folder)
     reopened = record is not None and reopen_failed(folder, record, engine.max_failed_shards)
     if record is not None and not reopened:
         storage.remove(folder.scratch)  # where the run that finished it was killed at that
@@ -130,6 +148,14 @@ def run_stage(
         raise
     watcher.finished(folder.stage, record, False)
     return record, open_outputs(stage, folder)
+
+
+def _reopen_lost(folder: StageFolder) -> None:
+    """Have shards made again whose files are no longer there."""
+    lost = lost_files(folder)
+    if lost.paths:
+        logger.warning("%s: %s; made again, and nothing else of it", folder.stage, lost)
+        reopen(folder, lost.shards)
 
 
 def _let_go(folder: StageFolder) -> None:
@@ -192,7 +218,7 @@ def _check_same(folder: StageFolder, key: str) -> None:
     """Refuse to mix two runs in one folder."""
     path = storage.join(folder.path, _KEY_FILE)
     if not storage.exists(path):
-        if storage.list_files(folder.path):
+        if set(storage.list_files(folder.path)) - {LOCK_FILE}:
             raise StageError(
                 f"{folder.path}: holds other files; choose an empty or new folder for the output"
             )

@@ -117,7 +117,7 @@ RUNS_WHAT_IT_READS = re.compile(
     r"|(pd|pandas)\.read_pickle|yaml\.(load|load_all|full_load|unsafe_load)|torch\.hub\.load"
     r"|torch\.jit\.load|FileSystemReader|eval|exec|compile"
 )
-BETWEEN_OWN_PROCESSES = r"pipelines/local_"
+BETWEEN_OWN_PROCESSES = r"pipelines/(outcome|worker_process)\.py"
 """Files whose pickles come from processes that they started."""
 TAKES_WEIGHTS_ONLY = re.compile(r"torch\.load|.*\.load_checkpoint|open_clip\.create_model")
 

@@ -214,7 +214,7 @@ class _TrainCoarse(Work):
 
     @property
     def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
-        return Resources(memory=self.training.budget.memory)
+        return Resources(memory=self.training.budget.memory, time_limit_s=24 * 3600)
 
     def __call__(self, item: int, opened: Any) -> Done:
         sample = self._sample()

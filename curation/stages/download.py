@@ -88,7 +88,7 @@ class Download(ShardStage):
 
     def resources(self) -> Resources:
         """What one shard's task needs."""
-        return Resources(cpus=1, memory=3 << 30)
+        return Resources(cpus=1, memory=3 << 30, time_limit_s=24 * 3600)
 
     def open(self) -> Client:
         """Make the client that a worker uses for all of its shards."""

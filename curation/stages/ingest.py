@@ -165,7 +165,9 @@ class Ingest(DatasetStage):
             raise StageError(f"{where}: no rows there, only empty files")
         share = 1.0 if self.max_rows is None else min(1.0, self.max_rows / known)
         num_shards = max(1, -(-int(known * share) // self.rows_per_shard))
-        exchange = Exchange(storage.join(folder.scratch, "ingest"), num_shards, Resources())
+        exchange = Exchange(
+            storage.join(folder.scratch, "ingest"), num_shards, Resources(time_limit_s=24 * 3600)
+        )
         mapper = _ByIdRange(self, source, num_shards, share)
         writer = _WriteShard(self, folder, num_shards, inputs.base)
         arrived = sum(exchange.run(engine, mapper, pieces, writer))

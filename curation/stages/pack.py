@@ -7,7 +7,7 @@ image lies in it, in the tar's order. Faces found earlier are burnt in here.
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from curation import storage
 from curation.config import parse_settings
-from curation.dataset import ShardInfo, commit, write_shard
-from curation.ledger import commit_shard
+from curation.dataset import Dataset, ShardInfo, commit, write_shard
+from curation.ledger import commit_shard, finished_shards
+from curation.lost_files import lost_of
 from curation.pool import Pool
 from curation.schema import ID, column_type, schema_of
 from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, Task, reject
@@ -50,12 +51,25 @@ class Pack(DatasetStage):
         """Write a tar for each group of shards and commit them as one data set."""
         groups = _group_shards(inputs.pool.shard_rows(), self.rows_per_tar)
         task = _PackGroup(self, inputs.pool, folder)
-        infos = dict(engine.map(task, list(enumerate(groups)), folder.stage))
-        ordered = [infos[item] for item in enumerate(groups)]
+        infos = _kept_tars(folder, groups)
+        waiting = [item for item in enumerate(groups) if item[0] not in infos]
+        infos |= {number: info for (number, _), info in engine.map(task, waiting, folder.stage)}
+        ordered = [infos[number] for number in range(len(groups))]
         packed = commit(
             folder.output("packed"), schema_of(INDEX_COLUMNS), ordered, {"layout": "tar+index"}
         )
         return {"tars": len(ordered), "images": packed.num_rows, "packed": "packed"}
+
+
+def _kept_tars(folder: StageFolder, groups: Sequence[tuple[int, ...]]) -> dict[int, ShardInfo]:
+    """Tars that this stage finished before it lost others, by number."""
+    path = folder.output("packed")
+    if not Dataset.is_finished(path):
+        return {}
+    packed, done = Dataset.open(path), finished_shards(folder)
+    lost = lost_of(packed).shards
+    whole = [n for n, group in enumerate(groups) if n not in lost and done.keys() >= {*group}]
+    return {number: packed.manifest.shards[number] for number in whole}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ sorted by value (`listed_N`, whose row numbers are *ranks*): a page of any such 
 of ranks, found without reading the rest. `facets` says where a text's range begins.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
 from curation.errors import ConfigError, DatasetError, StorageError
+from curation.lock import locked
 from pipelines.explain import path_of
 from pipelines.run_record import POOL
 from pipelines.stats import open_any, score_columns, thresholds
@@ -67,7 +69,8 @@ def catalog_of(path: str, file: str | None = None) -> str:
     target = file or storage.join(path, FILE)
     key = key_of(path)
     if not storage.exists(target) or _key_in(target) != key:
-        write_catalog(path, target, key)
+        with contextlib.nullcontext() if file else locked(path):
+            write_catalog(path, target, key)
     return target
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curation import storage
+from curation.lock import locked
 from pipelines import console
 
 if TYPE_CHECKING:
@@ -79,8 +80,11 @@ def write_report(work: str, out: str | None) -> None:
     from pipelines.seal import REPORT, seal_again
 
     page = storage.join(work, REPORT)
-    console.print_line(write_page(work, out or page))
-    if out in (None, page):
+    if out not in (None, page):
+        console.print_line(write_page(work, str(out)))
+        return
+    with locked(work):
+        console.print_line(write_page(work, page))
         seal_again(work, REPORT)
 
 

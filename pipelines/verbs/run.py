@@ -12,7 +12,8 @@ from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
 from curation.errors import ConfigError, LedgerError, StageError
-from curation.ledger import reopen_failed
+from curation.lock import locked
+from curation.lost_files import reopen_failed
 from curation.stage import Engine, StageFolder
 from pipelines import console
 from pipelines.base import BaseRuns, absolute
@@ -63,9 +64,8 @@ def run_recipe(
     if earlier is not None and absolute(work) in [one.path for one in earlier.works]:
         raise ConfigError(f"--base {base}: is --work itself, or rests on it; choose a new folder")
     checked = _without_forgotten(checked, work, earlier)
-    storage.make_folder(work)
     log = EventLog(work)
-    with _logged(log, checked, limits) as planned:
+    with locked(work), _logged(log, checked, limits) as planned:
         watcher = console.ConsoleWatcher(quiet=as_json, planned=planned)
         check = _disk_check(work, limits.max_disk)
         observer = RunObserver(log, watcher, planned, check)

@@ -11,6 +11,7 @@ from curation.dataset import Dataset, open_foreign
 from curation.digest import digest_of
 from curation.errors import ConfigError, SchemaError, SpaceError
 from curation.identity import SET_NAME_VERSION, checked_set_name, set_name_of
+from curation.lost_files import require_files
 from curation.pool import Pool, UnionPool
 from curation.registry import load_stage
 from curation.same_ids import SameIds
@@ -47,6 +48,8 @@ def run_single(
     elsewhere: outputs that lie in folders of their own. facts: what is true of all outputs.
     """
     console.set_up_logging(False)
+    for pool in (inputs.pool, *inputs.sets.values(), *inputs.base):
+        require_files(pool.datasets())
     others, known = (tuple((some or {}).items()) for some in (elsewhere, facts))
     folder = StageFolder(out.rstrip("/"), stage.name(), primary, others, known)
     stage = _settling(out, engine).settle(stage)
@@ -319,7 +322,9 @@ def images_pool(
     own name.
     """
     if Dataset.is_finished(path) and "image" in Dataset.open(path).columns:
-        return Pool.of(Dataset.open(path), name)
+        images = Dataset.open(path)
+        require_files([images])
+        return Pool.of(images, name)
     raw = _raw_pool(path, out, engine, name, set_name)
     folder = StageFolder(storage.join(out, f"_images-{name}"), "canonicalize")
     watcher = console.ConsoleWatcher()

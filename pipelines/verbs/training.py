@@ -1,9 +1,12 @@
 """`curate pretrain`, `distill` and `evaluate`, and the same as steps of a recipe."""
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curation.errors import ConfigError
+from curation.lock import locked
 from pipelines import console
 
 if TYPE_CHECKING:
@@ -59,7 +62,8 @@ def _train(
 
     watcher = console.TrainingWatcher(settings.optim.steps, quiet=quiet)
     try:
-        result = run(settings, packed, out, progress=watcher)
+        with _only_writer(out):
+            result = run(settings, packed, out, progress=watcher)
     finally:
         watcher.close()
     return {
@@ -71,6 +75,11 @@ def _train(
         "backbone": str(result.backbone),
         "log": str(result.log),
     }
+
+
+def _only_writer(out: str) -> contextlib.AbstractContextManager[None]:
+    """The lock of an output folder; of the processes that torchrun starts, the first takes it."""
+    return locked(out) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
 
 
 def evaluate_knn(backbone: str, train: str, test: str, k: tuple[int, ...]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def finished_run() -> Path:
     (work / "recipe.yaml").write_text(RECIPE)
     checked = load_recipe(str(work / "recipe.yaml"), {"work": str(work)})
     with patch("curation.stages.embed._load", lambda *_: TinyEncoder()):
-        RecipeRun(checked, str(work), LocalEngine(1), Silent()).run()
+        RecipeRun(checked, str(work), LocalEngine(), Silent()).run()
     return work
 
 

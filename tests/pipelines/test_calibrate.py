@@ -262,7 +262,7 @@ def nsfw_run(tmp_path_factory):
     write_files(work / "images", {f"{n}.jpg": encode_jpeg(picture(rng)) for n in range(12)})
     (work / "recipe.yaml").write_text(NSFW_RECIPE)
     checked = load_recipe(str(work / "recipe.yaml"), {"work": str(work)})
-    RecipeRun(checked, str(work), LocalEngine(1), Silent()).run()
+    RecipeRun(checked, str(work), LocalEngine(), Silent()).run()
     return work
 
 

@@ -22,7 +22,7 @@ def vectors_by_id(work, flow):
 
 def test_certify__agrees_with_all_pairs():
     work = WorkFolder(str(finished_run()))
-    (found,) = certify(str(finished_run()), LocalEngine(1))["benchmarks"]
+    (found,) = certify(str(finished_run()), LocalEngine())["benchmarks"]
     pool = vectors_by_id(work, "pool") | vectors_by_id(work, "taken")
     kept = [pool[one] for one in work.manifest.read(["id"])["id"].to_pylist()]
     bench = np.stack(list(vectors_by_id(work, "bench").values()))
@@ -34,7 +34,7 @@ def test_certify__agrees_with_all_pairs():
 
 
 def test_certify__a_lower_threshold_lists_the_nearest():
-    found = certify(str(finished_run()), LocalEngine(1), threshold=-1.0)
+    found = certify(str(finished_run()), LocalEngine(), threshold=-1.0)
     (one,) = found["benchmarks"]
     assert one["above"] == 4
     manifest = Dataset.open(str(finished_run() / "manifest")).read(["id"])["id"].to_pylist()
@@ -47,7 +47,7 @@ def test_certify__a_lower_threshold_lists_the_nearest():
 
 def test_certify__every_image_has_its_nearest_and_the_digest_covers_all():
     work = WorkFolder(str(finished_run()))
-    found = certify(str(finished_run()), LocalEngine(1))
+    found = certify(str(finished_run()), LocalEngine())
     (one,) = found["benchmarks"]
     assert {row["image"] for row in one["scores"]} == set(vectors_by_id(work, "bench"))
     assert one["list"] == []
@@ -56,11 +56,10 @@ def test_certify__every_image_has_its_nearest_and_the_digest_covers_all():
         name: row["kept"] for name, row in table.items()
     }
     assert found["content_digest"] in one["statement"]
-    again = certify(str(finished_run()), LocalEngine(1))["benchmarks"][0]
+    again = certify(str(finished_run()), LocalEngine())["benchmarks"][0]
     assert again["digest"] == one["digest"]
     assert (
-        certify(str(finished_run()), LocalEngine(1), 0.1)["benchmarks"][0]["digest"]
-        != one["digest"]
+        certify(str(finished_run()), LocalEngine(), 0.1)["benchmarks"][0]["digest"] != one["digest"]
     )
     page = markdown(found)
     assert one["digest"] in page
@@ -69,16 +68,16 @@ def test_certify__every_image_has_its_nearest_and_the_digest_covers_all():
 
 def test_certify__no_run(tmp_path):
     with pytest.raises(DatasetError, match=r"no run\.json"):
-        certify(str(tmp_path), LocalEngine(1))
+        certify(str(tmp_path), LocalEngine())
 
 
 def test_print_certificate__file_and_verdict(tmp_path, capsys):
     out = tmp_path / "certificate.md"
-    assert audit.print_certificate(str(finished_run()), str(out), {}, LocalEngine(1), False)
+    assert audit.print_certificate(str(finished_run()), str(out), {}, LocalEngine(), False)
     assert "none has an image above cosine" in out.read_text()
     assert "bench" in capsys.readouterr().out
     assert not audit.print_certificate(
-        str(finished_run()), None, {"threshold": -1.0}, LocalEngine(1), True
+        str(finished_run()), None, {"threshold": -1.0}, LocalEngine(), True
     )
     assert json.loads(capsys.readouterr().out)["threshold"] == -1.0
 
@@ -86,8 +85,8 @@ def test_print_certificate__file_and_verdict(tmp_path, capsys):
 def test_certify__another_encoder_embeds_both_sides_and_says_so(tmp_path):
     work = copied_run(tmp_path)
     with pytest.raises(ConfigError, match="has no threshold of its own; give --threshold"):
-        certify(str(work), LocalEngine(1), encoder="lite-semantic")
-    found = certify(str(work), LocalEngine(1), 0.9, "lite-semantic", str(tmp_path / "scratch"))
+        certify(str(work), LocalEngine(), encoder="lite-semantic")
+    found = certify(str(work), LocalEngine(), 0.9, "lite-semantic", str(tmp_path / "scratch"))
     (one,) = found["benchmarks"]
     encoder = load_encoder("lite-semantic")
     assert (one["encoder"], one["space"]) == ("lite-semantic", encoder.space)
@@ -128,9 +127,9 @@ def test_certify__a_run_that_ends_with_no_image_says_so(tmp_path, capsys):
     work = tmp_path / "work"
     recipe = tmp_path / "r.yaml"
     recipe.write_text(EMPTY.replace("IMAGES", str(finished_run() / "sets" / "bench")))
-    run_recipe(str(recipe), str(work), LocalEngine(1), [], False)
+    run_recipe(str(recipe), str(work), LocalEngine(), [], False)
     assert "no image is left: quality dropped the last of them" in capsys.readouterr().out
-    assert audit.print_certificate(str(work), str(tmp_path / "c.md"), {}, LocalEngine(1), True)
+    assert audit.print_certificate(str(work), str(tmp_path / "c.md"), {}, LocalEngine(), True)
     (one,) = json.loads(capsys.readouterr().out)["benchmarks"]
     assert (one["nearest"], one["median"], one["scores"]) == (None, None, [])
     words = "Nothing was compared with the 4 images of 'bench': the set holds no image."
@@ -138,7 +137,7 @@ def test_certify__a_run_that_ends_with_no_image_says_so(tmp_path, capsys):
     page = (tmp_path / "c.md").read_text()
     assert words in page
     assert "-1.0" not in page
-    assert audit.print_certificate(str(work), None, {}, LocalEngine(1), False)
+    assert audit.print_certificate(str(work), None, {}, LocalEngine(), False)
     assert "-1.0" not in capsys.readouterr().out
 
 
@@ -148,4 +147,4 @@ def test_certify__embeddings_of_two_spaces_are_not_compared(tmp_path):
     manifest = Path(path) / "_manifest.json"
     manifest.write_text(manifest.read_text().replace('"space": "tiny"', '"space": "other"'))
     with pytest.raises(SpaceError, match="'taken' was embedded into another space"):
-        certify(str(work), LocalEngine(1))
+        certify(str(work), LocalEngine())

@@ -26,7 +26,7 @@ def stricter(tmp_path_factory) -> Path:
     (work / "recipe.yaml").write_text(RECIPE.replace("k: 6", "k: 3"))
     checked = load_recipe(str(work / "recipe.yaml"), {"work": str(work)})
     with patch("curation.stages.embed._load", lambda *_: TinyEncoder()):
-        RecipeRun(checked, str(work), LocalEngine(1), Silent()).run()
+        RecipeRun(checked, str(work), LocalEngine(), Silent()).run()
     return work
 
 

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation.errors import EngineError, SchemaError
+from curation.errors import ConfigError, DatasetError, EngineError, SchemaError, SpaceError
 from curation.exchange import Exchange, Mapper, Reducer
-from curation.stage import Task
-from pipelines.local_engine import LocalEngine, gpu_of_worker
+from curation.stage import Resources, Task
+from embedder.errors import EncoderError
+from pipelines.local_engine import LocalEngine
 from pipelines.observed_engine import ObservedEngine
+from pipelines.worker_process import gpu_of_worker
 
 
 @pytest.fixture(scope="module", params=["local", "processes", "ray"])
@@ -29,7 +32,11 @@ def engine(request):
         yield RayEngine(2, first_pause_s=0.05)
         ray.shutdown()
     else:
-        yield LocalEngine(1 if request.param == "local" else 2, first_pause_s=0.05)
+        yield LocalEngine(0 if request.param == "local" else 2, first_pause_s=0.05)
+
+
+def is_this_process(engine):
+    return isinstance(engine, LocalEngine) and engine.workers == 1
 
 
 def test_workers_per_node__are_all_where_there_is_one(engine):
@@ -86,14 +93,14 @@ def test_map__failing_items_are_tried_again(engine, tmp_path):
 
 @pytest.mark.parametrize("how", ["kill", "segfault"])
 def test_map__a_worker_that_dies_costs_only_its_items(engine, how, tmp_path):
-    if isinstance(engine, LocalEngine) and engine.workers == 1:
+    if is_this_process(engine):
         pytest.skip("the worker is this process")
     results = dict(engine.map(FailsOnce(str(tmp_path), how), range(7), "deadly"))
     assert results == {i: i for i in range(7)}
 
 
 def test_map__a_worker_that_dies_while_a_result_is_used_costs_nothing(engine, tmp_path):
-    if isinstance(engine, LocalEngine) and engine.workers == 1:
+    if is_this_process(engine):
         pytest.skip("the worker is this process")
     (tmp_path / "0").touch()  # 0 is answered, and 3 dies while the answer is used
     results = {}
@@ -198,7 +205,7 @@ class Poisonous(Task[int, int]):
 
 
 def test_map__an_item_that_always_kills_its_worker_is_named_alone(engine):
-    if isinstance(engine, LocalEngine) and engine.workers == 1:
+    if is_this_process(engine):
         pytest.skip("the worker is this process")
     results = []
     with pytest.raises(EngineError, match=r"1 of 9 shards failed 3 times \(3\)"):
@@ -258,3 +265,144 @@ def test_exchange__finished_buckets_are_not_reduced_again(tmp_path):
     Path(exchange.result_path(2)).unlink()
     assert exchange.run(engine, Digits(), range(5), Sum(str(tmp_path))) == first
     assert [(tmp_path / str(k)).read_text() for k in range(4)] == ["x", "x", "xx", "x"]
+
+
+class TwoArgumentsError(Exception):
+    """Pickles, but cannot be made again."""
+
+    def __init__(self, what, number):
+        super().__init__(f"{what} {number}")
+
+
+class NoTextError(Exception):
+    def __str__(self):
+        raise RuntimeError("no text either")
+
+
+@dataclass(frozen=True)
+class Misbehaves(Task[int, int]):
+    how: str
+    resources = Resources(time_limit_s=1.0)
+
+    def __call__(self, item, opened):
+        if item == 3:
+            getattr(self, self.how)()
+        return item
+
+    def cannot_be_unpickled(self):
+        raise TwoArgumentsError("no luck with", 7)
+
+    def cannot_be_pickled(self):
+        raise OSError("no luck either", lambda: None)
+
+    def is_large(self):
+        raise ValueError("no luck" + " " * (1 << 21))
+
+    def has_no_text(self):
+        raise NoTextError
+
+    def exits(self):
+        sys.exit(5)
+
+    def lacks_memory(self):
+        raise MemoryError("no room")
+
+    def sleeps(self):
+        time.sleep(100)
+
+    def hangs_in_foreign_code(self):
+        ctypes.PyDLL(None).sleep(100)  # keeps Python's lock
+
+    def is_interrupted(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("cannot_be_unpickled", "TwoArgumentsError: no luck with 7"),
+        ("cannot_be_pickled", "OSError: .*no luck either"),
+        ("is_large", "ValueError: no luck"),
+        ("has_no_text", "NoTextError: .its text cannot be told: RuntimeError"),
+        ("exits", "SystemExit: 5"),
+        ("lacks_memory", "MemoryError: no room"),
+        ("sleeps", "TimeLimitError: took more than 1 s and was stopped.*--time-limit"),
+        ("hangs_in_foreign_code", "TimeLimitError: took more than 1 s and was stopped"),
+        ("is_interrupted", "KeyboardInterrupt"),
+    ],
+)
+def test_map__whatever_an_item_does_it_alone_fails_and_says_why(engine, how, words):
+    if is_this_process(engine) and how in ("sleeps", "hangs_in_foreign_code", "is_interrupted"):
+        pytest.skip("nothing can stop this process but itself")
+    results = []
+    with pytest.raises(EngineError, match=rf"1 of 6 shards failed 3 times \(3\): {words}"):
+        results.extend(engine.map(Misbehaves(how), range(6), "odd"))
+    assert sorted(item for item, _ in results) == [0, 1, 2, 4, 5]
+    assert len(dict(engine.map(Square(), range(4), "next"))) == 4
+
+
+def test_map__one_worker_stops_an_item_that_hangs_too():
+    engine = LocalEngine(1, attempts=2, first_pause_s=0.01)
+    with pytest.raises(EngineError, match=r"stopped at .*test_engines.py:\d+ sleeps"):
+        list(engine.map(Misbehaves("sleeps"), [3], "one"))
+    engine.time_limit_s = 0.5  # in place of what the task declares
+    with pytest.raises(EngineError, match=r"took more than 0\.5 s"):
+        list(engine.map(Misbehaves("sleeps"), [3], "one"))
+
+
+@pytest.mark.parametrize("error", [ConfigError, DatasetError, SpaceError, EncoderError])
+def test_map__an_error_that_stays_is_not_tried_again(engine, error, tmp_path):
+    with pytest.raises(error, match="broken for good"):
+        list(engine.map(FailsCounted(error, str(tmp_path)), [3], "fails"))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@dataclass(frozen=True)
+class FailsCounted(Task[int, int]):
+    error: type[Exception]
+    folder: str
+
+    def __call__(self, item, opened):
+        (Path(self.folder) / str(time.monotonic_ns())).touch()
+        raise self.error("broken for good")
+
+
+DRIVER = """
+import ctypes, sys, time
+from pathlib import Path
+from curation.stage import Task
+from pipelines.local_engine import LocalEngine
+from pipelines.ray_engine import RayEngine
+
+class Writes(Task):
+    def __call__(self, item, opened):
+        Path(sys.argv[1], str(item)).touch()
+        if sys.argv[2] == "foreign":
+            ctypes.PyDLL(None).usleep(50_000)  # keeps Python's lock
+        else:
+            time.sleep(0.05)
+        Path(sys.argv[1], str(item)).write_text("done")
+
+if __name__ == "__main__":
+    engine = RayEngine(2) if sys.argv[2] == "ray" else LocalEngine(2)
+    list(engine.map(Writes(), range(10_000), "writes"))
+"""
+
+
+@pytest.mark.parametrize("what", ["python", "foreign", "ray"])
+def test_map__workers_end_with_a_driver_that_is_killed(what, tmp_path):
+    script, out = tmp_path / "driver.py", tmp_path / "out"
+    out.mkdir()
+    script.write_text(DRIVER)
+    command = [sys.executable, str(script), str(out), what]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not list(out.iterdir()):
+        time.sleep(0.01)
+    children = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.communicate(timeout=10)  # nobody holds its output any more
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert all("Agent" in process.name() for process in alive)  # Ray's own take a minute
+    written = {path: path.read_text() for path in out.iterdir()}
+    time.sleep(0.3)
+    assert {path: path.read_text() for path in out.iterdir()} == written

@@ -165,7 +165,7 @@ def build(folder, work, base=None):
     """`curate run` in this process; reasons of the pool's dropped rows, and the sources kept."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(LATER.replace("${images}", str(folder / "images")))
-    run_recipe(str(recipe), str(work), LocalEngine(1), [], True, base and str(base))
+    run_recipe(str(recipe), str(work), LocalEngine(), [], True, base and str(base))
     record = read_run(str(work))
     fallen = {reason for entry in record.pool for reason in entry.record.dropped}
     kept = Dataset.open(str(work / "manifest")).read(["source"])["source"].to_pylist()

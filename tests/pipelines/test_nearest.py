@@ -56,7 +56,7 @@ def brute(benchmark, kept):
 
 
 def found_by(comparison, engine=None):
-    rows = comparison.find(engine or LocalEngine(1)).read().to_pylist()
+    rows = comparison.find(engine or LocalEngine()).read().to_pylist()
     return {row["id"]: (row["kept"], row["similarity"]) for row in rows}
 
 
@@ -169,7 +169,7 @@ def test_find__is_the_same_on_ray_and_in_processes(tmp_path):
     benchmark = source(tmp_path, vectors(60), "bench", (20, 20))
     kept = source(tmp_path, vectors(90, seed=1), "kept", (30, 30))
     digests = set()
-    engines = (LocalEngine(1), LocalEngine(2), RayEngine(2))
+    engines = (LocalEngine(), LocalEngine(2), RayEngine(2))
     for number, engine in enumerate(engines):
         comparison = Comparison(benchmark, kept, str(tmp_path / f"{number}"), 20 + number, 30)
         digests.add(comparison.find(engine).manifest.content_digest)

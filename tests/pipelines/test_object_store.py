@@ -91,7 +91,7 @@ def test_ingest__images_of_every_kind_lie_in_a_bucket(bucket, tmp_path):
     stage = Ingest(images=f"{root}//")
     folder = StageFolder(f"{bucket}/kinds-out", "ingest")
     record, outputs = run_stage(
-        stage, StageInputs(Pool("pool", {})), folder, LocalEngine(1), Silent()
+        stage, StageInputs(Pool("pool", {})), folder, LocalEngine(), Silent()
     )
     rows = outputs["raw"].read()
     assert dict(zip(rows["source"].to_pylist(), rows["raw"].to_pylist(), strict=True)) == found

@@ -60,7 +60,7 @@ def test_preflight__what_is_missing_or_broken_is_one_line_with_its_nodes(recipe,
     (tmp_path / "bad.txt").write_text("no hash\n")
     (tmp_path / "images" / "1.jpg").unlink()
     (tmp_path / "images").rmdir()
-    words = (str(recipe), str(tmp_path / "work"), LocalEngine(1), [], None)
+    words = (str(recipe), str(tmp_path / "work"), LocalEngine(), [], None)
     assert not print_preflight(*words, True)
     found = json.loads(capsys.readouterr().out)
     assert not found["ok"]
@@ -72,7 +72,7 @@ def test_preflight__what_is_missing_or_broken_is_one_line_with_its_nodes(recipe,
 
 
 def test_print_preflight__a_table_of_what_is_everywhere(recipe, tmp_path, capsys):
-    words = (str(recipe), str(tmp_path / "work"), LocalEngine(1), [], None)
+    words = (str(recipe), str(tmp_path / "work"), LocalEngine(), [], None)
     assert print_preflight(*words, False)
     out = capsys.readouterr().out
     assert "space of copy" in out

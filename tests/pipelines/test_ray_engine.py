@@ -141,7 +141,7 @@ def test_run__content_does_not_depend_on_engine_workers_shards_or_their_order(en
     order = np.random.default_rng(0).permutation(40)
     write_shards(tmp_path / "many", order, [3, 4, 25])
     runs = [
-        ("one", 99, LocalEngine(1)),
+        ("one", 99, LocalEngine()),
         ("many", 7, LocalEngine(2)),
         ("one", 9, engine),
         ("many", 11, RayEngine(1)),

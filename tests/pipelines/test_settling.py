@@ -107,29 +107,29 @@ def test_settle__the_space_is_that_of_the_workers_not_of_the_driver(apart, tmp_p
     assert '"precision":"bfloat16"' in stage.model_dump_json()
     assert stage.attributes()["copy"]["precision"] == "bfloat16"
     assert stage.fingerprint() == load_encoder("lite-copy", precision="bfloat16").space
-    assert settled(LocalEngine(1), tmp_path / "other").precision == "float32"
+    assert settled(LocalEngine(), tmp_path / "other").precision == "float32"
 
 
 @needs_bfloat16
 def test_run__one_that_goes_on_elsewhere_embeds_nothing_again(become_plain, tmp_path):
     recipe, work = write_recipe(tmp_path), tmp_path / "work"
-    first, entry = embeddings_of(work, run(recipe, work, LocalEngine(1)))
+    first, entry = embeddings_of(work, run(recipe, work, LocalEngine()))
     assert (first.attributes["precision"], entry.record.settings["precision"]) == ("bfloat16",) * 2
     (work / "run.json").unlink()
     shutil.rmtree(next((work / "work" / "pool").glob("*near_dedup*")))
     become_plain()
-    second, again = embeddings_of(work, run(recipe, work, LocalEngine(1)))
+    second, again = embeddings_of(work, run(recipe, work, LocalEngine()))
     assert (again.folder, again.record) == (entry.folder, entry.record)
     assert second == first
 
 
 @needs_bfloat16
 def test_run__with_a_base_takes_its_precision(become_plain, tmp_path):
-    run(write_recipe(tmp_path), tmp_path / "base", LocalEngine(1))
+    run(write_recipe(tmp_path), tmp_path / "base", LocalEngine())
     recipe = write_recipe(tmp_path, "more")
     become_plain()
     base = BaseRuns.open(str(tmp_path / "base"))
-    record = run(recipe, tmp_path / "next", LocalEngine(1), base)
+    record = run(recipe, tmp_path / "next", LocalEngine(), base)
     assert embeddings_of(tmp_path / "next", record)[0].attributes["precision"] == "bfloat16"
     assert record.pool[3].record.dropped == {"near_duplicate": 9}
 
@@ -143,8 +143,8 @@ def backbone(path, seed):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_open__a_worker_with_other_weights_is_refused_in_one_line(tmp_path, workers):
-    stage = backbone(tmp_path / "b.safetensors", 0).informed(LocalEngine(1))
-    other = backbone(tmp_path / "c.safetensors", 1).informed(LocalEngine(1))
+    stage = backbone(tmp_path / "b.safetensors", 0).informed(LocalEngine())
+    other = backbone(tmp_path / "c.safetensors", 1).informed(LocalEngine())
     expected = dataclasses.replace(other.facts()["copy"], name=stage.facts()["copy"].name)
     pool = pool_of(tmp_path / "rows", [image_row(n) for n in range(4)])
     folder = StageFolder(str(tmp_path / "out"), "embed")
@@ -167,18 +167,18 @@ def test_facts__of_the_same_precision_are_those_before_it_was_a_setting():
 def test_run_embed__like_takes_the_precision_of_what_is_there(become_plain, tmp_path, recorded):
     pool_of(tmp_path / "rows", [image_row(n) for n in range(3)])
     rows, one = str(tmp_path / "rows"), str(tmp_path / "one")
-    run_embed(rows, one, "lite-copy", None, {}, [], None, LocalEngine(1))
+    run_embed(rows, one, "lite-copy", None, {}, [], None, LocalEngine())
     first = Dataset.open(str(tmp_path / "one"))
     if not recorded:
         manifest = tmp_path / "one" / "_manifest.json"
         manifest.write_text(manifest.read_text().replace('"precision": "bfloat16",', ""))
     become_plain()
-    run_embed(rows, str(tmp_path / "two"), None, one, {}, [], None, LocalEngine(1))
+    run_embed(rows, str(tmp_path / "two"), None, one, {}, [], None, LocalEngine())
     second = Dataset.open(str(tmp_path / "two"))
     assert second.attributes["space"] == first.attributes["space"]
     changes = ["precision=float32"]
     with pytest.raises(SpaceError, match=r"is in space .* gives .* here \(float32\)"):
-        run_embed(rows, str(tmp_path / "three"), None, one, {}, changes, None, LocalEngine(1))
+        run_embed(rows, str(tmp_path / "three"), None, one, {}, changes, None, LocalEngine())
 
 
 # --- two nodes ------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_settle__nodes_of_two_kinds_are_refused_or_held_to_one(two_kinds, tmp_pa
     recipe = write_recipe(tmp_path)
     recipe.write_text(recipe.read_text().replace("copy: lite-copy}", "copy: lite-copy}, PRECISION"))
     recipe.write_text(recipe.read_text().replace("PRECISION", "precision: float32"))
-    here, _ = embeddings_of(tmp_path / "here", run(recipe, tmp_path / "here", LocalEngine(1)))
+    here, _ = embeddings_of(tmp_path / "here", run(recipe, tmp_path / "here", LocalEngine()))
     there, _ = embeddings_of(tmp_path / "there", run(recipe, tmp_path / "there", engine))
     assert here.attributes == there.attributes
     stage = Embed(encoders={"copy": "lite-copy"}, precision="float32")

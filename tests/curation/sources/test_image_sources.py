@@ -37,7 +37,7 @@ def ingest(tmp_path: Path, images: Path | str, **more: object) -> tuple[StageRec
     folder = StageFolder(str(tmp_path / f"out-{len(list(tmp_path.iterdir()))}"), "ingest")
     stage = Ingest(images=str(images), **more)  # type: ignore[arg-type]
     inputs = StageInputs(Pool("pool", {}))
-    record, outputs = run_stage(stage, inputs, folder, LocalEngine(1), Silent())
+    record, outputs = run_stage(stage, inputs, folder, LocalEngine(), Silent())
     rows = outputs["raw"].read()
     return record, dict(zip(rows["source"].to_pylist(), rows["raw"].to_pylist(), strict=True))
 
@@ -108,7 +108,7 @@ def test_sources__all_see_the_same_images(tmp_path_factory, entries):
     assert [source.name(*place) for place in places] == [source.read(*p)[0] for p in places]
     evaluated = images_below(f"{root}//")
     assert {image.name: image.load() for image in evaluated} == ingested
-    pool = images_pool(str(root), str(tmp_path / "embed"), LocalEngine(1))
+    pool = images_pool(str(root), str(tmp_path / "embed"), LocalEngine())
     assert sum(pool.shard_rows()) == len(ingested)
 
 

@@ -83,7 +83,7 @@ def test_cluster__balance_of_uneven_rings(embed, cluster):
     _, outputs, _ = cluster(embed(rows, ids=ids), levels=(100, 30))
     pool = Pool("pool", {"clusters": outputs["clusters"]})
     stage, folder = Balance(target=100), StageFolder(outputs["clusters"].path + "-drawn", "balance")
-    _, drawn = run_stage(stage, StageInputs(pool), folder, LocalEngine(1), Silent())
+    _, drawn = run_stage(stage, StageInputs(pool), folder, LocalEngine(), Silent())
     kept = {row["id"] for row in drawn["decisions"].read().to_pylist() if row["keep"]}
     counts = np.bincount(ring[[one in kept for one in ids]], minlength=5)
     assert counts.sum() == 100

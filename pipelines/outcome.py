@@ -1,0 +1,89 @@
+"""What became of an item in a worker: its result, or its error in a form that travels."""
+
+import contextlib
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from curation.errors import StageError
+
+_MOST_BYTES = 1 << 20
+"""Of an error: one that holds more, such as a batch of images, is told by its text alone."""
+
+
+class ItemError(StageError):
+    """An error of a worker that could not travel itself: the text names it."""
+
+
+class WorkerDiedError(StageError):
+    """A worker ended while it was at work on an item."""
+
+
+class TimeLimitError(StageError):
+    """An item took longer than its stage allows."""
+
+    @classmethod
+    def after(cls, limit_s: float, where: str = "") -> "TimeLimitError":
+        """The error of an item that was stopped. where: what it was doing then."""
+        place = f" at {where}" if where else ""
+        return cls(f"took more than {limit_s:g} s and was stopped{place}; --time-limit allows more")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The answer of a worker, which any process can read that knows this class."""
+
+    result: bytes = b""
+    """Pickled, where there is one."""
+    error: bytes = b""
+    """Pickled, where that can be done."""
+    text: str = ""
+    """Name and message of the error; empty where there is a result."""
+
+    @classmethod
+    def of(cls, work: Callable[[], Any]) -> "Outcome":
+        """Do the work. Whatever it raises, `SystemExit` too, is a failure of the item alone."""
+        try:
+            return cls(pickle.dumps(work()))
+        except BaseException as error:  # noqa: BLE001  (counted, retried, raised in the driver)
+            return cls(error=_pickled(error), text=named(error))
+
+    def unwrap(self) -> Any:
+        """The result, or raise the error.
+
+        Raises:
+            Exception: what the work raised, or an `ItemError` with its text.
+        """
+        if not self.text:
+            return pickle.loads(self.result)
+        raise self._unpickled() or ItemError(self.text)
+
+    def _unpickled(self) -> Exception | None:
+        """The error as it was; None where it cannot be made again, or would not be the same."""
+        with contextlib.suppress(Exception):  # it runs foreign code, which may raise anything
+            error = pickle.loads(self.error)
+            if named(error) == self.text:
+                return error if isinstance(error, Exception) else None
+        return None
+
+
+def named(error: BaseException) -> str:
+    """Name and message of an error in one line."""
+    text = text_of(error)
+    return text if isinstance(error, ItemError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def text_of(error: BaseException) -> str:
+    """The message of an error in one line, even of one whose own text fails."""
+    try:
+        return " ".join(str(error).split())[:500]
+    except Exception as other:  # noqa: BLE001  (foreign code)
+        return f"(its text cannot be told: {type(other).__name__})"
+
+
+def _pickled(error: BaseException) -> bytes:
+    with contextlib.suppress(Exception):  # it runs foreign code, which may raise anything
+        data = pickle.dumps(error)
+        return data if len(data) <= _MOST_BYTES else b""
+    return b""
