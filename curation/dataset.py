@@ -10,11 +10,11 @@ import gc
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from curation import merkle, storage
 from curation.config import Settings, parse_settings
@@ -26,10 +26,19 @@ MANIFEST = "_manifest.json"
 FORMAT_VERSION = 1
 
 
+def _inside(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError("a file's name is wanted: shards lie in the folder of their manifest")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+
+
 class ShardInfo(Settings):
     """What the manifest says of one shard."""
 
-    name: str
+    name: FileName
     """File name inside the folder."""
     num_rows: int
     """Rows in the shard."""
@@ -43,7 +52,7 @@ class ShardInfo(Settings):
     """SHA-256 of the file's footer: what says where its pages are, each with a checksum."""
     num_kept: int | None = None
     """For shards of decisions: rows with keep = true."""
-    companion: dict[str, str] = {}
+    companion: dict[FileName, str] = {}
     """SHA-256 of files that belong to the shard, such as the tar of packed images."""
 
 

@@ -7,6 +7,7 @@ from curation import storage
 from curation.dataset import MANIFEST, Dataset
 from curation.errors import DatasetError
 from pipelines.funnel import FunnelRow, funnel
+from pipelines.markdown import as_code, as_text
 from pipelines.run_record import RunRecord
 from pipelines.stats import Stats, run_stats
 from pipelines.work_folder import WorkFolder
@@ -77,11 +78,11 @@ def card_text(work: WorkFolder) -> str:
     facts = run_stats(work)
     record = work.record
     parts = [
-        f"# {record.recipe}\n",
+        f"# {as_text(record.recipe)}\n",
         f"{facts['rows_out']:,} images, chosen from {facts['rows_in']:,} listed.\n",
         f"- content digest: `{facts['content_digest']}`",
-        f"- recipe: `{record.recipe_file}`, seed {record.seed}",
-        f"- made with: {', '.join(f'{n} {v}' for n, v in record.versions.items())}",
+        f"- recipe: {as_code(record.recipe_file)}, seed {record.seed}",
+        f"- made with: {as_text(', '.join(f'{n} {v}' for n, v in record.versions.items()))}",
         "\n## Sources\n",
         *_sources(record),
         "\n## How it was made\n",
@@ -95,15 +96,22 @@ def card_text(work: WorkFolder) -> str:
         "\n## Known limits\n",
         *(f"- {limit}" for limit in _LIMITS),
         "\n## Columns\n",
-        *(f"- `{name}`: {_ABOUT.get(name, '')}" for name in (work.manifest or _none()).columns),
+        *(
+            f"- {as_code(name)}: {_ABOUT.get(name, '')}"
+            for name in (work.manifest or _none()).columns
+        ),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _columns(manifest: Dataset) -> list[str]:
+    return [f"- {as_code(name)}: {_ABOUT.get(name, '')}" for name in manifest.columns]
 
 
 def _thresholds(facts: Stats) -> list[str]:
     """What each score was judged by in fact, an encoder's own threshold included."""
     return [
-        f"- {score['stage']}: {score['score']} against "
+        f"- {as_text(score['stage'])}: {as_text(score['score'])} against "
         + ", ".join(f"{value:.6g}" for value in score["thresholds"])
         for score in facts["scores"]
         if score["thresholds"]
@@ -189,7 +197,8 @@ def _sources(record: RunRecord) -> list[str]:
         place = settings.get("urls") or settings.get("images")
         used = ", ".join(record.roles.get(flow, ())) or "the pool"
         rows = entries[0].record.rows_in
-        lines.append(f"- {flow} ({used}): {rows:,} rows of `{place}`")
+        shown = f"{as_text(flow)} ({as_text(used)})"
+        lines.append(f"- {shown}: {rows:,} rows of {as_code(place)}")
     return lines
 
 
@@ -199,8 +208,8 @@ def _stage_table(rows: list[FunnelRow]) -> list[str]:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in row.dropped.items())
         dropped = sum(row.dropped.values())
         lines.append(
-            f"| {row.stage} | {row.rows_in:,} | {row.added:,} | {dropped:,} | {row.rows_out:,} "
-            f"| {reasons} |"
+            f"| {as_text(row.stage)} | {row.rows_in:,} | {row.added:,} | {dropped:,} "
+            f"| {row.rows_out:,} | {as_text(reasons)} |"
         )
     return lines
 
@@ -223,15 +232,14 @@ def _composition(facts: Stats) -> list[str]:
 
 def _settings(record: RunRecord) -> list[str]:
     return [
-        f"- {entry.stage}: `{json.dumps(entry.record.settings, sort_keys=True)}`"
+        f"- {as_text(entry.stage)}: {as_code(json.dumps(entry.record.settings, sort_keys=True))}"
         for entry in record.pool
         if entry.record.settings
     ]
 
 
 def _code(text: str | None) -> str:
-    """A text from outside as code, so that it is shown as it is."""
-    return "none" if text is None else "`" + text.replace("`", "'").replace("\n", " ") + "`"
+    return "none" if text is None else as_code(text)
 
 
 def _sha256(path: str) -> str:

@@ -94,6 +94,12 @@ VectorColumn = Annotated[
 ]
 
 
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option("--allow-host", help="Name that browsers use, where --host is not this machine."),
+]
+
+
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of one that ships.")],
@@ -731,6 +737,7 @@ def report(
 def serve(
     work: Annotated[str, typer.Argument(help="Work folder of a run, or any data set.")],
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    allow_host: AllowHost = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8750,
     catalog: Annotated[
         str | None, typer.Option("--catalog", help="File of the sorted lists, made if absent.")
@@ -747,7 +754,7 @@ def serve(
     """
     from pipelines.verbs import audit as verb
 
-    verb.serve(work, host, port, catalog)
+    verb.serve(work, host, port, catalog, allow_host or [])
 
 
 class Calibrated(StrEnum):
@@ -771,6 +778,7 @@ def calibrate(
         int | None, typer.Option("--truth", min=2, help="Edit so many images; measure recall.")
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    allow_host: AllowHost = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8751,
     catalog: Annotated[
         str | None, typer.Option("--catalog", help="File of the sorted lists, made if absent.")
@@ -799,7 +807,7 @@ def calibrate(
     if json:
         verb.print_figures(asked)
     else:
-        verb.serve_questions(asked, host, port)
+        verb.serve_questions(asked, host, port, allow_host or [])
 
 
 @app.command()

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from curation import storage
 from curation.ledger import Receipt, StageRecord
 from curation.stage import DEVICE_BUSY_S
@@ -46,8 +48,9 @@ class EventLog:
             return
         if storage.is_local(self._path):
             storage.make_folder(self._path.rpartition("/")[0])
-            with Path(self._path.removeprefix("file://")).open("a") as file:
-                file.write("".join(self._lines))
+            file = Path(self._path.removeprefix("file://"))
+            with storage.storage_errors(self._path), file.open("a") as log:
+                log.write("".join(self._lines))
             self._lines.clear()
             return
         last = event.startswith("run_")
@@ -149,23 +152,49 @@ class RunObserver:
         self._log.write("step", step=label, done=self._step_done, total=total)
 
 
+class _Event(BaseModel):
+    """What readers rely on: of these types where it is there, and so there always."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    time: float
+    event: str
+    recipe: str = ""
+    planned: dict[str, float] = {}
+    stage: str = ""
+    step: str = ""
+    total: int = 0
+    done: int = 0
+    rows_in: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
 def read_events(work: str) -> list[dict[str, Any]]:
     """Events of the last run in a work folder, in order; none where there was none."""
+    return read_log(work)[0]
+
+
+def read_log(work: str) -> tuple[list[dict[str, Any]], int]:
+    """Events of the last run in a work folder, and how many damaged lines were left out."""
     folder = storage.join(work, EVENTS)
     names = storage.list_files(folder, ".jsonl")
     if not names:
-        return []
-    lines = storage.read_bytes(storage.join(folder, names[-1])).decode().splitlines()
-    return [event for line in lines if (event := _parsed(line)) is not None]
+        return [], 0
+    *lines, last = storage.read_bytes(storage.join(folder, names[-1])).split(b"\n")
+    events = [_parsed(line) for line in lines]
+    events += [_parsed(last)] if last else []
+    read = [event for event in events if event is not None]
+    unfinished = bool(last) and events[-1] is None  # is being written right now
+    return read, len(events) - len(read) - unfinished
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    """One event; None for a line that is being written right now."""
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """One event; None for what is none."""
     try:
-        event: dict[str, Any] = json.loads(line)
-    except ValueError:
+        return _Event.model_validate_json(line).model_dump()
+    except ValidationError:
         return None
-    return event
 
 
 def _share(part: float, whole: float) -> float:

@@ -1,15 +1,18 @@
 """The card of an exported model: what it is, what it learned from, how to load it."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import yaml
 
 from curation import storage
 from curation.dataset import Dataset
 from embedder.vit import VisionTransformer
+from pipelines.markdown import as_code, as_text
 from pipelines.work_folder import WorkFolder
 
 UNKNOWN = "unknown"
@@ -113,29 +116,39 @@ def model_card(
     side = min(224, config.image_size)
     lines = [
         "---",
-        f"license: {about.get('licence', UNKNOWN)}",
+        _head("license", about.get("licence", UNKNOWN)),
         f"library_name: {_library(format)}",
         "pipeline_tag: image-feature-extraction",
         "tags: [dinov2, self-supervised, curate]",
         "---",
-        f"# {Path(out).name}\n",
+        f"# {as_text(Path(out).name)}\n",
         f"A DINOv2 vision transformer: {config.depth} blocks, width {config.width}, "
         f"{config.heads} heads, patch {config.patch}, {head}, {parameters:,} parameters; positions "
         f"made for {config.image_size} px and interpolated elsewhere.\n",
         "## Load it\n",
-        f"```python\n{_LOADING[format].format(out=out)}\n```\n",
+        f"```python\n{_LOADING[format].format(out=_in_quotes(out))}\n```\n",
         f"Inputs: RGB, short side to {round(side * 256 / 224)}, centre {side} px (any multiple of "
         f"{config.patch} works), ImageNet's mean and deviation.",
         *_positions(format, config.registers, config.image_size),
         "\n## Data\n",
         *_data_lines(facts),
         "\n## Training\n",
-        *(f"- {name}: {value}" for name, value in rest.items()),
+        *(f"- {as_text(name)}: {as_text(value)}" for name, value in rest.items()),
         "\n## Licences\n",
-        f"- weights: {about.get('licence', UNKNOWN)}",
+        f"- weights: {as_text(about.get('licence', UNKNOWN))}",
         *_licence_lines(facts),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _head(name: str, text: str) -> str:
+    """A line of the YAML in front, whatever the text holds."""
+    return yaml.safe_dump({name: " ".join(text.split())}, width=1 << 20).strip()
+
+
+def _in_quotes(text: str) -> str:
+    """A text as it stands between the quotes of Python, with nothing that ends the code block."""
+    return json.dumps(text)[1:-1].replace("`", "\\x60")
 
 
 def _positions(format: str, registers: int, side: int) -> list[str]:
@@ -152,11 +165,14 @@ def _data_lines(facts: DataFacts) -> list[str]:
     listed = "" if facts.listed is None else f", chosen from {facts.listed:,} listed"
     images = UNKNOWN if facts.images is None else f"{facts.images:,}"
     return [
-        f"- data: `{facts.path}`",
-        f"- manifest digest: `{facts.digest}`",
-        f"- recipe: {facts.recipe}",
+        f"- data: {as_code(facts.path)}",
+        f"- manifest digest: {as_code(facts.digest)}",
+        f"- recipe: {as_text(facts.recipe)}",
         f"- images: {images}{listed}",
-        *(f"- from {name}: {count:,} images" for name, count in sorted(facts.sets.items())),
+        *(
+            f"- from {as_text(name)}: {count:,} images"
+            for name, count in sorted(facts.sets.items())
+        ),
     ]
 
 
@@ -164,7 +180,7 @@ def _licence_lines(facts: DataFacts) -> list[str]:
     if not facts.licences:
         return ["- images: unknown; the data names no licences"]
     shown = facts.licences.most_common(_LICENCES_SHOWN)
-    lines = [f"- images under {name}: {count:,}" for name, count in shown]
+    lines = [f"- images under {as_text(name)}: {count:,}" for name, count in shown]
     left = len(facts.licences) - len(shown)
     return lines + ([f"- and {left} licences more"] if left else [])
 

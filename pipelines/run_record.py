@@ -1,5 +1,9 @@
 """What a run of a recipe did, and where everything lies: `run.json` in its work folder."""
 
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
 from curation import storage
 from curation.config import Settings, parse_settings
 from curation.dataset import Dataset
@@ -10,12 +14,21 @@ from curation.sources.places import RUN_FILE as RUN_FILE
 POOL = "pool"
 
 
+def _below(folder: str) -> str:
+    if not folder or "\0" in folder or {"", ".", ".."} & set(folder.split("/")):
+        raise ValueError("a folder below the work folder is wanted")
+    return folder
+
+
+Below = Annotated[str, AfterValidator(_below)]
+
+
 class StageEntry(Settings):
     """One finished stage of a flow."""
 
     stage: str
     """Name of the stage."""
-    folder: str
+    folder: Below
     """Its folder, relative to the work folder."""
     record: StageRecord
     """What it did."""
@@ -30,7 +43,7 @@ class RunRecord(Settings):
     """Where it was read from."""
     seed: int
     """Seed of the run."""
-    pool: tuple[StageEntry, ...]
+    pool: tuple[StageEntry, ...] = Field(min_length=1)
     """Stages of the pool, in order."""
     sets: dict[str, tuple[StageEntry, ...]] = {}
     """Stages of each benchmark and seed set."""
@@ -38,9 +51,9 @@ class RunRecord(Settings):
     """Stages that name each set."""
     as_is: tuple[str, ...] = ()
     """Sets taken as they are: they join the pool at the union."""
-    manifest: str | None = None
+    manifest: Below | None = None
     """The published manifest."""
-    packed: str | None = None
+    packed: Below | None = None
     """The packed shards."""
     versions: dict[str, str] = {}
     """Versions of what computes."""

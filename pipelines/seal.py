@@ -13,6 +13,7 @@ from typing import Any
 from curation import storage
 from curation.dataset import MANIFEST, Dataset
 from curation.errors import CurateError, StorageError
+from curation.lock import LOCK_FILE
 from pipelines.run_record import RUN_FILE, RunRecord
 from pretrain.digests import DIGESTS, read_digests
 
@@ -84,6 +85,7 @@ def loose_files(work: str, record: RunRecord) -> list[str]:
     for folder in (*_MADE, *sealed_folders(record)):
         below = storage.walk_files(storage.join(work, folder))
         names += [storage.join(folder, name) for name in below]
+    names = [name for name in names if name.rpartition("/")[2] != LOCK_FILE]
     return sorted({*names} - covered_files(work, record))
 
 

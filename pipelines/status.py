@@ -5,7 +5,7 @@ from typing import Any
 
 from curation import storage
 from curation.errors import DatasetError
-from pipelines.events import read_events
+from pipelines.events import read_log
 from pipelines.forecast import Forecast, share_done
 
 _SILENT_S = 300.0
@@ -18,12 +18,14 @@ def status_of(work: str, now: float | None = None) -> dict[str, Any]:
     Raises:
         DatasetError: no run has left events there.
     """
-    events = read_events(work)
+    events, unreadable = read_log(work)
     if not events:
         found = "no run has left events there" if storage.exists(work) else "does not exist"
+        found = f"none of the {unreadable} lines of its events can be read" if unreadable else found
         raise DatasetError(f"{work}: {found}; start one with `curate run RECIPE --work {work}`")
     now = time.time() if now is None else now
-    status: dict[str, Any] = {"state": "running", "stages": []}
+    status: dict[str, Any] = {"state": "running", "stages": [], "unreadable_events": unreadable}
+    status |= {"total": 0, "done": 0, "done_before": 0, "rows": 0, "stage_began": events[0]["time"]}
     status["forecast"] = forecast = Forecast(events[0].get("planned"))
     for event in events:
         _HANDLERS.get(event["event"], _ignore)(status, event)

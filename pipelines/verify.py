@@ -20,6 +20,7 @@ from curation.dataset import MANIFEST, Dataset, Manifest, ShardInfo, files_diges
 from curation.digest import Content
 from curation.errors import ConfigError, CurateError, StorageError
 from curation.ledger import RECEIPTS, Receipt, read_receipt, read_stage
+from curation.lock import LOCK_FILE
 from curation.neighbors.hits import HIT_COLUMNS
 from curation.schema import ID, KEEP
 from curation.stage import DECISIONS, StageFolder
@@ -507,7 +508,7 @@ def _verify_others(work: WorkFolder, checked: Checked) -> None:
     ours = tuple(f"{folder}/" for folder in sealed_folders(work.record))
     unknown: Counter[str] = Counter()
     for name in storage.walk_files(work.path):
-        if name in known:
+        if name in known or name.rpartition("/")[2] == LOCK_FILE:
             continue
         if name.startswith(ours):
             checked.blame(name, "is no part of the run: neither a manifest nor the seal names it")

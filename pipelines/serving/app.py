@@ -5,8 +5,10 @@ parameters. `openapi.json` describes it all.
 """
 
 import contextlib
+import ipaddress
+import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
@@ -390,10 +392,28 @@ def listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def names_of(host: str) -> tuple[str, ...]:
-    """Names under which browsers may reach a server that listens on an address."""
-    everywhere = host in ("0.0.0.0", "::")
-    return ("*",) if everywhere else (host, "127.0.0.1", "localhost")
+def names_of(host: str, allowed: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names under which browsers may reach a server that listens on an address.
+
+    Raises:
+        ConfigError: the address is beyond this machine and no name is allowed, or one is no name.
+    """
+    if not _is_loopback(host) and not allowed:
+        raise ConfigError(
+            f"--host {host}: others can reach it; say under which name, --allow-host NAME, so that "
+            "no foreign page can read it by pointing its own name here"
+        )
+    for name in allowed:
+        if not re.fullmatch(r"[A-Za-z0-9._:-]+", name):
+            raise ConfigError(f"--allow-host {name}: want the name or address of one host")
+    return tuple(one.lower() for one in (host, "127.0.0.1", "localhost", *allowed))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:

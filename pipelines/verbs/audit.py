@@ -1,21 +1,49 @@
 """What auditors ask: `curate stats`, `sql`, `explain`, `report`, `verify` and their like."""
 
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from curation import storage
+from curation.errors import DatasetError
 from curation.lock import locked
 from pipelines import console
+from pipelines.seal import broken_seals
+from pipelines.work_folder import WorkFolder
 
 if TYPE_CHECKING:
     from curation.stage import Engine
 
 Row = dict[str, Any]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _SHOWN_QUANTILES = ("0.01", "0.5", "0.99")
 _HIDDEN = ("stage", "keep", "reason", "score", "threshold")
 
 
+def names_damage(verb: Callable[P, R]) -> Callable[P, R]:
+    """Where a verb stumbles over a run that is not what was sealed, say that in one line."""
+
+    @functools.wraps(verb)
+    def asked(*args: P.args, **options: P.kwargs) -> R:
+        try:
+            return verb(*args, **options)
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            for work in (one for one in args if isinstance(one, str) and WorkFolder.is_one(one)):
+                broken = broken_seals(work, WorkFolder(work).record)
+                if broken:
+                    raise DatasetError(
+                        f"{work}: cannot be read: {broken[0]}; `curate verify` names all damage"
+                    ) from error
+            raise
+
+    return asked
+
+
+@names_damage
 def print_stats(path: str, as_json: bool, by: str | None = None, csv: str | None = None) -> None:
     """`curate stats`."""
     from pipelines.stats import count_by_column, stats_of, write_csv
@@ -37,6 +65,7 @@ def print_stats(path: str, as_json: bool, by: str | None = None, csv: str | None
         _print_dataset(found)
 
 
+@names_damage
 def print_answer(
     work: str, query: str | None, limit: int, as_json: bool, *, allow_files: bool = False
 ) -> None:
@@ -59,6 +88,7 @@ def print_answer(
         console.print_line(f"the first {limit} rows; --limit shows more")
 
 
+@names_damage
 def print_explanation(image: str, work: str, as_json: bool) -> None:
     """`curate explain`."""
     from pipelines.explain import explain
@@ -74,6 +104,7 @@ def print_explanation(image: str, work: str, as_json: bool) -> None:
         _print_life(life)
 
 
+@names_damage
 def write_report(work: str, out: str | None) -> None:
     """`curate report`."""
     from pipelines.report.page import write_page
@@ -88,17 +119,21 @@ def write_report(work: str, out: str | None) -> None:
         seal_again(work, REPORT)
 
 
-def serve(work: str, host: str, port: int, catalog: str | None) -> None:
+@names_damage
+def serve(
+    work: str, host: str, port: int, catalog: str | None, allowed: Sequence[str] = ()
+) -> None:
     """`curate serve`."""
     from pipelines.serving.catalog_file import catalog_of
 
     server = server_module("serve")
     work = work.rstrip("/")
+    names = server.names_of(host, allowed)
     file = catalog_of(work, catalog)
     with server.listening(host, port) as listener:
         shown, chosen = listener.getsockname()[:2]
         console.print_line(f"{work}: http://{shown}:{chosen} (Ctrl-C ends it)")
-        server.serve(server.make_app(work, file, server.names_of(host)), listener)
+        server.serve(server.make_app(work, file, names), listener)
 
 
 def server_module(verb: str) -> Any:
@@ -160,6 +195,7 @@ def print_proof(path: str, shard: str, as_json: bool) -> bool:
     return not proof.defects
 
 
+@names_damage
 def print_diff(old: str, new: str, as_json: bool) -> None:
     """`curate diff`."""
     from pipelines.differences import diff
@@ -205,6 +241,7 @@ def print_certificate(
     return not any(one["above"] for one in found["benchmarks"])
 
 
+@names_damage
 def write_card(work: str, out: str) -> None:
     """`curate card`."""
     from pipelines.card import write_card as write

@@ -1,5 +1,6 @@
 """The threshold lab: `curate calibrate`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,14 @@ class Asked:
     seed: int
 
 
-def serve_questions(asked: Asked, host: str, port: int) -> None:
+def serve_questions(asked: Asked, host: str, port: int, allowed: Sequence[str] = ()) -> None:
     """Serve the questions and take the answers."""
     server = server_module("calibrate")
     from pipelines.calibration.app import add_lab
 
+    names = server.names_of(host, allowed)
     folder, file = _run_and_catalog(asked)
-    app = server.make_app(folder.path, file, server.names_of(host))
+    app = server.make_app(folder.path, file, names)
     add_lab(app, _lab(asked, folder, app.state.audit.catalog))
     with server.listening(host, port) as listener:
         shown, chosen = listener.getsockname()[:2]

@@ -74,6 +74,7 @@ def _shown(status: dict[str, Any]) -> dict[str, Any]:
     pairs["times the plan so far"] = status.get("times_planned")
     pairs["seconds"] = status.get("seconds")
     pairs["error"] = status.get("error")
+    pairs["damaged lines of events left out"] = status["unreadable_events"] or None
     pairs["last heard of"] = f"{status['silent_s']:,.0f} s ago"
     return {name: value for name, value in pairs.items() if value not in (None, "")}
 

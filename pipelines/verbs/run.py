@@ -11,7 +11,7 @@ from typing import Any
 from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
-from curation.errors import ConfigError, LedgerError, StageError
+from curation.errors import ConfigError, LedgerError, StageError, StorageError
 from curation.lock import locked
 from curation.lost_files import reopen_failed
 from curation.stage import Engine, StageFolder
@@ -65,24 +65,25 @@ def run_recipe(
         raise ConfigError(f"--base {base}: is --work itself, or rests on it; choose a new folder")
     checked = _without_forgotten(checked, work, earlier)
     log = EventLog(work)
-    with locked(work), _logged(log, checked, limits) as planned:
-        watcher = console.ConsoleWatcher(quiet=as_json, planned=planned)
-        check = _disk_check(work, limits.max_disk)
-        observer = RunObserver(log, watcher, planned, check)
-        _reopen_failed(work, engine.max_failed_shards)
-        with demo_site(checked.recipe, work):
-            _check_nodes(checked, work, engine, earlier)
-            recipe_run = RecipeRun(checked, work, observer.observe(engine), observer, earlier)
-            record = recipe_run.run()
-        if recipe_run.published:
-            write_seal(work, record, whole=False)
-        if not adds_up(funnel(record)):
-            raise LedgerError(
-                f"{work}: the funnel does not add up; please report this with run.json"
-            )
-        results = _run_steps(checked, record, work, quiet=as_json)
-    if not is_sealed_whole(work):
-        write_seal(work, record)
+    with locked(work):
+        with _logged(log, checked, limits) as planned:
+            watcher = console.ConsoleWatcher(quiet=as_json, planned=planned)
+            check = _disk_check(work, limits.max_disk)
+            observer = RunObserver(log, watcher, planned, check)
+            _reopen_failed(work, engine.max_failed_shards)
+            with demo_site(checked.recipe, work):
+                _check_nodes(checked, work, engine, earlier)
+                recipe_run = RecipeRun(checked, work, observer.observe(engine), observer, earlier)
+                record = recipe_run.run()
+            if recipe_run.published:
+                write_seal(work, record, whole=False)
+            if not adds_up(funnel(record)):
+                raise LedgerError(
+                    f"{work}: the funnel does not add up; please report this with run.json"
+                )
+            results = _run_steps(checked, record, work, quiet=as_json)
+        if not is_sealed_whole(work):
+            write_seal(work, record)
     worked = watcher.num_run > 0 or any(step["ran"] for step in results.values())
     summary = _summary(record, work, results, worked, time.monotonic() - began)
     if as_json:
@@ -136,7 +137,8 @@ def _logged(log: EventLog, checked: CheckedRecipe, limits: RunLimits) -> Iterato
     try:
         yield planned
     except BaseException as error:
-        log.write("run_failed", error=" ".join(str(error).split()) or type(error).__name__)
+        with contextlib.suppress(StorageError):  # what ended the run matters more
+            log.write("run_failed", error=" ".join(str(error).split()) or type(error).__name__)
         raise
     log.write("run_finished", seconds=round(time.monotonic() - began, 3))
 

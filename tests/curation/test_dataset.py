@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation import storage
@@ -133,6 +133,7 @@ def test_write_whole__leaves_nothing_of_a_failed_write(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@settings(deadline=None)
 @given(st.integers(min_value=0), st.integers(min_value=0, max_value=7))
 def test_read_shard__a_flipped_bit_is_an_error_or_harmless(shard, place, bit):
     dataset, sound = shard

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from curation.errors import ConfigError, StorageError
 from pipelines.serving import catalog as catalog_module
-from pipelines.serving.app import listening
+from pipelines.serving.app import listening, make_app, names_of
 from pipelines.serving.catalog import Catalog, Filter
 from pipelines.serving.catalog_file import catalog_of, key_of
 from pipelines.stats import stats_of
@@ -315,3 +316,29 @@ def test_catalog_of__a_folder_that_takes_no_files(tmp_path):
     file.write_text("")
     with pytest.raises(StorageError, match="name another file for the catalog, --catalog FILE"):
         catalog_of(str(finished_run()), f"{file}/catalog.duckdb")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_names_of__beyond_this_machine_a_name_is_wanted(host):
+    with pytest.raises(ConfigError, match="--allow-host NAME"):
+        names_of(host)
+    assert names_of(host, ["Audit.example.org"]) == (
+        *(host, "127.0.0.1", "localhost"),
+        "audit.example.org",
+    )
+
+
+def test_names_of__loopback_and_what_is_no_name():
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"):
+        assert names_of(host)[0] == host
+    for name in ("*", "a b", "*.example.org", ""):
+        with pytest.raises(ConfigError, match="want the name or address of one host"):
+            names_of("0.0.0.0", [name])
+
+
+def test_make_app__other_names_are_refused(tmp_path):
+    file = catalog_of(str(finished_run()), str(tmp_path / "catalog"))
+    app = make_app(str(finished_run()), file, names_of("0.0.0.0", ["audit.example.org"]))
+    with TestClient(app) as client:
+        for name, status in (("audit.example.org:8750", 200), ("evil.example.org", 400)):
+            assert client.get("/static/style.css", headers={"Host": name}).status_code == status
