@@ -104,21 +104,6 @@ def embeddings_of_leaks(work: WorkFolder) -> tuple[str, float | None, float | No
     return str(stage.entry.record.settings["embeddings"]), limit, _limit_of(leak or stage)
 
 
-def read_vectors(dataset: Dataset) -> tuple[list[str], np.ndarray]:
-    """Ids and (N, D) float32 unit rows of a small set."""
-    table = dataset.read([ID, "embedding"])
-    return table[ID].to_pylist(), unit_rows(table)
-
-
-def unit_rows(table: pa.Table) -> np.ndarray:
-    """(N, D) float32 rows of length 1."""
-    column = table["embedding"].combine_chunks()
-    flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    rows = flat.reshape(len(column), -1) if len(column) else np.empty((0, 1), np.float32)
-    units: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return units
-
-
 def markdown(certificate: dict[str, Any]) -> str:
     """The certificate as a page for people."""
     lines = [

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from curation.config import parse_settings
 from curation.dataset import Dataset
 from curation.errors import DatasetError, SpaceError
+from curation.neighbors.vectors import vectors_of
 from curation.registry import load_stage
 from curation.schema import ID, KEEP, column_type
 from curation.sources.references import Reference
@@ -19,7 +20,8 @@ from curation.stage import Shard, ShardStage
 from embedder.encoder import Encoder, Precision, embed_images, load_encoder
 from embedder.errors import ImageError
 from embedder.images import CanonicalImage, Limits, canonicalize
-from pipelines.certificate import embeddings_of_leaks, unit_rows
+from embedder.rows import unit_rows
+from pipelines.certificate import embeddings_of_leaks
 from pipelines.run_record import POOL
 from pipelines.tables import Row, Tables
 from pipelines.work_folder import FinishedStage, WorkFolder
@@ -193,9 +195,7 @@ def _embed(work: WorkFolder, name: str, image: CanonicalImage) -> np.ndarray:
     from embedder.images import decode
 
     encoder = encoder_of(work, name)
-    vector = embed_images([encoder], [decode(image.data)])[0].astype(np.float32)
-    unit: np.ndarray = vector / max(float(np.linalg.norm(vector)), 1e-12)
-    return unit
+    return unit_rows(embed_images([encoder], [decode(image.data)])[0]).astype(np.float32)
 
 
 def _nearest(work: WorkFolder, name: str, vector: np.ndarray) -> list[_Match]:
@@ -225,7 +225,8 @@ def _nearest_of(
             alive = _alive(kept.decisions, kept.ranges[flow][0] + shard)
             table = table.filter(pc.is_in(table[ID], alive.combine_chunks()))
         if table.num_rows:
-            scores = unit_rows(table).astype(np.float64) @ vector[0].astype(np.float64)
+            rows = vectors_of(table["embedding"], dataset.shard_path(shard))
+            scores = unit_rows(rows) @ vector[0].astype(np.float64)
             first = np.argsort(-scores, kind="stable")[:_NEAREST]
             ids = table[ID].to_pylist()
             best += [_Match(float(scores[i]), ids[i], flow) for i in first]

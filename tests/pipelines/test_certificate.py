@@ -6,9 +6,11 @@ import pytest
 
 from curation.dataset import Dataset
 from curation.errors import ConfigError, DatasetError, SpaceError
+from curation.neighbors.vectors import vectors_of
 from embedder.encoder import embed_images, load_encoder
 from embedder.images import decode
-from pipelines.certificate import certify, markdown, read_vectors
+from embedder.rows import unit_rows
+from pipelines.certificate import certify, markdown
 from pipelines.local_engine import LocalEngine
 from pipelines.verbs import audit
 from pipelines.verbs.run import run_recipe
@@ -17,7 +19,9 @@ from tests.pipelines.audited_run import copied_run, finished_run
 
 
 def vectors_by_id(work, flow):
-    return dict(zip(*read_vectors(work.making(flow, "copy").output("copy")), strict=True))
+    table = work.making(flow, "copy").output("copy").read(["id", "embedding"])
+    rows = unit_rows(vectors_of(table["embedding"], flow)).astype(np.float32)
+    return dict(zip(table["id"].to_pylist(), rows, strict=True))
 
 
 def test_certify__agrees_with_all_pairs():
