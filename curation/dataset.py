@@ -8,6 +8,8 @@ it is the root of a Merkle tree over the shards, so that one can be checked with
 import contextlib
 import gc
 import hashlib
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -21,6 +23,10 @@ from curation.config import Settings, parse_settings
 from curation.digest import Content
 from curation.errors import DatasetError, StorageError
 from curation.schema import ID, require_columns
+from curation.sources.folders import walk
+from curation.sources.names import hidden_part, inside, own_folders
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "_manifest.json"
 FORMAT_VERSION = 1
@@ -293,23 +299,34 @@ def _foreign_files(path: str) -> tuple[str, list[str]]:
     if path.endswith(".parquet") and storage.exists(path):
         folder, _, name = path.rpartition("/")
         return folder or ".", [name]
-    files = [name for name in storage.walk_files(path) if not _is_hidden(name)]
-    names = [name for name in files if name.endswith(".parquet")]
+    files, left_out = _walk_foreign(path)
+    names = [name for name in files if name.lower().endswith(".parquet")]
     arrays = next((name for name in files if name.endswith((".npy", ".npz"))), None)
     if arrays is not None:
         raise DatasetError(
             f"{path}: holds NumPy arrays ({arrays}), which are not read; write their rows into "
             "Parquet, with a column of ids and one of lists"
         )
+    if left_out:
+        logger.warning("%s: left out: %s", path, left_out)
     if not names:
         state = "no Parquet files in this folder" if storage.exists(path) else "does not exist"
         raise DatasetError(f"{path}: {state}; name a data set or a folder of Parquet files")
     return path, names
 
 
-def _is_hidden(name: str) -> bool:
-    """Whether a file or a folder that it lies in is no data by its name, as for ingest."""
-    return any(part.startswith((".", "_")) for part in name.split("/"))
+def _walk_foreign(path: str) -> tuple[list[str], str]:
+    """Names of files below a folder, and what is left out, as ingest has it."""
+    if not storage.exists(path):
+        return [], ""
+    left_out = Counter[str]()
+    found = walk(path, left_out)
+    own = own_folders(found)
+    hidden = {name for name in found if inside(name, own) or hidden_part(name)}
+    odd = {name for name, info in found.items() if info.size < 0} - hidden
+    left_out += Counter({"hidden or our own output": len(hidden), "no regular files": len(odd)})
+    told = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
+    return sorted(set(found) - hidden - odd), told
 
 
 def _content_digest(columns: dict[str, str], shards: tuple[ShardInfo, ...]) -> str:

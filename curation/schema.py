@@ -188,7 +188,7 @@ def ids_to_bytes(ids: pa.Array | pa.ChunkedArray, where: str = "") -> np.ndarray
     if len(raw) != 16 * len(ids) or any(len(value) != 32 for value in values):
         row, bad = next((n, value) for n, value in enumerate(values) if not _is_id(value))
         place = f"{where}: " if where else ""
-        raise SchemaError(f"{place}id {bad!r} of row {row} is not 32 hex characters")
+        raise SchemaError(f"{place}id {bad!r} is not 32 hex characters (row {row})")
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, 16)  # (N, 16)
 
 

@@ -71,18 +71,21 @@ def test_dedup__a_null_id_is_refused(tmp_path):
         dedup(tmp_path / "e", "--out", tmp_path / "o")
     ours = [make_id(name) for name in NAMES[:5]]
     write(tmp_path / "f" / "0.parquet", pa.array([*ours, None]), VECTORS[:6])
-    with pytest.raises(CurateError, match=r"0.parquet: id None of row 5 is not 32 hex"):
+    with pytest.raises(CurateError, match=r"0.parquet: id None is not 32 hex characters \(row 5\)"):
         dedup(tmp_path / "f", "--out", tmp_path / "p")
 
 
-def test_dedup__folders_are_walked_as_ingest_does(tmp_path):
+def test_dedup__folders_are_walked_as_ingest_does(tmp_path, caplog):
     for number, place in enumerate(("a/0", "a/b/1", "c/2")):
         some = slice(20 * number, 20 * number + 20)
         write(tmp_path / "e" / f"{place}.parquet", NAMES[some], VECTORS[some])
-    write(tmp_path / "e" / "_tmp" / "x.parquet", ["hidden"], VECTORS[:1])
+    write(tmp_path / "e" / ".tmp" / "x.parquet", ["hidden"], VECTORS[:1])
     write(tmp_path / "e" / "a" / ".x.parquet", ["hidden"], VECTORS[:1])
+    write(tmp_path / "elsewhere" / "_x.PARQUET", ["linked"], np.ones((1, 16), np.float32))
+    (tmp_path / "e" / "link").symlink_to(tmp_path / "elsewhere")
     dedup(tmp_path / "e", "--out", tmp_path / "o")
-    assert set(verdicts(tmp_path / "o")) == set(NAMES)
+    assert set(verdicts(tmp_path / "o")) == {*NAMES, "linked"}
+    assert "left out: 2 hidden or our own output" in caplog.text
 
 
 def test_dedup__numpy_files_are_named_as_unsupported(tmp_path):
