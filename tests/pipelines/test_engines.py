@@ -369,23 +369,28 @@ class FailsCounted(Task[int, int]):
 
 DRIVER = """
 import ctypes, sys, time
+from dataclasses import dataclass
 from pathlib import Path
 from curation.stage import Task
 from pipelines.local_engine import LocalEngine
 from pipelines.ray_engine import RayEngine
 
+@dataclass(frozen=True)
 class Writes(Task):
+    folder: str
+    what: str
+
     def __call__(self, item, opened):
-        Path(sys.argv[1], str(item)).touch()
-        if sys.argv[2] == "foreign":
+        Path(self.folder, str(item)).touch()
+        if self.what == "foreign":
             ctypes.PyDLL(None).usleep(50_000)  # keeps Python's lock
         else:
             time.sleep(0.05)
-        Path(sys.argv[1], str(item)).write_text("done")
+        Path(self.folder, str(item)).write_text("done")
 
 if __name__ == "__main__":
     engine = RayEngine(2) if sys.argv[2] == "ray" else LocalEngine(2)
-    list(engine.map(Writes(), range(10_000), "writes"))
+    list(engine.map(Writes(*sys.argv[1:]), range(10_000), "writes"))
 """
 
 
