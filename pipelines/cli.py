@@ -70,6 +70,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", help="Change one key: KEY=VALUE. May be repeated.")
 ]
+AllowChanged = Annotated[
+    bool,
+    typer.Option(
+        "--allow-changed",
+        help="Go on with other data or settings; log and card say so.",
+    ),
+]
 Recall = Annotated[
     float | None,
     typer.Option(
@@ -984,6 +991,7 @@ def pretrain(
         typer.Option("--continue", help="Run or checkpoint to go on from at another resolution."),
     ] = None,
     changes: Changes = None,
+    allow_changed: AllowChanged = False,
 ) -> None:
     """Pretrain DINOv2 on a manifest; the same command resumes a stopped run.
 
@@ -998,7 +1006,9 @@ def pretrain(
 
     if config and config_file:
         raise ConfigError(f"curate pretrain {config}: and --config {config_file}; give one of them")
-    verb.run_pretrain(config or config_file, data, out, continued, changes or [])
+    verb.run_pretrain(
+        config or config_file, data, out, continued, changes or [], allow_changed=allow_changed
+    )
 
 
 @app.command()
@@ -1012,6 +1022,7 @@ def distill(
         str | None, typer.Option("--teacher", help="Folder of the teacher's pretraining run.")
     ] = None,
     changes: Changes = None,
+    allow_changed: AllowChanged = False,
 ) -> None:
     """Distill a pretrained model into a smaller one; the same command resumes a stopped run.
 
@@ -1021,7 +1032,7 @@ def distill(
     """
     from pipelines.verbs import training as verb
 
-    verb.run_distill(config, data, out, teacher, changes or [])
+    verb.run_distill(config, data, out, teacher, changes or [], allow_changed=allow_changed)
 
 
 @app.command()

@@ -157,6 +157,14 @@ def _positions(format: str, registers: int, side: int) -> list[str]:
     return ["", _POSITIONS[format].format(side=side)]
 
 
+def told_changes(changes: list[dict[str, Any]]) -> str:
+    """Say what a run went on with that it had not begun with."""
+    return "; ".join(
+        f"{one['setting']} was {one['before']} up to step {one['step']:,}, then {one['now']}"
+        for one in changes
+    )
+
+
 def _library(format: str) -> str:
     return {"huggingface": "transformers", "timm": "timm", "onnx": "onnx"}.get(format, "pytorch")
 

@@ -1,5 +1,6 @@
 """Build the method of a run, and refuse what does not fit before the first step."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,25 @@ from torch import Tensor, nn
 
 from curation.errors import ConfigError
 from embedder.checkpoint import load_state, position_grid, read_weights
-from embedder.errors import CheckpointError
 from embedder.vit import ViTConfig
+from pretrain.checkpoint import saved_shapes
 from pretrain.config import DistillConfig, PretrainConfig
 from pretrain.continuing import find_checkpoint, refuse_other_size, restore_networks
 from pretrain.methods.dinov2 import DINOv2
 from pretrain.methods.distillation import Distillation, FeatureDistillation
 from pretrain.methods.learners import SeveralStudents
 
+Begun = tuple[Path, int]
+"""A run's folder, and the step of its checkpoint."""
+
 TOKENS_PER_PROTOTYPE = 50
 """Class tokens of global crops that heads on a frozen backbone must see for each prototype."""
 
 
-def build_method(config: PretrainConfig) -> Any:
+def build_method(config: PretrainConfig, begun: Begun | None = None) -> Any:
     """Build student and teacher from the run's seed, and from `init` where it is given.
+
+    begun: checkpoint of this run that will fill them; what they began with is not needed then.
 
     Gives what `pretrain.methods.learners` describes: a learner, or several.
 
@@ -31,31 +37,36 @@ def build_method(config: PretrainConfig) -> Any:
         ConfigError: the teacher of a distillation is missing or does not fit.
     """
     if isinstance(config, DistillConfig) and config.students:
-        return _build_several(config)
-    return _build_single(config)
+        return _build_several(config, begun)
+    return _build_single(config, begun)
 
 
-def _build_several(config: DistillConfig) -> SeveralStudents:
+def _build_several(config: DistillConfig, begun: Begun | None) -> SeveralStudents:
     """Build each student as its own run would, all with one teacher."""
     built: dict[str, nn.Module] = {}
     teacher: Any = None
     for name, single in config.single().items():
-        built[name] = _build_single(single, teacher)
+        built[name] = _build_single(single, begun, teacher, f"method.students.{name}")
         teacher = built[name].teacher
     return SeveralStudents(built)
 
 
-def _build_single(config: PretrainConfig, teacher: Any = None) -> Any:
-    vit = config.vit()
-    weights, vit = (None, vit) if config.init is None else _initial_weights(config.init, vit)
-    if config.continue_run is not None:
-        continued = find_checkpoint(config.continue_run)
-        refuse_other_size(*continued, "method.student", config, vit)
+def _build_single(
+    config: PretrainConfig, begun: Begun | None, teacher: Any = None, prefix: str = "method"
+) -> Any:
+    weights, vit = None, config.vit()
+    continued = config.continue_run if begun is None else None
+    if config.init is not None and begun is not None:
+        vit = _with_grid_of(begun, f"{prefix}.student", vit)
+    elif config.init is not None:
+        weights, vit = _initial_weights(config.init, vit)
+    if continued is not None:
+        refuse_other_size(*find_checkpoint(continued), "method.student", config, vit)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         method = _new_method(config, vit, teacher)
-    if config.continue_run is not None:
-        restore_networks(method, config.continue_run)
+    if continued is not None:
+        restore_networks(method, continued)
     if weights is not None:
         for network in (method.student, method.averaged):
             load_state(network.backbone, weights, where=str(config.init))
@@ -97,41 +108,10 @@ def refuse_too_many_prototypes(config: PretrainConfig, processes: int) -> None:
         )
 
 
-def refuse_other_model(saved: dict[str, Any], config: PretrainConfig, out: Path) -> None:
-    """A run may change its length, data reading and logging, but not what it trains.
-
-    Raises:
-        CheckpointError: naming the first setting that differs.
-    """
-    ours = config.model_dump(mode="json")
-    for key, default in _DECISIVE.items():
-        before, now = saved.get(key, default), ours.get(key, default)
-        if before != now:
-            raise _changed(out, key, before, now)
-    for section in ("model", "crops", "loss"):
-        for key, value in ours[section].items():
-            if key not in _OF_THE_MACHINE and value != saved[section].get(key):
-                raise _changed(out, f"{section}.{key}", saved[section].get(key), value)
-
-
-_OF_THE_MACHINE = ("block_rows", "max_logit_bytes")
-"""Settings of those sections that change how much is held at once, and nothing else."""
-
-_DECISIVE: dict[str, Any] = {
-    "teacher_run": None,
-    "ibot_tokens": None,
-    "continue_run": None,
-    "students": [],
-    "objective": "prototypes",
-}
-"""Settings outside the sections that decide what is trained, and what those without them mean."""
-
-
-def _changed(out: Path, key: str, before: object, now: object) -> CheckpointError:
-    return CheckpointError(
-        f"{out}: was trained with {key} = {before}, now it is {now}; name another folder, or set "
-        "it back"
-    )
+def _with_grid_of(begun: Begun, network: str, vit: ViTConfig) -> ViTConfig:
+    """Give the position embedding the grid that it has in a checkpoint."""
+    shape = saved_shapes(*begun, network)["backbone.pos_embed"]
+    return replace(vit, image_size=math.isqrt(shape[1] - 1) * vit.patch)
 
 
 def _initial_weights(path: str, vit: ViTConfig) -> tuple[dict[str, Tensor], ViTConfig]:

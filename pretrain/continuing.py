@@ -25,14 +25,17 @@ POSITIONS = "backbone.pos_embed"
 
 
 def load_continued_config(
-    path_or_name: str, overrides: list[str] | tuple[str, ...], run: str
+    path_or_name: str, overrides: list[str] | tuple[str, ...], run: str, out: str | None = None
 ) -> PretrainConfig:
     """Lay a config over the settings of the run that it continues; it may name any part of them.
+
+    out: the folder of this run; once it has a checkpoint, it needs the other run no more.
 
     Raises:
         ConfigError: no such run or config, or a setting that cannot be.
     """
-    saved = saved_settings(*find_checkpoint(run))
+    begun = out is not None and bool(checkpoint.saved_steps(Path(out)))
+    saved = saved_settings(*find_checkpoint(str(out) if begun else run))
     if "teacher_run" in saved:
         raise ConfigError(f"{run}: is a distillation; only `curate pretrain` runs can be continued")
     above = read_mapping(find_config("pretrain", path_or_name))
@@ -79,6 +82,13 @@ def refuse_other_size(
                 f"{folder}: holds {name} of {shapes.get(name)}, and its settings say "
                 f"{tuple(value.shape)}"
             )
+
+
+def has_checkpoint(run: str) -> bool:
+    """Whether a path is a run with checkpoints, or one of them."""
+    path = Path(run)
+    one = re.fullmatch(r"step-(\d+)", path.name) and path.is_dir()
+    return bool(one or checkpoint.saved_steps(path))
 
 
 def find_checkpoint(run: str) -> tuple[Path, int]:

@@ -20,8 +20,10 @@ class RunLog:
         self._bad_path = out / "bad_images.jsonl"
         self._bad = {record.get("id") for record in read_lines(self._bad_path)}
         self._board = _open_tensorboard(out) if tensorboard and rank() == 0 else None
+        self.last_step = 0
         if rank() == 0:
             kept = [record for record in read_lines(self.path) if record.get("step", 0) <= step]
+            self.last_step = kept[-1].get("step", 0) if kept else 0
             self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     @property
@@ -32,6 +34,7 @@ class RunLog:
     def add(self, record: Record) -> None:
         """Append one record."""
         _append(self.path, record)
+        self.last_step = record["step"]
         if self._board is not None:
             for name, value in record.items():
                 if isinstance(value, float):

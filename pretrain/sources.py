@@ -1,9 +1,11 @@
 """Where images come from: shards whose images can be read singly."""
 
+import hashlib
 import logging
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +17,13 @@ from curation.dataset import Dataset
 from curation.errors import DatasetError
 from curation.sources.places import image_place
 from curation.sources.shards import ImageShards
+from embedder.errors import ImageError
 from pretrain.distributed import rank
 
 progress = logging.getLogger("curation.progress")
+
+SAMPLED = 32
+"""Images that are read to know a data set again."""
 
 NO_SET = "none"
 """Name of the rows without a seed set."""
@@ -124,9 +130,39 @@ def open_source(path: str) -> Source:
     return source
 
 
-def describe_source(path: str, source: Source) -> dict[str, str | int | None]:
-    """Say what a run learns from, for its checkpoints and its model's card."""
+def describe_source(path: str, source: Source) -> dict[str, Any]:
+    """Say what a run learns from, for its checkpoints and its model's card.
+
+    `digest` is of names, sizes and order, and of some of the images: what training draws from.
+    """
     place, digest = image_place(path), None
     if Dataset.is_finished(place):
         digest = Dataset.open(place).manifest.content_digest
-    return {"path": place, "images": sum(source.sizes), "content_digest": digest}
+    return {
+        "path": place,
+        "images": sum(source.sizes),
+        "content_digest": digest,
+        "digest": _digest_of(source, digest),
+    }
+
+
+def _digest_of(source: Source, content_digest: str | None) -> str:
+    found = hashlib.blake2b(f"{content_digest} {source.sizes}".encode(), digest_size=16)
+    if isinstance(source, LooseImages):
+        stamps = sorted(source.shards.found.stamps.items())
+        found.update("\n".join(f"{name} {stamp.split(' ')[0]}" for name, stamp in stamps).encode())
+    for shard, row in _spread(source.sizes):
+        try:
+            name, data = source.read(shard, row)
+        except ImageError as error:
+            name, data = source.name(shard, row), error.reason.encode()
+        found.update(name.encode() + hashlib.sha256(data).digest())
+    return found.hexdigest()
+
+
+def _spread(sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """Places of some images, evenly over all."""
+    ends = np.cumsum(sizes)
+    for position in np.unique(np.linspace(0, ends[-1] - 1, SAMPLED).astype(int)):
+        shard = int(np.searchsorted(ends, position, side="right"))
+        yield shard, int(position - (ends[shard - 1] if shard else 0))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from embedder.checkpoint import save_state
 from embedder.errors import CheckpointError
 from pretrain import checkpoint
 from pretrain.batch import Batch
-from pretrain.building import build_method, refuse_other_model, refuse_too_many_prototypes
+from pretrain.building import build_method, refuse_too_many_prototypes
 from pretrain.collapse import Flatness, alarms
 from pretrain.config import PretrainConfig
 from pretrain.data import STOPS, read_batches
@@ -30,6 +31,7 @@ from pretrain.methods.learners import learners
 from pretrain.optim import Schedules, clip_gradients, parameter_groups, prepare_state
 from pretrain.parallel import divide, local_device, process_group, whole_state
 from pretrain.random_streams import Purpose, torch_stream
+from pretrain.resuming import accepted_changes, facts_of
 from pretrain.run_log import Record, RunLog, read_lines
 from pretrain.schedules import Cosine, Linear
 from pretrain.sources import describe_source, open_source
@@ -72,9 +74,12 @@ def run(
     out: str,
     *,
     resume: bool = True,
+    allow_changed: bool = False,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train on packed shards or a folder of images; go on from the last checkpoint in `out`.
+
+    allow_changed: go on with other data or settings; log, checkpoints and card tell them.
 
     SIGTERM or SIGINT ends the run after the step at hand with a checkpoint; a second one, at once.
 
@@ -84,7 +89,9 @@ def run(
     """
     device = local_device(config.run.device)
     with _threads(config.run.threads), _stop_request() as stop, process_group(device):
-        trainer = Trainer(config, data, Path(out), device, resume=resume)
+        trainer = Trainer(
+            config, data, Path(out), device, resume=resume, allow_changed=allow_changed
+        )
         return trainer.train(stop, progress)
 
 
@@ -92,16 +99,25 @@ class Trainer:
     """One run: the method, its optimiser, its data and its place in time."""
 
     def __init__(
-        self, config: PretrainConfig, data: str, out: Path, device: torch.device, *, resume: bool
+        self,
+        config: PretrainConfig,
+        data: str,
+        out: Path,
+        device: torch.device,
+        *,
+        resume: bool = True,
+        allow_changed: bool = False,
     ) -> None:
         self.config = config
         self.out = out
         self.device = device
         refuse_too_many_prototypes(config, world_size())
         self.source = open_source(data)
-        self.data = describe_source(data, self.source)
+        self.facts = facts_of(config, describe_source(data, self.source))
+        self.changes: list[dict[str, Any]] = []
+        begun = self._find_begun(resume=resume, allow_changed=allow_changed)
         self.probe = None if config.knn is None else KnnProbe(config.knn)
-        self.method = build_method(config).to(device).train()
+        self.method = build_method(config, begun).to(device).train()
         divide(self.method, config, device)
         self.learners = learners(self.method)
         window = config.optim.stop_when_flat
@@ -118,7 +134,9 @@ class Trainer:
         )
         self.step = self.resumed_at = 0
         self.position = 0
-        self._prepare_folder(resume)
+        out.mkdir(parents=True, exist_ok=True)
+        if begun is not None:
+            self._restore(begun[1])
         self.log = RunLog(out, self.step, tensorboard=config.run.tensorboard)
 
     def train(self, stop: threading.Event, progress: Progress | None) -> TrainResult:
@@ -187,9 +205,9 @@ class Trainer:
         about = {
             "position": self.position,
             "scaler": self.scaler.state_dict(),
-            "config": self.config.model_dump(mode="json"),
-            "data": self.data,
             "flat": self.flat,
+            "changes": self.changes,
+            **self.facts,
         }
         state = checkpoint.training_state(self.method, self.optimizer)
         folder = checkpoint.save(self.out, self.step, state, about)
@@ -209,19 +227,26 @@ class Trainer:
             write_digests(self.out)
         barrier()
 
-    def _prepare_folder(self, resume: bool) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
+    def _find_begun(self, *, resume: bool, allow_changed: bool) -> tuple[Path, int] | None:
+        """Find the checkpoint to go on from, and hold this run against it."""
         steps = checkpoint.saved_steps(self.out)
-        if steps and not resume:
+        if not steps:
+            return None
+        step = steps[-1]
+        if not resume:
             raise CheckpointError(
-                f"{self.out}: holds a run of {steps[-1]} steps; resume it, or name another folder"
+                f"{self.out}: holds a run of {step} steps; resume it, or name another folder"
             )
-        if steps:
-            self._restore(steps[-1])
+        saved = checkpoint.read_about(self.out, step)
+        found = accepted_changes(saved, self.facts, self.out, allow_changed=allow_changed)
+        for change in found:
+            logger.warning("%s: up to step %d: %s", self.out, step, change)
+        self.changes = [*saved.get("changes", []), *(change.record(step) for change in found)]
+        self.facts["origins"] = saved.get("origins", {}) | self.facts["origins"]
+        return self.out, step
 
     def _restore(self, step: int) -> None:
         about = checkpoint.read_about(self.out, step)
-        refuse_other_model(about["config"], self.config, self.out)
         prepare_state(self.optimizer, checkpoint.stepped_parameters(self.out, step, self.method))
         checkpoint.load_into(self.out, step, checkpoint.training_state(self.method, self.optimizer))
         if about["scaler"]:
@@ -301,6 +326,8 @@ class Trainer:
             return
         record = {**record, "steps": self.config.optim.steps, "bad_images": self.log.num_bad}
         record["alarms"] = alarms(record)
+        if changed := [one for one in self.changes if one["step"] >= self.log.last_step]:
+            record["changed"] = changed
         for alarm in record["alarms"]:
             logger.warning("step %d: %s", record["step"], alarm)
         self.log.add(record)

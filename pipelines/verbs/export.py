@@ -6,7 +6,7 @@ from typing import Any
 
 from curation.errors import ConfigError
 from pipelines import console
-from pipelines.model_card import DataFacts, data_facts, model_card, write_card
+from pipelines.model_card import DataFacts, data_facts, model_card, told_changes, write_card
 
 BACKBONE = "backbone.safetensors"
 
@@ -64,6 +64,8 @@ def _training(weights: Path, recorded: dict[str, Any]) -> dict[str, str]:
         config = recorded["config"]
         found["method"] = "distillation" if "teacher_run" in config else "DINOv2 pretraining"
         found["steps"] = f"{recorded['step']:,}"
+        if changes := recorded.get("changes"):
+            found["changed on the way"] = told_changes(changes)
         found["settings"] = f"`{json.dumps(config, sort_keys=True)}`"
     return found
 

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 def run_pretrain(
-    config: str | None, data: str, out: str, continued: str | None, changes: list[str]
+    config: str | None,
+    data: str,
+    out: str,
+    continued: str | None,
+    changes: list[str],
+    *,
+    allow_changed: bool = False,
 ) -> None:
     """`curate pretrain`.
 
@@ -24,14 +30,20 @@ def run_pretrain(
     console.set_up_logging(True)
     if config is None:
         raise ConfigError("curate pretrain: name a config, a YAML file or one that ships")
-    if continued is None:
-        result = pretrain_on(config, data, out, changes)
-    else:
-        from pretrain.continuing import load_continued_config
-
-        settings = load_continued_config(config, changes, continued)
-        result = _train(settings, data, out)
+    settings = _pretrain_settings(config, changes, continued, out)
+    result = _train(settings, data, out, allow_changed=allow_changed)
     console.print_pairs(result, title="pretrain")
+
+
+def _pretrain_settings(
+    config: str, changes: list[str], continued: str | None, out: str | None
+) -> "PretrainConfig":
+    from pretrain.config import load_config
+    from pretrain.continuing import load_continued_config
+
+    if continued is None:
+        return load_config(config, changes)
+    return load_continued_config(config, changes, continued, out)
 
 
 def pretrain_on(
@@ -43,7 +55,15 @@ def pretrain_on(
     return _train(load_config(config, changes), packed, out, quiet=quiet)
 
 
-def run_distill(config: str, data: str, out: str, teacher: str | None, changes: list[str]) -> None:
+def run_distill(
+    config: str,
+    data: str,
+    out: str,
+    teacher: str | None,
+    changes: list[str],
+    *,
+    allow_changed: bool = False,
+) -> None:
     """`curate distill`."""
     console.set_up_logging(True)
     from pretrain.config import load_distill_config
@@ -51,19 +71,24 @@ def run_distill(config: str, data: str, out: str, teacher: str | None, changes: 
     settings = load_distill_config(config, changes)
     if teacher is not None:
         settings = settings.replace(teacher_run=str(Path(teacher).resolve()))
-    result = _train(settings, data, out)
+    result = _train(settings, data, out, allow_changed=allow_changed)
     console.print_pairs(result, title="distill")
 
 
 def _train(
-    settings: "PretrainConfig", packed: str, out: str, *, quiet: bool = False
+    settings: "PretrainConfig",
+    packed: str,
+    out: str,
+    *,
+    quiet: bool = False,
+    allow_changed: bool = False,
 ) -> dict[str, Any]:
     from pretrain.train import run
 
     watcher = console.TrainingWatcher(settings.optim.steps, quiet=quiet)
     try:
         with _only_writer(out):
-            result = run(settings, packed, out, progress=watcher)
+            result = run(settings, packed, out, allow_changed=allow_changed, progress=watcher)
     finally:
         watcher.close()
     return {
