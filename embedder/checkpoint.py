@@ -28,6 +28,9 @@ CONFIG_KEY = "vit_config"
 """Name of the architecture in the metadata of our safetensors files."""
 DIGEST_KEY = "sha256"
 """Name of the digest of all that is there; files of others have none."""
+LICENCE_KEY = "licence"
+"""Name of the licence that the weights were exported under."""
+UNKNOWN = "unknown"
 
 WRAPPERS = ("teacher", "model", "state_dict", "student")
 PREFIXES = ("module.", "teacher.", "backbone.", "_orig_mod.")
@@ -98,10 +101,17 @@ def load_backbone(path: Path | str, config: ViTConfig | None = None) -> VisionTr
     """
     weights, saved = read_weights(path)
     config = config or saved or infer_config(weights, where=str(path))
-    model = _described_model(weights, config, where=str(path))
-    refuse_misfit(model, weights, where=str(path))
+    return build_backbone(weights, config, where=str(path))
+
+
+def build_backbone(
+    weights: Mapping[str, Tensor], config: ViTConfig, where: str
+) -> VisionTransformer:
+    """Build the model of an architecture with these weights; see `load_backbone`."""
+    model = _described_model(weights, config, where)
+    refuse_misfit(model, weights, where)
     model.to_empty(device="cpu")
-    load_state(model, weights, where=str(path))
+    load_state(model, weights, where)
     return model.eval()
 
 
@@ -167,6 +177,22 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig | None]
     else:
         state, config = _read_torch(path), None
     return public_names(state, str(path), path.stat().st_size), config
+
+
+def licence_of(path: Path | str) -> str:
+    """The licence that a file or folder of weights was exported under, if it is known.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    if path.suffix != ".safetensors":
+        return UNKNOWN
+    with (
+        foreign_weights(f"{path}: not a readable safetensors file", CheckpointError),
+        safe_open(path, framework="pt") as file,
+    ):
+        return str((file.metadata() or {}).get(LICENCE_KEY, UNKNOWN))
 
 
 def _refuse_more_than_the_file(state: Mapping[str, Any], max_bytes: int, where: str) -> None:

@@ -1121,8 +1121,13 @@ def show(
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of a run, or a file of weights.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder of a run, one of its checkpoints, or a file of weights.")
+    ],
     out: Out,
+    step: Annotated[
+        int | None, typer.Option("--step", min=0, help="Checkpoint of the run; its last.")
+    ] = None,
     format: Annotated[
         str, typer.Option("--format", help="safetensors, onnx, huggingface or timm.")
     ] = "safetensors",
@@ -1131,8 +1136,9 @@ def export(
         typer.Option("--data", help="Work folder or manifest that it learned from, for the card."),
     ] = None,
     licence: Annotated[
-        str, typer.Option("--licence", help="Licence of the weights, for the card.")
-    ] = "unknown",
+        str | None,
+        typer.Option("--licence", help="Licence of the weights; that of the file, else unknown."),
+    ] = None,
 ) -> None:
     """Write a backbone for others: for transformers, timm, ONNX runtimes; with a model card.
 
@@ -1140,11 +1146,13 @@ def export(
 
         curate export build/demo/pretrain --format huggingface --out model --data build/demo
 
+        curate export runs/vits14 --step 5000 --out model
+
         curate export dinov2_vits14_pretrain.pth --format onnx --out model
     """
     from pipelines.verbs import export as verb
 
-    verb.run_export(checkpoint, format, out, data, licence)
+    verb.run_export(checkpoint, format, out, data, licence, step)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from curation.config import laid_over
 from embedder.errors import CheckpointError
 from pretrain import checkpoint
+from pretrain.backbones import find_saved
 from pretrain.config import DistillConfig, PretrainConfig
 from pretrain.continuing import find_checkpoint, has_checkpoint
 from pretrain.digests import DIGESTS, digest_of
@@ -182,13 +183,15 @@ def _origin_digest(config: PretrainConfig, key: str) -> str | None:
     if value is None:
         return None
     path = Path(value)
-    left = path / BACKBONE
-    if getattr(config, "objective", None) == "features" and left.is_file():
-        path = left
+    features = getattr(config, "objective", None) == "features"
+    if features and (saved := find_saved(path)):
+        path = saved.folder
+    elif has_checkpoint(value):
+        path = checkpoint.checkpoint_folder(*find_checkpoint(value))
+    elif (path / BACKBONE).is_file():
+        path = path / BACKBONE
     if path.is_file():
         return digest_of(path)["sha256"]
-    if has_checkpoint(value):
-        path = checkpoint.checkpoint_folder(*find_checkpoint(value))
     return _folder_digest(path) if path.is_dir() else None
 
 

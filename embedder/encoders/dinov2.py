@@ -5,6 +5,7 @@ FILE is what `curate pretrain`, `distill` or `export` left, a released file, or 
 at 224 pixels, or at the size that it was trained at where that is less.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from embedder import checkpoint
 from embedder.checkpoint import load_backbone
 from embedder.encoder import LoadOptions
 from embedder.encoders.torch_trunk import (
@@ -31,6 +33,9 @@ from embedder.feature_maps import FeatureModel, Layer
 from embedder.vit import VisionTransformer, ViTConfig, vit_config
 
 HUB = "https://dl.fbaipublicfiles.com/dinov2"
+PUBLIC_LICENCE = "Apache-2.0 (public weights)"
+_SIZE = re.compile(r"vit[tsblg](14|16)(_reg)?")
+_RELEASED = re.compile(r"dinov2_vit[sblg]14(_reg4)?_pretrain\.pth")
 IMAGE_SIZE = 224
 """As the public k-NN evaluation; a multiple of both patch sizes."""
 
@@ -50,17 +55,29 @@ class ClassToken(nn.Module):
 
 def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
     """Load a DINOv2 backbone of a size such as vits14, vitl14 or vitg14_reg, or a file of one."""
+    return encoder_of(open_backbone(name, argument, options), name, options, licence_of(argument))
+
+
+def encoder_of(
+    backbone: VisionTransformer, name: str, options: LoadOptions, licence: str
+) -> TrunkEncoder:
+    """Make an encoder of a backbone that is loaded already."""
     placement = place(options)
-    backbone = open_backbone(name, argument, options)
     preprocessing = preprocessing_of(name, backbone.config, options)
     trunk = TorchTrunk(ClassToken(backbone), preprocessing, placement, weights_digest(backbone))
-    return TrunkEncoder(name, trunk, backbone.config.width, "Apache-2.0 (public weights)")
+    return TrunkEncoder(name, trunk, backbone.config.width, licence)
 
 
 def load_features(name: str, argument: str, options: LoadOptions) -> FeatureModel:
     """Load a backbone to look at its layers, after the final norm each."""
+    return features_of(open_backbone(name, argument, options), name, options, licence_of(argument))
+
+
+def features_of(
+    backbone: VisionTransformer, name: str, options: LoadOptions, licence: str
+) -> FeatureModel:
+    """Look into a backbone that is loaded already."""
     placement = place(options)
-    backbone = open_backbone(name, argument, options)
     preprocessing = preprocessing_of(name, backbone.config, options)
     parts = {"weights": weights_digest(backbone), "preprocessing": asdict(preprocessing)}
     backbone.to(placement.device, placement.dtype)
@@ -77,7 +94,7 @@ def load_features(name: str, argument: str, options: LoadOptions) -> FeatureMode
     return FeatureModel(
         name,
         digest_of(**parts, precision=placement.precision),
-        "Apache-2.0 (public weights)",
+        licence,
         backbone.config.depth,
         backbone.config.patch,
         preprocessing.size,
@@ -86,6 +103,17 @@ def load_features(name: str, argument: str, options: LoadOptions) -> FeatureMode
         run_raw=run_raw,
         run_attention=backbone.class_attention,
     )
+
+
+def licence_of(argument: str) -> str:
+    """The licence of what `SIZE[:FILE]` or FILE names; released files are known by their names."""
+    size, _, rest = argument.partition(":")
+    file = rest if _SIZE.fullmatch(size) else argument
+    if file == RANDOM:
+        return "none (random weights)"
+    if not file or _RELEASED.fullmatch(Path(file).name):
+        return PUBLIC_LICENCE
+    return checkpoint.licence_of(file)
 
 
 def preprocessing_of(name: str, config: ViTConfig, options: LoadOptions) -> Preprocessing:

@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from embedder.checkpoint import LICENCE_KEY, UNKNOWN
 from embedder.encoder import EncoderMemory, LoadOptions, Thresholds
 from embedder.encoders.torch_trunk import (
     IMAGENET_MEAN,
@@ -51,7 +52,7 @@ class OnnxEncoder:
     preprocessing: Preprocessing
     session: Any
     memory: EncoderMemory
-    licence: str = "that of the file"
+    licence: str
     thresholds: Thresholds | None = None
     precision: str = "float32"
 
@@ -95,7 +96,10 @@ def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
     parts = {"weights": weights, "preprocessing": asdict(preprocessing)}
     space = digest_of(**parts)
     memory = EncoderMemory(2 * path.stat().st_size, _BYTES_PER_INPUT * batch * 3 * size * size)
-    return OnnxEncoder(name, texts_of(parts), space, width, batch, preprocessing, session, memory)
+    licence = metadata.get(LICENCE_KEY, UNKNOWN)
+    return OnnxEncoder(
+        name, texts_of(parts), space, width, batch, preprocessing, session, memory, licence
+    )
 
 
 def _providers(name: str, device: str) -> list[Any]:

@@ -81,11 +81,11 @@ def run_show(
 def _map_rows(
     kind: str, files: Sequence["StoredImage"], encoder: str, side: int | None
 ) -> list[list[Shown]]:
-    from embedder.feature_maps import load_feature_model
+    from embedder.encoder import LoadOptions
     from pretrain.evaluation.pictures import attention_pictures, fitted, patch_rows, pca_pictures
-    from pretrain.evaluation.tasks import encoder_name
+    from pretrain.evaluation.tasks import open_feature_model
 
-    model = load_feature_model(encoder_name(encoder))
+    model = open_feature_model(encoder, LoadOptions())
     images = [fitted(file.pixels(), model, side) for file in files]
     rows = [[Shown(image, _caption(file))] for image, file in zip(images, files, strict=True)]
     if kind == "pca":
@@ -103,11 +103,11 @@ def _map_rows(
 def _knn_rows(
     files: Sequence["StoredImage"], encoder: str, database: Sequence["StoredImage"], k: int
 ) -> list[list[Shown]]:
-    from embedder.encoder import embed_images, load_encoder
+    from embedder.encoder import LoadOptions, embed_images
     from pretrain.evaluation.pictures import neighbours
-    from pretrain.evaluation.tasks import encoder_name
+    from pretrain.evaluation.tasks import open_encoder
 
-    opened = load_encoder(encoder_name(encoder))
+    opened = open_encoder(encoder, LoadOptions())
     queries, bank = (
         embed_images([opened], [file.pixels for file in some])[0].astype(np.float32)
         for some in (files, database)

@@ -97,7 +97,7 @@ def _train(
         "first loss": result.first.get("loss"),
         "last loss": result.last.get("loss"),
         "unreadable images": result.bad_images,
-        "backbone": str(result.backbone),
+        "backbone": str(result.backbone if result.finished else f"curate export {out}"),
         "log": str(result.log),
     }
 

@@ -12,10 +12,13 @@ from curation.config import Settings, apply_changes, parse_settings
 from curation.dataset import Dataset
 from curation.errors import ConfigError
 from curation.sources.shards import image_file, images_below
-from embedder.encoder import Encoder, load_encoder
+from embedder.checkpoint import UNKNOWN
+from embedder.encoder import Encoder, LoadOptions, load_encoder
+from embedder.encoders import dinov2
 from embedder.errors import EncoderError
 from embedder.feature_maps import FeatureModel, load_feature_model
 from embedder.images import Pixels
+from pretrain.backbones import find_saved
 from pretrain.evaluation.artifacts import ArtifactSettings, artifacts
 from pretrain.evaluation.datasets import (
     DEPTH,
@@ -64,6 +67,11 @@ class Request:
     allow_hub: bool = False
     changes: list[str] = field(default_factory=list)
     """KEY=VALUE of the task's settings."""
+
+    @property
+    def loading(self) -> LoadOptions:
+        """How the encoder is to run."""
+        return LoadOptions(self.device, "auto", self.allow_hub, self.image_size)
 
 
 class Measured(NamedTuple):
@@ -259,40 +267,63 @@ def _artifacts(request: Request, settings: ArtifactSettings) -> Measured:
 
 
 def encoder_name(name: str) -> str:
-    """The name of an encoder; files and folders of backbones stand for themselves.
+    """The name of an encoder; files and folders with a backbone stand for themselves.
 
     Raises:
         ConfigError: what looks like a file is none.
     """
-    if Path(name).exists():
+    path = Path(name)
+    if (path / "backbone.safetensors").is_file():  # a run whose checkpoints are gone
+        return f"dinov2:{path / 'backbone.safetensors'}"
+    if path.exists():
         return f"dinov2:{name}"
     if ":" not in name and ("/" in name or Path(name).suffix in (".pth", ".safetensors")):
         raise ConfigError(f"{name}: no such file or folder with a backbone")
     return name
 
 
-def _encoder(request: Request) -> Encoder:
+def open_encoder(name: str, options: LoadOptions) -> Encoder:
+    """Load an encoder by name, or the backbone of a file, a folder, a run or a checkpoint.
+
+    Raises:
+        CurateError: there is none.
+    """
+    saved = find_saved(Path(name.removeprefix("dinov2:")))
+    if saved is not None:
+        return dinov2.encoder_of(saved.load(), saved.name, options, UNKNOWN)
     return load_encoder(
-        _named(request),
-        device=request.device,
-        allow_hub=request.allow_hub,
-        image_size=request.image_size,
+        encoder_name(name),
+        device=options.device,
+        allow_hub=options.allow_hub,
+        image_size=options.image_size,
     )
+
+
+def open_feature_model(name: str, options: LoadOptions) -> FeatureModel:
+    """Load what shows its layers, named as for `open_encoder`."""
+    saved = find_saved(Path(name.removeprefix("dinov2:")))
+    if saved is not None:
+        return dinov2.features_of(saved.load(), saved.name, options, UNKNOWN)
+    return load_feature_model(
+        encoder_name(name),
+        device=options.device,
+        allow_hub=options.allow_hub,
+        image_size=options.image_size,
+    )
+
+
+def _encoder(request: Request) -> Encoder:
+    return open_encoder(_named(request), request.loading)
 
 
 def _feature_model(request: Request) -> FeatureModel:
-    return load_feature_model(
-        _named(request),
-        device=request.device,
-        allow_hub=request.allow_hub,
-        image_size=request.image_size,
-    )
+    return open_feature_model(_named(request), request.loading)
 
 
 def _named(request: Request) -> str:
     if request.encoder is None:
         raise EncoderError("no encoder: name one with --encoder, such as dinov2:vits14 or a file")
-    return encoder_name(request.encoder)
+    return request.encoder
 
 
 def _train_of(request: Request) -> str:

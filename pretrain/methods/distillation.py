@@ -21,6 +21,7 @@ from curation.errors import ConfigError
 from embedder.checkpoint import load_backbone
 from embedder.vit import Tokens, VisionTransformer, ViTConfig
 from pretrain import checkpoint
+from pretrain.backbones import find_saved
 from pretrain.batch import Batch, index_masks
 from pretrain.config import DistillConfig, PretrainConfig
 from pretrain.continuing import refuse_other_size, saved_settings
@@ -163,8 +164,9 @@ def load_teacher_backbone(config: DistillConfig) -> VisionTransformer:
     if config.teacher_run is None:
         raise ConfigError("no teacher: name a run, or a file of weights, with --teacher")
     path = Path(config.teacher_run)
+    saved = find_saved(path)
     left = path / "backbone.safetensors"
-    teacher = load_backbone(left if left.is_file() else path)
+    teacher = saved.load() if saved else load_backbone(left if left.is_file() else path)
     if teacher.config.patch != config.vit().patch:
         raise ConfigError(
             f"{path}: the teacher has patch = {teacher.config.patch}, the student "

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from curation.dataset import commit, write_shard
 from curation.errors import ConfigError
 from curation.schema import schema_of
+from embedder.encoder import load_encoder
+from embedder.encoders.dinov2 import licence_of
 from pipelines.cli import app
 from pipelines.model_card import data_facts
 from pretrain.train import run
@@ -47,6 +49,44 @@ def test_export__writes_weights_and_card(trained: Path, tmp_path: Path, format: 
         metadata = file.metadata()
     assert metadata["licence"] == "cc-by-4.0"
     assert json.loads(metadata["vit_config"])["width"] == 24
+
+
+def export(*arguments: object) -> None:
+    result = CLI.invoke(app, ["export", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        ("safetensors", "dinov2:{out}/model.safetensors"),
+        ("huggingface", "dinov2:{out}"),
+        ("timm", "dinov2:{out}"),
+        ("onnx", "onnx:{out}/model.onnx"),
+    ],
+)
+def test_export__the_licence_stays_with_the_weights(
+    trained: Path, tmp_path: Path, format: str, name: str
+) -> None:
+    given, again = tmp_path / "given", tmp_path / "again"
+    export(trained / "run", "--format", format, "--out", given, "--licence", "cc-by-nc-4.0")
+    assert load_encoder(name.format(out=given), device="cpu").licence == "cc-by-nc-4.0"
+    if format == "timm":
+        config = json.loads((given / "config.json").read_text())
+        assert config["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+    if format != "onnx":
+        export(given if format != "safetensors" else given / "model.safetensors", "--out", again)
+        assert (again / "README.md").read_text().startswith("---\nlicense: cc-by-nc-4.0\n")
+
+
+def test_licence__of_weights_that_name_none_is_unknown(trained: Path, tmp_path: Path) -> None:
+    file = trained / "run" / "backbone.safetensors"
+    assert load_encoder(f"dinov2:{file}").licence == "unknown"
+    export(file, "--out", tmp_path)
+    assert (tmp_path / "README.md").read_text().startswith("---\nlicense: unknown\n")
+    assert load_encoder("dinov2:vits14:random").licence == "none (random weights)"
+    assert licence_of("vits14") == "Apache-2.0 (public weights)"
+    assert licence_of("/w/dinov2_vitb14_reg4_pretrain.pth") == "Apache-2.0 (public weights)"
 
 
 def test_export__what_cannot_be_is_one_line(trained: Path, tmp_path: Path) -> None:
