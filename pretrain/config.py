@@ -1,8 +1,10 @@
 """Settings of a pretraining run. Defaults are those of the paper's ViT-L/14 recipe."""
 
+import copy
+import logging
 import math
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections.abc import Iterable
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -10,7 +12,18 @@ from curation.config import Settings, apply_changes, find_config, parse_settings
 from curation.errors import ConfigError
 from embedder.vit import ViTConfig, vit_config
 
+logger = logging.getLogger(__name__)
+
 Pair = tuple[float, float]
+
+_FREEZE = ("optim", "freeze_backbone_steps")
+SCHEDULES = (
+    ("optim", "warmup_steps"),
+    ("teacher", "temperature_warmup_steps"),
+    ("optim", "freeze_last_layer_steps"),
+    _FREEZE,
+)
+"""What is given in steps, by section."""
 
 
 class ModelSettings(Settings):
@@ -266,6 +279,16 @@ class PretrainConfig(Settings):
             **changes,
         )
 
+    def misfits(self) -> list[tuple[str, str]]:
+        """Schedules that would not be through within the run; a backbone may stay frozen."""
+        steps = self.optim.steps
+        found = {
+            ("optim", "warmup_steps"): self.optim.warmup_steps > steps,
+            ("teacher", "temperature_warmup_steps"): self.teacher.temperature_warmup_steps > steps,
+            ("optim", "freeze_last_layer_steps"): self.optim.freeze_last_layer_steps >= steps,
+        }
+        return [key for key, is_longer in found.items() if is_longer]
+
     @property
     def fits_heads(self) -> bool:
         """Whether the backbone stays as it is throughout."""
@@ -280,6 +303,9 @@ class PretrainConfig(Settings):
         if self.optim.lr_scaling == "none":
             return self.optim.base_lr
         return self.optim.base_lr * math.sqrt(self.effective_batch(processes) / 1024)
+
+
+C = TypeVar("C", bound=PretrainConfig)
 
 
 class StudentSettings(ModelSettings):
@@ -351,8 +377,7 @@ def load_config(path_or_name: str, overrides: list[str] | tuple[str, ...] = ()) 
     Raises:
         ConfigError: no such file or name, or a setting that cannot be.
     """
-    values = _read(find_config("pretrain", path_or_name), overrides)
-    return parse_settings(PretrainConfig, values, where=path_or_name)
+    return _loaded(PretrainConfig, "pretrain", path_or_name, overrides)
 
 
 def load_distill_config(
@@ -363,11 +388,54 @@ def load_distill_config(
     Raises:
         ConfigError: no such file or name, or a setting that cannot be.
     """
-    values = _read(find_config("distill", path_or_name), overrides)
-    return parse_settings(DistillConfig, values, where=path_or_name)
+    return _loaded(DistillConfig, "distill", path_or_name, overrides)
 
 
-def _read(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    values = read_mapping(path)
+def _loaded(
+    model: type[C], kind: str, path_or_name: str, overrides: list[str] | tuple[str, ...]
+) -> C:
+    file = read_mapping(find_config(kind, path_or_name))
+    values = copy.deepcopy(file)
     apply_changes(values, overrides)
-    return values
+    return fitted(parse_settings(model, values, where=path_or_name), [file], overrides)
+
+
+def fitted(config: C, layers: list[dict[str, Any]], overrides: Iterable[str]) -> C:
+    """Scale the schedules that are given in steps if a run is too short for one of them.
+
+    layers: what the settings were read from, the last above the others. Each schedule keeps its
+    share of the length that stood beside it; what an override names was meant for this run.
+
+    Raises:
+        ConfigError: one does not fit the length that it was written for.
+    """
+    named: dict[str, Any] = {}
+    apply_changes(named, overrides)
+    meant = _lengths_meant([PretrainConfig().model_dump(), *layers, named])
+    values, steps = config.model_dump(mode="json"), config.optim.steps
+    unfit = config.misfits()
+    if not unfit and not (config.fits_heads and meant[_FREEZE] > steps):
+        return config
+    for section, name in meant:
+        if meant[section, name] > steps:
+            scaled = round(values[section][name] * steps / meant[section, name])
+            values[section][name] = min(scaled, steps)
+        elif (section, name) in unfit:
+            raise ConfigError(
+                f"{section}.{name} = {values[section][name]} does not fit optim.steps = {steps}; "
+                "make it smaller, or the run longer"
+            )
+    result = parse_settings(type(config), values, "schedules")
+    told = ", ".join(f"{s}.{n} = {values[s][n]}" for s, n in meant if meant[s, n] > steps)
+    logger.warning("schedules are scaled to optim.steps = %d: %s", steps, told)
+    return result
+
+
+def _lengths_meant(layers: list[dict[str, Any]]) -> dict[tuple[str, str], int]:
+    """Length of the run that each schedule was written for."""
+    steps, meant = 0, dict[tuple[str, str], int]()
+    for layer in layers:
+        steps = (layer.get("optim") or {}).get("steps", steps)
+        given = (key for key in SCHEDULES if key[1] in (layer.get(key[0]) or {}))
+        meant |= dict.fromkeys(given, steps)
+    return meant

@@ -18,7 +18,7 @@ from curation.errors import ConfigError
 from embedder.errors import CheckpointError, foreign_weights
 from embedder.vit import ViTConfig
 from pretrain import checkpoint
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, fitted
 from pretrain.methods.dinov2 import DINOv2, Network
 
 POSITIONS = "backbone.pos_embed"
@@ -42,7 +42,8 @@ def load_continued_config(
     values = laid_over({**saved, "init": None}, above)
     apply_changes(values, overrides)
     values["continue_run"] = str(Path(run).resolve())
-    return parse_settings(PretrainConfig, values, where=path_or_name)
+    config = parse_settings(PretrainConfig, values, where=path_or_name)
+    return fitted(config, [saved, above], overrides)
 
 
 def saved_settings(out: Path, step: int) -> dict[str, Any]:

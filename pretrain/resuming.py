@@ -9,7 +9,7 @@ from curation.config import laid_over
 from embedder.errors import CheckpointError
 from pretrain import checkpoint
 from pretrain.backbones import find_saved
-from pretrain.config import DistillConfig, PretrainConfig
+from pretrain.config import SCHEDULES, DistillConfig, PretrainConfig
 from pretrain.continuing import find_checkpoint, has_checkpoint
 from pretrain.digests import DIGESTS, digest_of
 from pretrain.distributed import world_size
@@ -35,13 +35,7 @@ FREE = (
 """What decides no number but by rounding: the machine, and what is written down."""
 
 STEPS = "optim.steps"
-LENGTHS = (
-    STEPS,
-    "optim.warmup_steps",
-    "optim.freeze_last_layer_steps",
-    "optim.freeze_backbone_steps",
-    "teacher.temperature_warmup_steps",
-)
+LENGTHS = (STEPS, *map(".".join, SCHEDULES))
 """A run may become longer or shorter; schedules that are given in steps follow. It is recorded."""
 
 BATCH = ("optim.batch_size", "optim.accumulate")

@@ -1,6 +1,7 @@
 """What a run writes for people and machines: log.jsonl and bad_images.jsonl."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class RunLog:
         if rank() == 0:
             kept = [record for record in read_lines(self.path) if record.get("step", 0) <= step]
             self.last_step = kept[-1].get("step", 0) if kept else 0
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            self.path.write_text("".join(map(_line, kept)))
 
     @property
     def num_bad(self) -> int:
@@ -72,6 +73,19 @@ def _record(path: Path, number: int, line: bytes) -> Record:
     return record
 
 
+def _line(record: Record) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Put null for what is no number: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _open_tensorboard(out: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -86,7 +100,7 @@ def _open_tensorboard(out: Path) -> Any:
 def _append(path: Path, record: Record) -> None:
     try:
         with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
     except OSError as error:
         raise TrainingError(
             f"{path}: cannot be written: {error.strerror}; make room, and the same command goes on "

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -127,6 +128,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.run.precision == "float16"
         )
+        if misfits := config.misfits():
+            logger.warning(
+                "%s not through in %d steps", ", ".join(map(".".join, misfits)), config.optim.steps
+            )
         self.schedules = Schedules.of(config, world_size())
         self.momentum = Cosine(*config.teacher.momentum, config.optim.steps)
         self.temperature = Linear(
@@ -193,6 +198,17 @@ class Trainer:
             "loss": loss,
             **losses,
             "grad_norm": norms,
+            **self._scheduled(self.step - 1),
+            "images_seen": self.position,
+        }
+
+    def _scheduled(self, step: int) -> dict[str, float]:
+        """What the schedules gave a step; groups and layers take their share of the rate."""
+        return {
+            "lr": self.schedules.lr(step),
+            "weight_decay": self.schedules.weight_decay(step),
+            "teacher_momentum": self.momentum(step),
+            "teacher_temperature": self.temperature(step),
         }
 
     def _submodules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -324,7 +340,9 @@ class Trainer:
                 record[_named(name, "knn")] = self.probe.accuracy(learner.averaged.backbone)
         if not self._is_logged(record["step"]) or rank() > 0:
             return
-        record = {**record, "steps": self.config.optim.steps, "bad_images": self.log.num_bad}
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        totals = {"steps": self.config.optim.steps, "bad_images": self.log.num_bad}
+        record = {**record, **totals, "time": now}
         record["alarms"] = alarms(record)
         if changed := [one for one in self.changes if one["step"] >= self.log.last_step]:
             record["changed"] = changed

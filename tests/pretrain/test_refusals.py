@@ -39,7 +39,7 @@ def weights(**shape: int) -> Case:
     [
         (set_("crops.global_size=50"), r"crops\.global_size 50 .* multiple of the patch 14.* 56"),
         (set_("optim.stps=3"), r"optim\.stps.*did you mean 'steps'"),
-        (empty_manifest, r"packed: holds no images; want packed shards"),
+        (empty_manifest, r"packed: holds no images; its shards are empty"),
         (weights(width=48), r"w\.safetensors.*weights do not fit"),
         (weights(depth=3), r"w\.safetensors.*weights do not fit"),
     ],
@@ -50,7 +50,9 @@ def test_pretrain__refuses_before_the_first_step(tmp_path: Path, case: Case, say
     config.write_text(yaml.safe_dump(small_config().model_dump(mode="json")))
     images = write_folder(tmp_path / "images", 4)
     out = tmp_path / "out"
-    command = ["pretrain", str(config), "--data", str(images), "--out", str(out), *case(tmp_path)]
+    given = case(tmp_path)
+    data = [] if "--data" in given else ["--data", str(images)]
+    command = ["pretrain", str(config), "--out", str(out), *data, *given]
     result = CliRunner().invoke(app, command)
     assert isinstance(result.exception, CurateError)
     with pytest.raises(CurateError, match=f"(?s){says}"):
