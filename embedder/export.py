@@ -55,11 +55,10 @@ def _huggingface(model: VisionTransformer, out: Path, about: dict[str, str]) -> 
     }
     path = out / "model.safetensors"
     write_safetensors(weights, path, {"format": "pt", **_ours(model), **about})
-    side = min(224, model.config.image_size)
     return [
         path,
         _write_json(out / "config.json", described),
-        _write_json(out / "preprocessor_config.json", _processor(side)),
+        _write_json(out / "preprocessor_config.json", _processor(model.config.side)),
     ]
 
 

@@ -56,8 +56,7 @@ def export_onnx(model: VisionTransformer, path: Path, metadata: Mapping[str, str
             verbose=False,
         )
     assert program is not None, "the exporter returns its program"
-    size = min(224, model.config.image_size) // patch * patch
-    described = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": size}
+    described = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": model.config.side}
     program.model.metadata_props.update({k: json.dumps(v) for k, v in described.items()})
     program.model.metadata_props.update(metadata)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,8 @@ SIZES = {
 }
 """Width, depth and heads by letter; t is ours, for small machines."""
 
+SIDE = 224
+"""Pixels along a side of an image in the public k-NN evaluation."""
 MAX_SCORES = 2**27
 """Attention scores held at once when they are computed by plain products (256 MiB in bfloat16)."""
 
@@ -41,9 +43,9 @@ class ViTConfig:
     """The architecture of one backbone; saved with its weights.
 
     `image_size` is the side in pixels that the position embedding was made for: other sizes are
-    interpolated. `layerscale` is the initial gamma, None for none. `antialias` False resizes the
-    position embedding by a scale factor with `interpolate_offset` added to the patch counts (the
-    plain released models), True by target size (the released models with registers).
+    interpolated. `layerscale` is the initial gamma, None for none. `interpolate_offset` is added
+    to the patch counts for the factors by which positions are resized (the plain released models);
+    without it, or with `antialias` (those with registers), they are resized to the counts.
     """
 
     width: int
@@ -69,6 +71,11 @@ class ViTConfig:
             raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
         if self.image_size % self.patch:
             raise ValueError(f"image size {self.image_size} is not a multiple of {self.patch}")
+
+    @property
+    def side(self) -> int:
+        """Side in pixels at which images are seen: 224, or what it was made for; whole patches."""
+        return max(min(SIDE, self.image_size) // self.patch, 1) * self.patch
 
     @property
     def grid(self) -> int:
@@ -379,10 +386,11 @@ class VisionTransformer(nn.Module):
         if rows == columns == grid:
             return self.pos_embed
         plane = self.pos_embed[:, 1:].float().view(1, grid, grid, -1).permute(0, 3, 1, 2)
-        if config.antialias:
-            plane = F.interpolate(plane, size=(rows, columns), mode="bicubic", antialias=True)
+        offset = config.interpolate_offset
+        if config.antialias or not offset:  # a factor without offset may round to one row less
+            antialias = config.antialias
+            plane = F.interpolate(plane, (rows, columns), mode="bicubic", antialias=antialias)
         else:
-            offset = config.interpolate_offset
             scale = ((rows + offset) / grid, (columns + offset) / grid)
             plane = F.interpolate(plane, scale_factor=scale, mode="bicubic")  # (1, D, rows, cols)
         patches = plane.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)

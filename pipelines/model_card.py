@@ -113,7 +113,6 @@ def model_card(
     parameters = sum(weight.numel() for weight in model.parameters())
     head = f"{config.registers} registers" if config.registers else "no registers"
     rest = {name: value for name, value in about.items() if name != "licence"}
-    side = min(224, config.image_size)
     lines = [
         "---",
         _head("license", about.get("licence", UNKNOWN)),
@@ -127,8 +126,8 @@ def model_card(
         f"made for {config.image_size} px and interpolated elsewhere.\n",
         "## Load it\n",
         f"```python\n{_LOADING[format].format(out=_in_quotes(out))}\n```\n",
-        f"Inputs: RGB, short side to {round(side * 256 / 224)}, centre {side} px (any multiple of "
-        f"{config.patch} works), ImageNet's mean and deviation.",
+        f"Inputs: RGB, short side to {round(config.side * 256 / 224)}, centre {config.side} px "
+        f"(any multiple of {config.patch} works), ImageNet's mean and deviation.",
         *_positions(format, config.registers, config.image_size),
         "\n## Data\n",
         *_data_lines(facts),

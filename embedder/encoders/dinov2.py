@@ -36,8 +36,6 @@ HUB = "https://dl.fbaipublicfiles.com/dinov2"
 PUBLIC_LICENCE = "Apache-2.0 (public weights)"
 _SIZE = re.compile(r"vit[tsblg](14|16)(_reg)?")
 _RELEASED = re.compile(r"dinov2_vit[sblg]14(_reg4)?_pretrain\.pth")
-IMAGE_SIZE = 224
-"""As the public k-NN evaluation; a multiple of both patch sizes."""
 
 
 class ClassToken(nn.Module):
@@ -121,9 +119,7 @@ def preprocessing_of(name: str, config: ViTConfig, options: LoadOptions) -> Prep
 
     Raises: EncoderError where the size is no multiple of the patch.
     """
-    side = options.image_size or min(IMAGE_SIZE, config.image_size)
-    if options.image_size is None:
-        side = side // config.patch * config.patch
+    side = options.image_size or config.side
     if side % config.patch:
         raise EncoderError(
             f"encoder {name!r}: {side} px are no multiple of its patch {config.patch}"

@@ -8,8 +8,10 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import (
+    AutoImageProcessor,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
@@ -25,6 +27,7 @@ from embedder.images import decode, resize
 from embedder.onnx_export import resize_matrix
 from embedder.peers import Peer, with_interpolation
 from embedder.vit import VisionTransformer, ViTConfig, vit_config
+from pipelines.model_card import DataFacts, model_card
 from pretrain.batch import normalize
 
 SIZES = ((224, 224), (518, 518), (336, 560))
@@ -188,9 +191,49 @@ def test_load_backbone__random_weights_of_timm(name: str, tmp_path: Path) -> Non
         torch.testing.assert_close(theirs, tokens(retuned(model, "timm"), images), **CLOSE)
 
 
+@pytest.mark.parametrize(("grid", "patch"), [(37, 14), (14, 16)])
+def test_with_interpolation__positions_of_transformers_at_every_side(grid: int, patch: int) -> None:
+    """Factors round to one row less at 546, 602 and 1,092 px, among others."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 1,
+             "patch_size": patch, "image_size": grid * patch}  # fmt: skip
+    config = ViTConfig(12, 1, 1, patch, grid * patch)
+    peer = Dinov2Model(Dinov2Config(**shape)).eval()
+    model = VisionTransformer(with_interpolation(config, "huggingface")).eval()
+    with torch.no_grad():
+        model.pos_embed.copy_(peer.embeddings.position_embeddings)
+        for count in (*range(1, 150), 172):
+            tokens = torch.empty(1, 1 + count * (count + 1), 12)
+            theirs = peer.embeddings.interpolate_pos_encoding(
+                tokens, count * patch, (count + 1) * patch
+            )
+            ours = model.interpolated_pos_embed(count, count + 1)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(546, 602), (1092, 14)])
+def test_export__transformers_agrees_where_factors_round(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    model, out = exported("vits14", "huggingface", tmp_path)
+    images = torch.randn(1, 3, *size)
+    theirs = peer_tokens("huggingface", out, model, images)
+    torch.testing.assert_close(theirs, tokens(retuned(model, "huggingface"), images), **CLOSE)
+
+
+def test_interpolated_pos_embed__plain_models_keep_the_public_factors() -> None:
+    model = small("vits14")
+    plane = model.pos_embed[:, 1:].detach().view(1, 37, 37, -1).permute(0, 3, 1, 2)
+    scale = (39 + 0.1) / 37, (43 + 0.1) / 37
+    public = torch.nn.functional.interpolate(plane, scale_factor=scale, mode="bicubic")
+    ours = model.interpolated_pos_embed(39, 43)[:, 1:].detach()
+    assert torch.equal(ours, public.flatten(2).transpose(1, 2))
+
+
 @pytest.mark.parametrize("count", [1, 5, 16, 37, 50])
 @pytest.mark.parametrize("antialias", [False, True])
 def test_resize_matrix__is_torch_s_bicubic(count: int, antialias: bool) -> None:
+    torch.manual_seed(0)
     plane = torch.randn(1, 2, 37, 37)
     matrix = resize_matrix(count, torch.tensor(float(count)), 37, antialias=antialias)
     ours = torch.einsum("ia,jb,cab->cij", matrix, matrix, plane[0])
@@ -216,3 +259,23 @@ def test_processor__is_imagenet_s(tmp_path: Path) -> None:
     values = json.loads((out / "preprocessor_config.json").read_text())
     assert (values["image_mean"], values["image_std"]) == ([*IMAGENET_MEAN], [*IMAGENET_STD])
     assert (values["size"], values["crop_size"]["height"]) == ({"shortest_edge": 256}, 224)
+
+
+@pytest.mark.parametrize(
+    ("patch", "side", "seen"), [(12, 240, 216), (14, 98, 98), (16, 512, 224), (15, 300, 210)]
+)
+def test_processor__gives_whole_patches(patch: int, side: int, seen: int, tmp_path: Path) -> None:
+    """What `transformers` shows the model is what our encoder, the ONNX file and the card say."""
+    model = VisionTransformer(ViTConfig(24, 1, 3, patch, side)).eval()
+    export_backbone(model, "huggingface", tmp_path)
+    photo = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    shown = processor(Image.fromarray(photo), return_tensors="pt")["pixel_values"]
+    assert shown.shape == (1, 3, seen, seen)
+    peer = Dinov2Model.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert peer(shown).last_hidden_state.shape[1] == 1 + (seen // patch) ** 2
+    encoder = load_encoder(f"dinov2:{tmp_path}", device="cpu")
+    assert encoder.preprocess(photo).shape == (seen, seen, 3)
+    card = model_card(model, "huggingface", str(tmp_path), DataFacts(), {})
+    assert f"centre {seen} px" in card
