@@ -94,7 +94,7 @@ def _refuse_not_finite(out: Path, step: int, state: State) -> None:
         raise TrainingError(
             f"step {step}: {found or 'another process holds numbers that are not finite'}; nothing "
             f"is saved; the last checkpoint is that of step {steps[-1] if steps else 0}; lower "
-            "optim.base_lr, or use run.precision float32"
+            "optim.base_lr, or use run.precision float32, with --allow-changed"
         )
 
 

@@ -35,7 +35,9 @@ def health(cls: Tensor, projected: Projected, temperature: float) -> dict[str, f
 
 
 def effective_rank(x: Tensor) -> Tensor:
-    """Give exp(entropy) of the singular values of centred rows (M, D)."""
+    """Give exp(entropy) of the singular values of centred rows (M, D); NaN if one is no number."""
+    if not x.isfinite().all():
+        return x.new_tensor(math.nan)
     values = torch.linalg.svdvals(x - x.mean(0))
     share = values / values.sum().clamp(min=1e-12)
     entropy: Tensor = torch.special.entr(share).sum()
@@ -57,7 +59,7 @@ def alarms(measured: dict[str, float]) -> list[str]:
 
 
 class Flatness:
-    """Tells when loss and prototypes in use have stopped moving, as fitted heads should.
+    """Tells when loss and prototypes in use, where there are any, have stopped moving.
 
     Compared are the means of two windows of logged steps, one after the other.
     """
@@ -69,7 +71,7 @@ class Flatness:
     def add(self, measured: dict[str, float]) -> bool:
         """Add a logged step; say whether both are flat by now."""
         self._seen = self._seen[1 - 2 * self._window :]
-        self._seen.append((measured["loss"], measured["prototypes_in_use"]))
+        self._seen.append((measured["loss"], measured.get("prototypes_in_use", 0.0)))
         if len(self._seen) < 2 * self._window:
             return False
         before, now = (

@@ -4,9 +4,9 @@ import copy
 import logging
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from curation.config import Settings, apply_changes, find_config, parse_settings, read_mapping
 from curation.errors import ConfigError
@@ -14,7 +14,27 @@ from embedder.vit import ViTConfig, vit_config
 
 logger = logging.getLogger(__name__)
 
-Pair = tuple[float, float]
+
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("goes from the larger to the smaller; turn it round")
+    return pair
+
+
+def _not_all_zero(weights: dict[str, float]) -> dict[str, float]:
+    if not any(weights.values()):
+        raise ValueError("gives no set a share; one must be above 0")
+    return weights
+
+
+_Share = Annotated[float, Field(ge=0, le=1)]
+_PartOfArea = Annotated[float, Field(gt=0, le=1)]
+_NotNegative = Annotated[float, Field(ge=0)]
+_Positive = Annotated[float, Field(gt=0)]
+_BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Shares = Annotated[tuple[_Share, _Share], AfterValidator(_ascending)]
+Areas = Annotated[tuple[_PartOfArea, _PartOfArea], AfterValidator(_ascending)]
+Weights = Annotated[dict[str, _NotNegative], AfterValidator(_not_all_zero)]
 
 _FREEZE = ("optim", "freeze_backbone_steps")
 SCHEDULES = (
@@ -52,11 +72,11 @@ class CropSettings(Settings):
 
     global_size: int = Field(default=224, gt=0)
     """Side of a global crop in pixels."""
-    global_scale: Pair = (0.32, 1.0)
+    global_scale: Areas = (0.32, 1.0)
     """Area of a global crop as a share of the image."""
     local_size: int = Field(default=98, gt=0)
     """Side of a local crop in pixels."""
-    local_scale: Pair = (0.05, 0.32)
+    local_scale: Areas = (0.05, 0.32)
     """Area of a local crop as a share of the image."""
     local_count: int = Field(default=8, ge=0)
     """Local crops an image."""
@@ -70,7 +90,7 @@ class MaskSettings(Settings):
 
     probability: float = Field(default=0.5, ge=0, le=1)
     """Share of the global crops that are masked."""
-    ratio: Pair = (0.1, 0.5)
+    ratio: Shares = (0.1, 0.5)
     """Share of the patches that a masked crop hides: from, to."""
 
 
@@ -122,9 +142,9 @@ class LossSettings(Settings):
 class TeacherSettings(Settings):
     """Schedules of the EMA teacher."""
 
-    momentum: Pair = (0.994, 1.0)
+    momentum: Shares = (0.994, 1.0)
     """Momentum at the start and at the end, along a cosine."""
-    temperature: Pair = (0.04, 0.07)
+    temperature: tuple[_Positive, _Positive] = (0.04, 0.07)
     """Temperature at the start and after its warm-up, along a line."""
     temperature_warmup_steps: int = Field(default=37_500, ge=0)
     """Steps of that warm-up."""
@@ -147,9 +167,9 @@ class OptimSettings(Settings):
     """Learning rate at the end of the cosine."""
     warmup_steps: int = Field(default=100_000, ge=0)
     """Steps of linear warm-up."""
-    weight_decay: Pair = (0.04, 0.2)
+    weight_decay: tuple[_NotNegative, _NotNegative] = (0.04, 0.2)
     """Weight decay at the start and at the end, along a cosine."""
-    betas: Pair = (0.9, 0.999)
+    betas: tuple[_BelowOne, _BelowOne] = (0.9, 0.999)
     """AdamW's betas."""
     clip_norm: float | None = Field(default=3.0, gt=0)
     """Largest gradient norm of each submodule; null for no clipping."""
@@ -174,7 +194,7 @@ class DataSettings(Settings):
     """Loader processes; 0 loads in the training process. Does not change what is trained on."""
     window_shards: int = Field(default=64, gt=0)
     """Shards among which images are shuffled at a time; shards themselves are shuffled globally."""
-    seed_set_weights: dict[str, float] | None = None
+    seed_set_weights: Weights | None = None
     """Share of the samples by seed set ("none" for rows without one); null takes every image once
     an epoch."""
 

@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -31,6 +33,11 @@ STOPS = (signal.SIGTERM, signal.SIGINT)
 """Signals by which a run is asked to end."""
 CHECKED_EVERY_S = 1.0
 """How often a loader worker looks whether its driver lives."""
+SHARED_MEMORY = Path("/dev/shm")
+PREFETCHED = 2
+"""Batches that each loader worker holds ready."""
+_BYTES_A_PATCH = 1 + 8 + 4
+"""Its mask, its place and its weight."""
 _TELLS_WHO_ASKS = hasattr(signal, "sigtimedwait")
 MAX_SUBSTITUTES = 100
 """Bad images in a row after which the data are not believed to be images."""
@@ -148,6 +155,8 @@ def read_batches(
         CurateError: what a worker met, in one line.
     """
     optim = config.optim
+    if SHARED_MEMORY.is_dir():
+        refuse_little_shared_memory(config, shutil.disk_usage(SHARED_MEMORY).free)
     # Crops are too small to share between threads, and workers forked from a process whose
     # OpenCV threads are alive would wait for them for ever.
     cv2.setNumThreads(1)
@@ -156,6 +165,7 @@ def read_batches(
         batch_size=None,
         sampler=Parts(position, rank, processes, optim.batch_size, optim.accumulate),
         num_workers=config.data.workers,
+        prefetch_factor=PREFETCHED if config.data.workers else None,
         worker_init_fn=_end_with_driver,
     )
     with _signals_held():
@@ -164,6 +174,31 @@ def read_batches(
         if isinstance(batch, CurateError):
             raise batch
         yield batch
+
+
+def refuse_little_shared_memory(config: PretrainConfig, free: int) -> None:
+    """Batches of workers wait in shared memory; without room for them loading hangs for ever.
+
+    Raises:
+        TrainingError: with the bytes that are needed.
+    """
+    workers = config.data.workers
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = batch_bytes(config) * (PREFETCHED * workers + 1) * processes
+    if workers and free < needed:
+        raise TrainingError(
+            f"data.workers = {workers}: their batches need {needed / 1e6:,.1f} MB of shared "
+            f"memory, and {SHARED_MEMORY} has {free / 1e6:,.1f} MB free; set data.workers to fewer "
+            f"or 0, or give the container more (docker run --shm-size={needed // 2**20 + 2}m)"
+        )
+
+
+def batch_bytes(config: PretrainConfig) -> int:
+    """Most bytes that the crops and masks of one batch take."""
+    crops, images = config.crops, config.optim.batch_size
+    patches = (crops.global_size // config.vit().patch) ** 2
+    pixels = 2 * crops.global_size**2 + crops.local_count * crops.local_size**2
+    return images * (3 * pixels + 2 * patches * _BYTES_A_PATCH)
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """The few collective operations of training; each is the identity in a single process."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -36,6 +38,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def max_over_ranks(x: Tensor) -> Tensor:
     """Take the elementwise maximum over all processes; the argument is left as it is."""
     return _reduced(x, dist.ReduceOp.MAX) if _several() else x
+
+
+def gather_lists(values: list[T]) -> list[T]:
+    """Put the lists of all processes together, in their order."""
+    if not _several():
+        return values
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, values)
+    return [value for part in found for value in part]
 
 
 def gather_rows(x: Tensor) -> Tensor:

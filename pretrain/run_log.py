@@ -7,7 +7,7 @@ from typing import Any
 
 from curation.errors import ConfigError
 from pretrain.batch import BadImage
-from pretrain.distributed import rank
+from pretrain.distributed import any_rank, barrier, gather_lists, rank
 from pretrain.errors import TrainingError
 
 Record = dict[str, Any]
@@ -19,13 +19,16 @@ class RunLog:
     def __init__(self, out: Path, step: int, *, tensorboard: bool = False) -> None:
         self.path = out / "log.jsonl"
         self._bad_path = out / "bad_images.jsonl"
-        self._bad = {record.get("id") for record in read_lines(self._bad_path)}
+        bad, lines = read_lines(self._bad_path), read_lines(self.path)
+        self._bad = {record.get("id") for record in bad}
         self._board = _open_tensorboard(out) if tensorboard and rank() == 0 else None
-        self.last_step = 0
+        kept = [record for record in lines if record.get("step", 0) <= step]
+        self.last_step = kept[-1].get("step", 0) if kept else 0
+        barrier()  # all have read
         if rank() == 0:
-            kept = [record for record in read_lines(self.path) if record.get("step", 0) <= step]
-            self.last_step = kept[-1].get("step", 0) if kept else 0
-            self.path.write_text("".join(map(_line, kept)))
+            _rewrite(self.path, kept)
+            if self._bad_path.is_file():
+                _rewrite(self._bad_path, bad)
 
     @property
     def num_bad(self) -> int:
@@ -41,12 +44,15 @@ class RunLog:
                 if isinstance(value, float):
                     self._board.add_scalar(name, value, record["step"])
 
-    def add_bad(self, images: tuple[BadImage, ...]) -> None:
-        """List bad images, each once."""
-        for name, reason in images:
+    def add_bad(self, images: list[BadImage]) -> None:
+        """List the bad images of all processes, each once; every process must call this."""
+        if not any_rank(bool(images)):
+            return
+        for name, reason in gather_lists(images):
             if name not in self._bad:
                 self._bad.add(name)
-                _append(self._bad_path, {"id": name, "reason": reason})
+                if rank() == 0:
+                    _append(self._bad_path, {"id": name, "reason": reason})
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -97,12 +103,26 @@ def _open_tensorboard(out: Path) -> Any:
     return SummaryWriter(str(out / "tensorboard"))
 
 
+def _rewrite(path: Path, records: list[Record]) -> None:
+    """Leave whole lines alone, or the file as it was."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text("".join(map(_line, records)))
+        partial.replace(path)
+    except OSError as error:
+        raise _no_writing(path, error) from error
+
+
 def _append(path: Path, record: Record) -> None:
     try:
         with path.open("a") as file:
             file.write(_line(record))
     except OSError as error:
-        raise TrainingError(
-            f"{path}: cannot be written: {error.strerror}; make room, and the same command goes on "
-            "from the last checkpoint"
-        ) from error
+        raise _no_writing(path, error) from error
+
+
+def _no_writing(path: Path, error: OSError) -> TrainingError:
+    return TrainingError(
+        f"{path}: cannot be written: {error.strerror}; make room, and the same command goes on "
+        "from the last checkpoint"
+    )

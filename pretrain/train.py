@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[Record], None]
 
+MIN_SCALE = 2.0**-10
+"""Of the losses in float16: the scaler skips steps that overflow, and those that always do end."""
+
 REPEATED_S = 1.0
 """Signals within this time are one request: torchrun and `timeout` send theirs to a process that
 its group has reached already."""
@@ -183,7 +186,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         clipped = clip_gradients(self._submodules(), self.config.optim.clip_norm)
         norms = {name: float(norm) for name, norm in clipped.items()}
-        if not self.scaler.is_enabled():  # it skips the steps that overflow
+        if not self.scaler.is_enabled() or self.scaler.get_scale() < MIN_SCALE:
             self._refuse_nan("gradients", norms, sum(norms.values()), parts)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -279,8 +282,7 @@ class Trainer:
         start = time.perf_counter()
         parts = [next(batches).to(self.device) for _ in range(self.config.optim.accumulate)]
         waited = time.perf_counter() - start
-        for part in parts:
-            self.log.add_bad(part.bad)
+        self.log.add_bad([bad for part in parts for bad in part.bad])
         record = self.take_step(parts)
         elapsed = time.perf_counter() - start
         record["images_per_s"] = self.config.effective_batch(world_size()) / elapsed
@@ -322,8 +324,8 @@ class Trainer:
         ids = [name for part in parts for name in part.ids]
         raise TrainingError(
             f"step {self.step + 1}: the {kind} are no longer numbers: {values}; images of the "
-            f"batch: {', '.join(ids)}; lower optim.base_lr, or use run.precision float32, and "
-            f"{self._way_back()}"
+            f"batch: {', '.join(ids)}; lower optim.base_lr, or use run.precision float32, with "
+            f"--allow-changed, and {self._way_back()}"
         )
 
     def _way_back(self) -> str:

@@ -315,4 +315,6 @@ def test_refuse_too_many_prototypes__fifty_class_tokens_each(images: str, tmp_pa
 def test_flatness__two_equal_windows() -> None:
     flat = Flatness(2)
     losses = [5.0, 4.0, 3.0, 2.0, 2.0, 2.001, 2.0]
+    loss_alone = Flatness(2)  # features have no prototypes
+    assert [loss_alone.add({"loss": x}) for x in losses] == [False] * 6 + [True]
     assert [flat.add({"loss": x, "prototypes_in_use": 8.0}) for x in losses] == [False] * 6 + [True]

@@ -52,6 +52,13 @@ def test_two_processes__follow_one(
         torch.testing.assert_close(their_teacher[key], value, rtol=bound, atol=10 * bound)
 
 
+def test_add_bad__bad_images_of_all_processes_are_listed_once(
+    pair: tuple[Path, str, dict[str, Any]],
+) -> None:
+    listed = read_lines(pair[0] / "run" / "bad_images.jsonl")
+    assert [record["id"] for record in listed] == ["both.jpg", "0.jpg", "1.jpg"]
+
+
 def test_run__goes_on_with_another_number_of_processes(
     pair: tuple[Path, str, dict[str, Any]], tmp_path: Path
 ) -> None:

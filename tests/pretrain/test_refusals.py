@@ -42,8 +42,29 @@ def weights(**shape: int) -> Case:
         (empty_manifest, r"packed: holds no images; its shards are empty"),
         (weights(width=48), r"w\.safetensors.*weights do not fit"),
         (weights(depth=3), r"w\.safetensors.*weights do not fit"),
+        (
+            set_("crops.global_scale=[1.0, 0.3]"),
+            r"crops\.global_scale' is \[1\.0, 0\.3\]: .* turn it",
+        ),
+        (
+            set_("crops.global_scale=[2, 3]"),
+            r"crops\.global_scale\.0' is 2: .*less than or equal to 1",
+        ),
+        (set_("crops.local_scale=[0, 1]"), r"crops\.local_scale\.0' is 0: .*greater than 0"),
+        (set_("masks.ratio=[0.5, 0.1]"), r"masks\.ratio' is \[0\.5, 0\.1\]: .* turn it"),
+        (set_("masks.ratio=[0.1, 3]"), r"masks\.ratio\.1' is 3: .*less than or equal to 1"),
+        (set_("optim.betas=[0.9, 1.5]"), r"optim\.betas\.1' is 1\.5: .*less than 1"),
+        (set_("optim.weight_decay=[-1, 0]"), r"optim\.weight_decay\.0' is -1: .*equal to 0"),
+        (set_("teacher.momentum=[1.5, 1.0]"), r"teacher\.momentum\.0' is 1\.5: .*equal to 1"),
+        (set_("teacher.momentum=[1.0, 0.9]"), r"teacher\.momentum' is \[1\.0, 0\.9\]: .* turn it"),
+        (set_("teacher.temperature=[0.0, 0.1]"), r"teacher\.temperature\.0' is 0\.0: .*than 0"),
+        (set_("data.seed_set_weights={a: -1}"), r"data\.seed_set_weights\.a' is -1: .*equal to 0"),
+        (
+            set_("data.seed_set_weights={a: 0}"),
+            r"data\.seed_set_weights' is .*gives no set a share",
+        ),
     ],
-    ids=["crop", "key", "manifest", "width", "depth"],
+    ids=["crop", "key", "manifest", "width", "depth", *(str(i) for i in range(12))],
 )
 def test_pretrain__refuses_before_the_first_step(tmp_path: Path, case: Case, says: str) -> None:
     config = tmp_path / "config.yaml"

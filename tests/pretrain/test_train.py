@@ -2,6 +2,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,17 @@ from embedder.checkpoint import load_backbone, save_backbone
 from embedder.errors import CheckpointError
 from embedder.vit import VisionTransformer
 from pretrain import checkpoint
+from pretrain.collapse import effective_rank
 from pretrain.config import PretrainConfig, load_config
-from pretrain.data import Batches, Part, read_batches
+from pretrain.data import (
+    Batches,
+    Part,
+    batch_bytes,
+    read_batches,
+    refuse_little_shared_memory,
+)
 from pretrain.errors import TrainingError
-from pretrain.run_log import Record, read_lines
+from pretrain.run_log import Record, RunLog, read_lines
 from pretrain.sources import open_source
 from pretrain.train import Trainer, TrainResult, run
 from tests.pretrain.small_runs import jpeg, small_config, stop_after, write_folder, write_shards
@@ -150,6 +158,47 @@ def test_run__gradients_that_are_no_numbers_change_nothing(images: str, tmp_path
     after = trainer.method.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in networks)
     assert checkpoint.saved_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_run__a_rate_that_blows_up_is_one_line(images: str, tmp_path: Path, precision: str) -> None:
+    config = small_config(
+        optim={"steps": 60, "base_lr": 1e8, "warmup_steps": 0},
+        run={"precision": precision, "checkpoint_every_steps": 1, "keep_checkpoints": 60},
+    )
+    with pytest.raises(TrainingError, match=r"no longer numbers.*images of the batch: .*\.jpg"):
+        run(config, images, str(tmp_path))
+    for step in checkpoint.saved_steps(tmp_path):
+        shapes = checkpoint.saved_shapes(tmp_path, step, "method")
+        state = {f"method.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+        checkpoint.load_into(tmp_path, step, state)
+        assert all(value.isfinite().all() for value in state.values())
+
+
+def test_effective_rank__of_what_is_no_number_is_none() -> None:
+    assert effective_rank(torch.tensor([[1.0, torch.nan], [0.0, 1.0]])).isnan()
+
+
+def test_run_log__half_a_line_is_dropped_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "bad_images.jsonl"
+    path.write_text('{"id": "a.jpg", "reason": "empty"}\n{"id": "x.jpg", "rea')
+    RunLog(tmp_path, 0).add_bad([("b.jpg", "no_image"), ("a.jpg", "empty")])
+    assert [record["id"] for record in read_lines(path)] == ["a.jpg", "b.jpg"]
+    assert RunLog(tmp_path, 0).num_bad == 2
+
+
+def test_read_batches__little_shared_memory_is_one_line(images: str) -> None:
+    config = small_config(data={"workers": 2})
+    batch = Batches(open_source(images), config).batch(Part(0, 4, 0, 4))
+    tensors = (getattr(batch, field.name) for field in fields(batch))
+    taken = sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
+    assert taken <= batch_bytes(config) < 1.1 * taken
+    refuse_little_shared_memory(config, 5 * batch_bytes(config))
+    refuse_little_shared_memory(small_config(), 0)
+    with pytest.raises(
+        TrainingError, match=r"data\.workers = 2: .*/dev/shm has 0\.1 MB .*--shm-size"
+    ):
+        refuse_little_shared_memory(config, 10**5)
 
 
 def test_run__a_checkpoint_past_mending_is_named(images: str, tmp_path: Path) -> None:

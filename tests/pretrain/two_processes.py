@@ -14,6 +14,7 @@ from pretrain.data import Batches, Part
 from pretrain.distributed import rank, world_size
 from pretrain.optim import Schedules, build_optimizer, clip_gradients
 from pretrain.parallel import divide, whole_state
+from pretrain.run_log import RunLog
 from pretrain.schedules import Cosine
 from pretrain.sources import open_source
 from pretrain.train import run
@@ -74,6 +75,10 @@ def main(process: int, folder: str, images: str) -> None:
     dist.init_process_group("gloo", store=store, rank=process, world_size=2)
     found = {name: series(images, name) for name in CASES}
     run(resumable(2, 3), images, f"{folder}/run")
+    log = RunLog(Path(folder) / "run", 3)
+    log.add_bad([("both.jpg", "no_image"), (f"{process}.jpg", "empty")])
+    log.add_bad([("both.jpg", "no_image")] if process else [])
+    assert log.num_bad == 3
     if process == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
