@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
+from curation.lock import LOCK_FILE
+
 DIGESTS = "digests.json"
 _GROWING = (".jsonl",)
 _TENSORBOARD = "tensorboard/"
@@ -110,9 +112,9 @@ def _names(folder: Path) -> list[str]:
 
 
 def _is_apart(name: str) -> bool:
-    # _step.json is of who runs the training: it is written after these digests. Torch's own files
-    # begin with underscores, too.
-    of_the_runner = name.startswith("_") and name.endswith(".json")
+    # _step.json is of who runs the training, and written after these digests; the lock goes when
+    # the run ends. Torch's own files begin with underscores, too.
+    of_the_runner = name == LOCK_FILE or (name.startswith("_") and name.endswith(".json"))
     return name == DIGESTS or of_the_runner or name.startswith("checkpoints/") or ".partial" in name
 
 

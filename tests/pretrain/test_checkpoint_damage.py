@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from curation.lock import locked
 from embedder.errors import CheckpointError
 from pretrain import checkpoint
 from pretrain.checkpoint_reader import METADATA, read_metadata
@@ -238,3 +239,9 @@ def test_find_damage__covers_all_that_a_run_leaves(out: Path) -> None:
         damage(out / DIGESTS, at)
     (out / "small" / "backbone.safetensors").unlink()
     assert find_damage(out) == ["small/backbone.safetensors: is missing"]
+
+
+def test_find_damage__knows_nothing_of_the_lock_of_the_run_that_writes(out: Path) -> None:
+    with locked(str(out)):
+        write_digests(out)
+    assert find_damage(out) == []
