@@ -188,6 +188,8 @@ def describe_validation_error(model: type[BaseModel], error: ValidationError, wh
         return f"{where}: unknown key '{key}'{_nearest(str(first['loc'][-1]), known)}{others}"
     if first["type"] == "missing":
         return f"{where}: key '{key}' is missing{others}"
+    if not first["loc"]:  # a check of several settings names them itself
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}{others}"
     found = json.dumps(first["input"], default=str)[:80]
     hint = _number_hint(first["input"])
     return (

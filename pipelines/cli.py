@@ -979,10 +979,10 @@ def pretrain(
     data: Annotated[
         str, typer.Option("--data", help="A work folder, manifest, packed shards or images.")
     ],
-    out: Out,
     config: Annotated[
         str | None, typer.Argument(help="A YAML file, or the name of one that ships.")
     ] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder of the run.")] = None,
     config_file: Annotated[
         str | None, typer.Option("--config", help="The same, as an option.")
     ] = None,
@@ -992,12 +992,18 @@ def pretrain(
     ] = None,
     changes: Changes = None,
     allow_changed: AllowChanged = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Take two steps; show settings, schedules, time, memory."),
+    ] = False,
 ) -> None:
     """Pretrain DINOv2 on a manifest; the same command resumes a stopped run.
 
     Examples:
 
         curate pretrain demo --data build/demo/manifest --out build/demo/pretrain
+
+        curate pretrain vits14 --data build/demo/manifest --dry-run
 
         curate pretrain highres_518 --continue runs/vitl14 --data manifest --out runs/vitl14-518
     """
@@ -1006,6 +1012,11 @@ def pretrain(
 
     if config and config_file:
         raise ConfigError(f"curate pretrain {config}: and --config {config_file}; give one of them")
+    if dry_run:
+        verb.rehearse_pretrain(config or config_file, data, out, continued, changes or [])
+        return
+    if out is None:
+        raise typer.BadParameter("is missing: name the folder of the run", param_hint="--out")
     verb.run_pretrain(
         config or config_file, data, out, continued, changes or [], allow_changed=allow_changed
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+import yaml
 from pydantic import AfterValidator, Field, model_validator
 
 from curation.config import Settings, apply_changes, find_config, parse_settings, read_mapping
@@ -298,6 +299,11 @@ class PretrainConfig(Settings):
             image_size=max(self.crops.global_size // patch, 1) * patch,
             **changes,
         )
+
+    def as_yaml(self) -> str:
+        """Every setting, as `load_config` reads it."""
+        values = self.model_dump(mode="json")
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
     def misfits(self) -> list[tuple[str, str]]:
         """Schedules that would not be through within the run; a backbone may stay frozen."""

@@ -24,7 +24,7 @@ from pretrain.building import build_method, refuse_too_many_prototypes
 from pretrain.collapse import Flatness, alarms
 from pretrain.config import PretrainConfig
 from pretrain.data import STOPS, read_batches
-from pretrain.digests import write_digests
+from pretrain.digests import DIGESTS, write_digests
 from pretrain.distributed import any_rank, barrier, rank, sum_over_ranks, world_size
 from pretrain.errors import TrainingError
 from pretrain.evaluation.knn import KnnProbe
@@ -40,6 +40,8 @@ from pretrain.sources import describe_source, open_source
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[Record], None]
+
+CONFIG = "config.yaml"
 
 MIN_SCALE = 2.0**-10
 """Of the losses in float16: the scaler skips steps that overflow, and those that always do end."""
@@ -92,7 +94,7 @@ def run(
             numbers.
     """
     device = local_device(config.run.device)
-    with _threads(config.run.threads), _stop_request() as stop, process_group(device):
+    with threads(config.run.threads), _stop_request() as stop, process_group(device):
         trainer = Trainer(
             config, data, Path(out), device, resume=resume, allow_changed=allow_changed
         )
@@ -145,6 +147,8 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         if begun is not None:
             self._restore(begun[1])
+        if rank() == 0:
+            self._write_config()
         self.log = RunLog(out, self.step, tensorboard=config.run.tensorboard)
 
     def train(self, stop: threading.Event, progress: Progress | None) -> TrainResult:
@@ -162,6 +166,12 @@ class Trainer:
         if self.done:
             self._save_backbone()
         return self._result()
+
+    def try_steps(self, count: int) -> list[float]:
+        """Take real steps and save nothing; give the seconds that each took."""
+        batches, batch = self._batches(), self.config.effective_batch(world_size())
+        records = [self._timed_step(batches) for _ in range(min(count, self.config.optim.steps))]
+        return [batch / record["images_per_s"] for record in records]
 
     @property
     def done(self) -> bool:
@@ -201,11 +211,11 @@ class Trainer:
             "loss": loss,
             **losses,
             "grad_norm": norms,
-            **self._scheduled(self.step - 1),
+            **self.scheduled(self.step - 1),
             "images_seen": self.position,
         }
 
-    def _scheduled(self, step: int) -> dict[str, float]:
+    def scheduled(self, step: int) -> dict[str, float]:
         """What the schedules gave a step; groups and layers take their share of the rate."""
         return {
             "lr": self.schedules.lr(step),
@@ -263,6 +273,16 @@ class Trainer:
         self.changes = [*saved.get("changes", []), *(change.record(step) for change in found)]
         self.facts["origins"] = saved.get("origins", {}) | self.facts["origins"]
         return self.out, step
+
+    def _write_config(self) -> None:
+        """Leave what the run is by, ready to be given again."""
+        text = self.config.as_yaml()
+        path = self.out / CONFIG
+        if path.is_file() and path.read_text() == text:
+            return
+        path.write_text(text)
+        if (self.out / DIGESTS).is_file():
+            write_digests(self.out)
 
     def _restore(self, step: int) -> None:
         about = checkpoint.read_about(self.out, step)
@@ -382,7 +402,7 @@ def _named(student: str, key: str) -> str:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
     """Set torch's threads for the run only."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)

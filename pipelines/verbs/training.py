@@ -35,6 +35,41 @@ def run_pretrain(
     console.print_pairs(result, title="pretrain")
 
 
+def rehearse_pretrain(
+    config: str | None, data: str, out: str | None, continued: str | None, changes: list[str]
+) -> None:
+    """`curate pretrain --dry-run`.
+
+    Raises:
+        ConfigError: no config is named.
+    """
+    console.set_up_logging(True)
+    if config is None:
+        raise ConfigError("curate pretrain: name a config, a YAML file or one that ships")
+    from pretrain.rehearsal import rehearse
+
+    settings = _pretrain_settings(config, changes, continued, out)
+    found = rehearse(settings, data)
+    for line in settings.as_yaml().splitlines():
+        console.print_line(line)
+    names = list(found.schedules[0])
+    rows = [[f"{row[name]:.4g}" for name in names] for row in found.schedules]
+    console.print_rows(names, rows, title="schedules")
+    hours = found.seconds_per_step * settings.optim.steps / 3600
+    console.print_pairs(
+        {
+            "data": found.data["path"],
+            "images": found.data["images"],
+            "images a step": found.batch,
+            "epochs": f"{found.batch * settings.optim.steps / found.data['images']:,.2f}",
+            "seconds a step": f"{found.seconds_per_step:,.3f}",
+            "hours in all": f"{hours:,.2f}",
+            "peak memory, GB": f"{found.peak_bytes / 1e9:,.2f}",
+        },
+        title="dry run: nothing is written",
+    )
+
+
 def _pretrain_settings(
     config: str, changes: list[str], continued: str | None, out: str | None
 ) -> "PretrainConfig":
@@ -85,6 +120,8 @@ def _train(
 ) -> dict[str, Any]:
     from pretrain.train import run
 
+    if Path(out).is_file():
+        raise ConfigError(f"--out {out}: is a file; name a folder")
     watcher = console.TrainingWatcher(settings.optim.steps, quiet=quiet)
     try:
         with _only_writer(out):
