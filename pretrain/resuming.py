@@ -99,7 +99,9 @@ def accepted_changes(
     if any(_is_fixed(one.setting) for one in asked):
         raise _refusal(out, asked, "set it back, or name another folder")
     if asked and not allow_changed:
-        remedy = "set it back, name another folder, or accept it with --allow-changed"
+        remedy = (
+            "set it back, name another folder or remove this one, or accept it with --allow-changed"
+        )
         raise _refusal(out, asked, remedy)
     return changes
 

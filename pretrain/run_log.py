@@ -30,6 +30,11 @@ class RunLog:
             if self._bad_path.is_file():
                 _rewrite(self._bad_path, bad)
 
+    def records(self) -> list[Record]:
+        """Steps that are logged so far."""
+        barrier()  # the first process has dropped those after the resumed step
+        return read_lines(self.path)
+
     @property
     def num_bad(self) -> int:
         """Different images so far that could not be read."""

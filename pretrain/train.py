@@ -150,6 +150,9 @@ class Trainer:
         if rank() == 0:
             self._write_config()
         self.log = RunLog(out, self.step, tensorboard=config.run.tensorboard)
+        if self.flatness is not None:  # as if the run had never been stopped
+            for record in self.log.records():
+                self.flatness.add(record)
 
     def train(self, stop: threading.Event, progress: Progress | None) -> TrainResult:
         """Take the steps that are left, then write the backbone."""

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from embedder.errors import CheckpointError
 from embedder.vit import VisionTransformer
 from pipelines.cli import app
 from pretrain import checkpoint
+from pretrain.collapse import Flatness
 from pretrain.config import DistillConfig
 from pretrain.run_log import read_lines
 from pretrain.sources import describe_source, open_source
@@ -82,6 +84,17 @@ def test_trainer__what_decides_no_number_changes_freely(
 ) -> None:
     trainer = resume(begun, **changes)
     assert (trainer.step, trainer.changes) == (2, [])
+
+
+def test_run__ends_when_flat_at_the_same_step(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.train.Flatness", partial(Flatness, tolerance=10.0))
+    config, images = small_config(optim={"stop_when_flat": 2}), str(begun / "images")
+    assert run(config, images, str(tmp_path / "calm")).steps == 4
+    assert run(config, images, str(tmp_path / "out"), progress=stop_after(2)).steps == 2
+    resumed = run(config, images, str(tmp_path / "out"))
+    assert (resumed.steps, resumed.finished) == (4, True)
 
 
 def test_trainer__a_longer_run_goes_on_and_says_so(begun: Path) -> None:
