@@ -2,12 +2,13 @@
 
 Read are safetensors files and torch files (never pickled code), as released, as saved by training
 (`teacher` / `backbone.` prefixes), with chunked blocks (`blocks.<chunk>.<i>`), and under the names
-of `transformers` and `timm`, whose folders (config.json, model.safetensors) are read, too. Whatever
+of `transformers` and `timm`, whose folders are read, too, and without their classifiers. Whatever
 does not fit is an error that lists the keys: a silently half-loaded backbone is the worst outcome.
 """
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -33,8 +34,19 @@ LICENCE_KEY = "licence"
 UNKNOWN = "unknown"
 
 WRAPPERS = ("teacher", "model", "state_dict", "student")
-PREFIXES = ("module.", "teacher.", "backbone.", "_orig_mod.")
+PREFIXES = (
+    *("module.", "teacher.", "backbone.", "_orig_mod."),
+    *("dinov2.", "dinov2_with_registers."),
+)
 HEADS = ("dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.")
+CLASSIFIERS = ("classifier.", "head.", "linear_head.")
+"""Of `transformers`, `timm` and the public hub."""
+PEER_FILES = ("model.safetensors", "pytorch_model.bin")
+PEER_CONFIG = "config.json"
+_POSITIONS = ("pos_embed", "position_embeddings")
+"""Ends of the names of position embeddings."""
+
+logger = logging.getLogger(__name__)
 
 
 def save_backbone(model: VisionTransformer, path: Path | str) -> None:
@@ -169,14 +181,35 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig | None]
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path)
+        path = _file_in(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weight file")
     if path.suffix == ".safetensors":
         state, config = _read_safetensors(path)
     else:
         state, config = _read_torch(path), None
-    return public_names(state, str(path), path.stat().st_size), config
+    weights = public_names(state, str(path), path.stat().st_size)
+    if config is None and path.name in PEER_FILES and (path.parent / PEER_CONFIG).is_file():
+        config = _described_by(path.parent / PEER_CONFIG, weights)
+    return weights, config
+
+
+def _file_in(folder: Path) -> Path:
+    """The weights in a folder that `transformers` or `timm` wrote, or that is written for them."""
+    found = next((folder / name for name in PEER_FILES if (folder / name).is_file()), None)
+    if found is None or not (folder / PEER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder}: is a folder; expected {PEER_FILES[0]} and {PEER_CONFIG} in it"
+        )
+    return found
+
+
+def _described_by(path: Path, weights: Mapping[str, Tensor]) -> ViTConfig:
+    with foreign_weights(f"{path}: describes no DINOv2 backbone", CheckpointError):
+        values = json.loads(path.read_text())
+        if "architecture" in values:
+            return peers.config_of_timm(values, infer_config(weights, where=str(path.parent)))
+        return peers.config_of_huggingface(values)
 
 
 def licence_of(path: Path | str) -> str:
@@ -185,7 +218,8 @@ def licence_of(path: Path | str) -> str:
     Raises:
         CheckpointError: the file is damaged.
     """
-    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    path = _file_in(path) if path.is_dir() else path
     if path.suffix != ".safetensors":
         return UNKNOWN
     with (
@@ -204,25 +238,6 @@ def _refuse_more_than_the_file(state: Mapping[str, Any], max_bytes: int, where: 
             raise CheckpointError(f"{where}: '{name}' is said to be larger than the file")
 
 
-def _read_folder(path: Path) -> tuple[dict[str, Tensor], ViTConfig | None]:
-    """Read a folder that `transformers` or `timm` wrote, or that was written for them."""
-    weights_file, config_file = path / "model.safetensors", path / "config.json"
-    if not weights_file.is_file() or not config_file.is_file():
-        raise CheckpointError(
-            f"{path}: is a folder; expected model.safetensors and config.json in it"
-        )
-    weights, config = read_weights(weights_file)
-    with foreign_weights(f"{config_file}: describes no DINOv2 backbone", CheckpointError):
-        values = json.loads(config_file.read_text())
-        if config is None and "hidden_size" in values:
-            config = peers.config_of_huggingface(values)
-        elif config is None:
-            config = infer_config(weights, where=str(path))
-            heads = values.get("model_args", {}).get("num_heads", config.heads)
-            config = replace(config, heads=int(heads))
-    return weights, config
-
-
 def public_names(state: Mapping[str, Any], where: str, max_bytes: int) -> dict[str, Tensor]:
     """Unwrap a checkpoint and rename its keys to those of the released files; heads are left out.
 
@@ -234,19 +249,34 @@ def public_names(state: Mapping[str, Any], where: str, max_bytes: int) -> dict[s
     while wrapper := next((key for key in WRAPPERS if isinstance(state.get(key), Mapping)), None):
         state = state[wrapper]
     _refuse_more_than_the_file(state, max_bytes, where)
+    state = _without_heads(_unprefixed(state, where), where)
+    if not any(name.endswith("cls_token") for name in state):
+        raise CheckpointError(f"{where}: holds no backbone; its keys: {_listed(sorted(state))}")
+    if not any(name.endswith(_POSITIONS) for name in state):
+        raise CheckpointError(
+            f"{where}: is no DINOv2 but a backbone without position embeddings, as DINOv3 is; "
+            "timm's files of DINOv3 load as timm:NAME:FILE"
+        )
     with foreign_weights(f"{where}: holds no backbone", CheckpointError):
-        state = peers.to_ours(state) or state
+        return peers.to_ours(state) or state
+
+
+def _unprefixed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for key, value in state.items():
         name = _public_name(key)
-        if name.startswith(HEADS):
-            continue
-        if name in result:
+        if name in result and not name.startswith(HEADS):
             raise CheckpointError(f"{where}: two keys stand for '{name}', '{key}' is the second")
         result[name] = value
-    if "cls_token" not in result:
-        raise CheckpointError(f"{where}: holds no backbone; its keys: {_listed(sorted(state))}")
     return result
+
+
+def _without_heads(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Leave out what training projects by, and what a classifier ends in; the latter is said."""
+    if classifiers := [name for name in state if name.startswith(CLASSIFIERS)]:
+        logger.warning("%s: left out its classifier (%s)", where, _listed(sorted(classifiers)))
+    left_out = (*HEADS, *CLASSIFIERS)
+    return {name: value for name, value in state.items() if not name.startswith(left_out)}
 
 
 def infer_config(weights: Mapping[str, Tensor], where: str) -> ViTConfig:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from embedder.vit import ViTConfig
+from embedder.vit import NORM_EPS, ViTConfig
 
 Peer = Literal["huggingface", "timm"]
 Weights = dict[str, Tensor]
@@ -116,6 +116,8 @@ def huggingface_config(config: ViTConfig) -> dict[str, Any]:
     """
     if config.layerscale is None:
         raise ValueError("transformers has no DINOv2 without LayerScale")
+    if not float(config.ffn_ratio).is_integer():
+        raise ValueError(f"transformers wants a whole mlp_ratio, this is {config.ffn_ratio}")
     names = [f"stage{i}" for i in range(1, config.depth + 1)]
     kind = "dinov2_with_registers" if config.registers else "dinov2"
     architecture = "Dinov2WithRegistersModel" if config.registers else "Dinov2Model"
@@ -131,7 +133,7 @@ def huggingface_config(config: ViTConfig) -> dict[str, Any]:
         "image_size": config.image_size,
         "use_swiglu_ffn": config.ffn == "swiglu",
         "layerscale_value": config.layerscale,
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": NORM_EPS,
         "hidden_act": "gelu",
         "qkv_bias": True,
         "num_channels": 3,
@@ -144,7 +146,17 @@ def huggingface_config(config: ViTConfig) -> dict[str, Any]:
 
 
 def config_of_huggingface(values: Mapping[str, Any]) -> ViTConfig:
-    """Read the architecture from the config.json of `transformers`."""
+    """Read the architecture from the config.json of `transformers`.
+
+    Raises:
+        ValueError: of another model, or with functions that DINOv2 does not have.
+    """
+    kind = values.get("model_type")
+    if kind not in (None, "dinov2", "dinov2_with_registers"):
+        raise ValueError(f"model_type is {kind}; dinov2 and dinov2_with_registers load")
+    _refuse_other("layer_norm_eps", values.get("layer_norm_eps", NORM_EPS), NORM_EPS)
+    if not values.get("use_swiglu_ffn"):
+        _refuse_other("hidden_act", values.get("hidden_act", "gelu"), "gelu")
     registers = int(values.get("num_register_tokens", 0))
     return ViTConfig(
         values["hidden_size"],
@@ -158,6 +170,11 @@ def config_of_huggingface(values: Mapping[str, Any]) -> ViTConfig:
         values.get("layerscale_value", 1.0),
         **_released_interpolation(registers),
     )
+
+
+def _refuse_other(setting: str, found: object, ours: object) -> None:
+    if found != ours:
+        raise ValueError(f"{setting} is {found}; DINOv2's is {ours}")
 
 
 # --- timm ---------------------------------------------------------------------------------------
@@ -249,6 +266,18 @@ def timm_config(config: ViTConfig, licence: str) -> dict[str, Any]:
     }
 
 
+def config_of_timm(values: Mapping[str, Any], inferred: ViTConfig) -> ViTConfig:
+    """Complete what shapes say by the config.json of `timm`.
+
+    Raises:
+        ValueError: it names functions that DINOv2 does not have.
+    """
+    arguments = values.get("model_args") or {}
+    for name in ("act_layer", "norm_layer"):
+        _refuse_other(name, arguments.get(name), None)
+    return replace(inferred, heads=int(arguments.get("num_heads", inferred.heads)))
+
+
 # --- which names these are ----------------------------------------------------------------------
 
 
@@ -258,7 +287,7 @@ def to_ours(state: Mapping[str, Tensor]) -> Weights | None:
         return from_huggingface(state)
     is_block = "blocks.0.attn.qkv.weight" in state
     if is_block and ("reg_token" in state or "mask_token" not in state):
-        return from_timm({name: value for name, value in state.items() if name[:4] != "head"})
+        return from_timm(state)
     return None
 
 

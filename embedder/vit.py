@@ -34,6 +34,7 @@ SIZES = {
 
 SIDE = 224
 """Pixels along a side of an image in the public k-NN evaluation."""
+NORM_EPS = 1e-6
 MAX_SCORES = 2**27
 """Attention scores held at once when they are computed by plain products (256 MiB in bfloat16)."""
 
@@ -250,10 +251,10 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         hidden = int(config.width * config.ffn_ratio)
-        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.attn = Attention(config.width, config.heads)
         self.ls1 = _layerscale(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.mlp = (Mlp if config.ffn == "mlp" else SwiGLU)(config.width, hidden)
         self.ls2 = _layerscale(config)
 
@@ -325,7 +326,7 @@ class VisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.patch_embed = PatchEmbed(config.patch, width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.initialize()
 
     @torch.no_grad()

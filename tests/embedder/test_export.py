@@ -1,6 +1,7 @@
 """Other libraries load what we export and see what we see; and what they save loads back."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,18 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoImageProcessor,
     Dinov2Config,
+    Dinov2ForImageClassification,
     Dinov2Model,
     Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
 )
 
 from embedder.checkpoint import load_backbone
@@ -191,6 +197,109 @@ def test_load_backbone__random_weights_of_timm(name: str, tmp_path: Path) -> Non
         torch.testing.assert_close(theirs, tokens(retuned(model, "timm"), images), **CLOSE)
 
 
+PEER_SHAPE = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3,
+              "patch_size": 14, "image_size": 56}  # fmt: skip
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("saved", ["folder", "file", "torch file", "pytorch_model.bin"])
+def test_load_backbone__of_a_classifier(
+    registers: bool, saved: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same features as the classifier's own backbone gives; what is left out is said."""
+    torch.manual_seed(1)
+    if registers:
+        kind, settings = Dinov2WithRegistersForImageClassification, Dinov2WithRegistersConfig
+    else:
+        kind, settings = Dinov2ForImageClassification, Dinov2Config
+    peer = kind(settings(**PEER_SHAPE, num_labels=5)).eval()
+    path = {"folder": tmp_path, "file": tmp_path / "model.safetensors"}.get(saved)
+    if saved == "torch file":  # without config.json heads are taken to be 64 wide
+        peer = kind(settings(**{**PEER_SHAPE, "hidden_size": 128, "num_attention_heads": 2})).eval()
+    peer.save_pretrained(tmp_path)
+    if path is None:
+        (tmp_path / "model.safetensors").unlink()
+        path = tmp_path / ("w.pth" if saved == "torch file" else "pytorch_model.bin")
+        torch.save(peer.state_dict(), path)
+        path = path if saved == "torch file" else tmp_path
+    model = load_backbone(path)
+    assert "left out its classifier (classifier.bias, classifier.weight)" in caplog.text
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        theirs = peer.base_model(images).last_hidden_state
+    torch.testing.assert_close(tokens(model, images), theirs, **CLOSE)
+
+
+def test_load_backbone__of_other_classifiers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = {"embed_dim": 64, "depth": 1, "num_heads": 1, "img_size": 28}
+    peer = timm.create_model("vit_small_patch14_dinov2", num_classes=3, **shape)
+    torch.save(peer.state_dict(), tmp_path / "timm.pth")
+    public = {f"backbone.{k}": v for k, v in small("vits14").state_dict().items()}
+    torch.save({**public, "linear_head.weight": torch.zeros(3, 96)}, tmp_path / "hub.pth")
+    for name, left_out in (("timm.pth", "head.bias, head.weight"), ("hub.pth", "linear_head")):
+        load_backbone(tmp_path / name)
+        assert f"{name}: left out its classifier ({left_out}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_norm_eps": 1e-2}, "layer_norm_eps is 0.01; DINOv2's is 1e-06"),
+        ({"hidden_act": "relu"}, "hidden_act is relu; DINOv2's is gelu"),
+    ],
+)
+def test_load_backbone__functions_that_dinov2_has_not_are_refused(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    Dinov2Model(Dinov2Config(**PEER_SHAPE, **change)).save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+            load_backbone(path)
+        assert "\n" not in str(caught.value)
+    out = tmp_path / "timm"
+    export_backbone(small("vits14"), "timm", out)
+    config = json.loads((out / "config.json").read_text())
+    config["model_args"]["act_layer"] = "relu"
+    (out / "config.json").write_text(json.dumps(config))
+    peer = timm.create_model(f"local-dir:{out}", pretrained=True)
+    save_file(peer.state_dict(), out / "model.safetensors")
+    with pytest.raises(CheckpointError, match="act_layer is relu"):
+        load_backbone(out)
+
+
+def test_load_backbone__an_activation_that_swiglu_does_not_use(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    settings = Dinov2Config(**PEER_SHAPE, use_swiglu_ffn=True, hidden_act="relu")
+    peer = Dinov2Model(settings).eval()
+    peer.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        theirs = peer(images).last_hidden_state
+    torch.testing.assert_close(tokens(load_backbone(tmp_path), images), theirs, **CLOSE)
+
+
+def test_load_backbone__dinov3_is_refused_by_name(tmp_path: Path) -> None:
+    shape = {"embed_dim": 48, "depth": 1, "num_heads": 3}
+    timm_s = timm.create_model("vit_small_patch16_dinov3", num_classes=0, **shape).state_dict()
+    torch.save(timm_s, tmp_path / "timm.pth")
+    settings = DINOv3ViTConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96
+    )
+    DINOv3ViTModel(settings).save_pretrained(tmp_path / "folder")
+    public = {"cls_token": torch.zeros(1, 1, 8), "storage_tokens": torch.zeros(1, 4, 8),
+              "rope_embed.periods": torch.zeros(4)}  # fmt: skip
+    torch.save(public, tmp_path / "public.pth")
+    for name in ("timm.pth", "folder", "folder/model.safetensors", "public.pth"):
+        with pytest.raises(CheckpointError, match=r"is no DINOv2 .* as DINOv3 is") as caught:
+            load_backbone(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    whole = timm.create_model("vit_small_patch16_dinov3", num_classes=0).state_dict()
+    torch.save(whole, tmp_path / "whole.pth")
+    load_encoder(f"timm:vit_small_patch16_dinov3:{tmp_path / 'whole.pth'}", device="cpu")
+
+
 @pytest.mark.parametrize(("grid", "patch"), [(37, 14), (14, 16)])
 def test_with_interpolation__positions_of_transformers_at_every_side(grid: int, patch: int) -> None:
     """Factors round to one row less at 546, 602 and 1,092 px, among others."""
@@ -249,6 +358,9 @@ def test_export__what_cannot_be_is_one_line(tmp_path: Path) -> None:
     bare = VisionTransformer(ViTConfig(24, 1, 3, layerscale=None))
     with pytest.raises(CheckpointError, match="no DINOv2 without LayerScale"):
         export_backbone(bare, "huggingface", tmp_path)
+    lean = VisionTransformer(ViTConfig(24, 1, 3, ffn_ratio=2.5))
+    with pytest.raises(CheckpointError, match=r"wants a whole mlp_ratio, this is 2\.5"):
+        export_backbone(lean, "huggingface", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 3}))
     with pytest.raises(CheckpointError, match=r"is a folder; expected model\.safetensors"):
         load_backbone(tmp_path)
