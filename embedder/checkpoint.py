@@ -199,7 +199,8 @@ def _file_in(folder: Path) -> Path:
     found = next((folder / name for name in PEER_FILES if (folder / name).is_file()), None)
     if found is None or not (folder / PEER_CONFIG).is_file():
         raise CheckpointError(
-            f"{folder}: is a folder; expected {PEER_FILES[0]} and {PEER_CONFIG} in it"
+            f"{folder}: is a folder; expected {PEER_FILES[0]} and {PEER_CONFIG} in it; of a run, "
+            "name what `curate export` writes, or its backbone.safetensors"
         )
     return found
 
