@@ -53,6 +53,14 @@ def test_demo__every_stage_accounts_for_every_row(demo):
     assert len(set(ids)) == len(ids)
 
 
+def test_demo__verify_finds_all_as_it_was_written(demo):
+    done = subprocess.run(
+        [*CURATE, "verify", str(demo[0])], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert not list(demo[0].rglob("_lock"))
+
+
 def test_demo__planted_troubles_are_caught_and_innocents_are_spared(demo):
     marks = demo[1]["marks"]
     harder = marks.pop("edited copy, harder")
