@@ -33,8 +33,8 @@ FORMAT_VERSION = 1
 
 
 def _inside(name: str) -> str:
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise ValueError("a file's name is wanted: shards lie in the folder of their manifest")
+    if {"", ".", ".."} & set(name.split("/")) or "\0" in name:
+        raise ValueError("a file's name is wanted: shards lie below the folder of their manifest")
     return name
 
 

@@ -28,6 +28,8 @@ _REPEATED = 4
 """if each stands there so often on average,"""
 _REPEATING_BYTES = 12.0
 """and the file stores so few bytes a row that values must repeat."""
+_QUICK_ROWS = 10_000
+"""Texts of fewer rows are counted whatever the file stores: what each page costs hides it."""
 _GROUPS = ("source_set", "seed_set", "cluster")
 """Columns whose balance is told."""
 _BULKY = ("BLOB", "[]", "[", "MAP", "STRUCT")
@@ -446,7 +448,7 @@ def _text_stats(tables: Tables, texts: list[str]) -> dict[str, Row]:
     found: dict[str, Row] = {}
     for name, (filled, bytes_a_row) in _footers(tables, texts).items():
         found[name] = {"rows": filled}
-        if filled > 0 and bytes_a_row < _REPEATING_BYTES:
+        if 0 < filled < _QUICK_ROWS or bytes_a_row < _REPEATING_BYTES:
             values = count_by(tables, name, {name: "VARCHAR"}, _FEW_VALUES + 1)
             if len(values) <= min(_FEW_VALUES, filled // _REPEATED):
                 found[name]["values"] = values[:_MOST_COMMON]

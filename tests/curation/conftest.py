@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.dataset import Dataset, write_dataset
+from curation.dataset import Dataset, commit, write_dataset, write_shard
 from curation.pool import Pool
 from curation.schema import make_id
 
@@ -53,3 +53,11 @@ def embed(tmp_path: Path) -> Embed:
 def verdicts_of(decisions: Dataset) -> dict[str, dict[str, Any]]:
     """Decisions by id."""
     return {row["id"]: row for row in decisions.read().to_pylist()}
+
+
+def with_shard(pool: Pool, index: int, table: pa.Table) -> Pool:
+    """The same side-car "copy", one shard of which holds another table."""
+    copy = pool.layers["copy"]
+    infos = list(copy.manifest.shards)
+    infos[index] = write_shard(copy.path, index, table)
+    return Pool(pool.name, {"copy": commit(copy.path, table.schema, infos, copy.attributes)})

@@ -79,7 +79,7 @@ def test_open__shards_lie_in_their_folder(name, tmp_path):
     manifest = json.loads((folder / "_manifest.json").read_text())
     manifest["shards"][0]["name"] = name
     (folder / "_manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match="shards lie in the folder of their manifest"):
+    with pytest.raises(ConfigError, match="shards lie below the folder of their manifest"):
         Dataset.open(str(folder))
 
 

@@ -47,8 +47,8 @@ def test_forecast__without_a_plan_knows_the_step_alone():
 def test_console__compares_the_run_with_its_plan(monkeypatch, terminal):
     out = io.StringIO()
 
-    def on(stderr: bool) -> Console:
-        return Console(file=out, force_terminal=terminal, width=150)
+    def on(stderr: bool, **options: bool) -> Console:
+        return Console(file=out, force_terminal=terminal, width=150, **options)
 
     monkeypatch.setattr(console, "Console", on)
     watcher = console.ConsoleWatcher(planned={"a": 10.0, "b": 7200.0})

@@ -20,7 +20,7 @@ ALL = Comparison(method="all")
 
 @pytest.fixture
 def dedup(tmp_path):
-    def run(pool, name, *, base=(), sets=None, workers=1, **settings):
+    def run(pool, name, *, base=(), sets=None, workers=0, **settings):
         folder = StageFolder(str(tmp_path / name), "near_dedup")
         stage = NearDedup(embeddings="copy", **settings)
         inputs = StageInputs(pool, sets or {}, base=tuple(base))

@@ -133,7 +133,7 @@ class Dies(LocalEngine):
     """Ends the process when a step with this label begins."""
 
     def __init__(self, label):
-        super().__init__(1)
+        super().__init__()
         self.label = label
 
     def map(self, task, items, label):
@@ -166,7 +166,7 @@ def test_cluster__killed_between_iterations_goes_on_from_there(embed, cluster, t
                 seen.update({file: file.stat().st_mtime_ns for file in done})
             return super().map(task, items, label)
 
-    _, again, _ = run_at(tmp_path / "killed", pool, Watches(1), **settings)
+    _, again, _ = run_at(tmp_path / "killed", pool, Watches(), **settings)
     assert seen == done  # finished passes were not made again
     assert digest_of(again) == digest_of(outputs)
 

@@ -1,5 +1,3 @@
-import shutil
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -21,6 +19,7 @@ from curation.stages.near_dedup import NearDedup
 from pipelines.local_engine import LocalEngine
 from pipelines.ray_engine import RayEngine
 from pipelines.stage_runner import Silent, run_stage
+from tests.curation.conftest import with_shard
 
 WIDTH = 32
 
@@ -264,7 +263,7 @@ def test_near_dedup__widths_differ(embed, dedup):
 def test_near_dedup__widths_differ_between_shards(embed, dedup):
     pool = embed(np.eye(6, WIDTH), sizes=[3, 3], kind=pa.list_(pa.float32()))
     narrow = embed(np.eye(3, 5), "narrow", kind=pa.list_(pa.float32()))
-    shutil.copy(narrow.layers["copy"].shard_path(0), pool.layers["copy"].shard_path(1))
+    pool = with_shard(pool, 1, narrow.layers["copy"].read_shard(0))
     with pytest.raises(SpaceError, match=r"width 5, but .* has width 32"):
         dedup(pool)
 
@@ -273,9 +272,8 @@ def test_near_dedup__widths_differ_within_a_shard(embed, dedup):
     rows = np.empty(2, object)
     rows[0], rows[1] = [1.0, 0.0], [1.0, 0.0, 0.0]
     pool = embed(np.eye(2, 3), kind=pa.list_(pa.float32()))
-    path = pool.layers["copy"].shard_path(0)
-    table = pa.table({"id": pool.live_ids(0), "embedding": pa.array(list(rows))})
-    pa.parquet.write_table(table, path)
+    vectors = pa.array(list(rows), pa.list_(pa.float32()))
+    pool = with_shard(pool, 0, pa.table({"id": pool.live_ids(0), "embedding": vectors}))
     with pytest.raises(SpaceError, match="width 2 and of width 3"):
         dedup(pool)
 

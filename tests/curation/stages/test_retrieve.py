@@ -1,5 +1,3 @@
-import shutil
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,6 +12,7 @@ from curation.stages.retrieve import Retrieve, SeedRule
 from pipelines.local_engine import LocalEngine
 from pipelines.ray_engine import RayEngine
 from pipelines.stage_runner import Silent, run_stage
+from tests.curation.conftest import with_shard
 
 WIDTH = 24
 
@@ -245,7 +244,7 @@ def test_retrieve__duplicate_id_is_named(embed, retrieve, twice_in):
 def test_retrieve__widths_differ_between_shards(embed, retrieve):
     pool = embed(np.eye(6, WIDTH), sizes=[3, 3], kind=pa.list_(pa.float32()))
     narrow = embed(np.eye(3, 5), "narrow", kind=pa.list_(pa.float32()))
-    shutil.copy(narrow.layers["copy"].shard_path(0), pool.layers["copy"].shard_path(1))
+    pool = with_shard(pool, 1, narrow.layers["copy"].read_shard(0))
     with pytest.raises(SpaceError, match=r"width 5, but .* has width 24"):
         retrieve(pool, {"s": embed(np.eye(2, WIDTH), "s")}, sample("s"))
 
