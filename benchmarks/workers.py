@@ -86,7 +86,7 @@ def work_of(name: str, options: argparse.Namespace, folder: str) -> tuple[Stage,
 def engines(kind: str) -> tuple[Engine, Engine]:
     """With one and with two workers."""
     if kind == "local":
-        return LocalEngine(), LocalEngine(2)
+        return LocalEngine(1), LocalEngine(2)
     import ray
 
     # One Ray with room for both, whatever the machine's memory: it is only counted.
