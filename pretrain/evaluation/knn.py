@@ -7,6 +7,7 @@ Legend: N training images, n test images, D width, C classes.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from curation.config import Settings
 from curation.errors import ConfigError
 from curation.sources.shards import StoredImage, image_file
 from embedder.checkpoint import load_backbone
+from embedder.encoder import available_cpus
 from embedder.images import Pixels
 from embedder.vit import VisionTransformer
 from pretrain.batch import normalize
@@ -97,11 +99,17 @@ def evaluate_model(
 
 
 class KnnProbe:
-    """k-NN on a labelled set, again and again during training."""
+    """k-NN on a labelled set, again and again during training.
+
+    Each image is decoded once at the start: a set with many bad ones is refused before training.
+
+    Raises:
+        ConfigError: there are no images, or more than a few cannot be decoded.
+    """
 
     def __init__(self, settings: KnnSettings) -> None:
         self._settings = settings
-        self._train, self._test = labeled_folder(settings.train), labeled_folder(settings.test)
+        self._train, self._test = (_readable(path) for path in (settings.train, settings.test))
 
     def accuracy(self, model: VisionTransformer) -> float:
         """Give the share of test images that get their class."""
@@ -134,6 +142,20 @@ def knn_classify(
         for n in k:
             guesses[n].append(votes[:, :n].sum(1).argmax(1))
     return {n: torch.cat(parts) for n, parts in guesses.items()}
+
+
+def _readable(path: str) -> list[tuple[StoredImage, str]]:
+    """The labeled images of a folder that can be decoded."""
+    labeled = labeled_folder(path)
+    reading = Reading([image for image, _ in labeled])
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        for _ in pool.map(_decode, reading.readers()):
+            pass
+    return [labeled[index] for index in reading.good(reading.is_bad)]
+
+
+def _decode(read: Callable[[], Pixels]) -> None:
+    read()  # the pixels are not kept
 
 
 def labeled_folder(path: str | Path) -> list[tuple[StoredImage, str]]:

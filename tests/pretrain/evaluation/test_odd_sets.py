@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from curation.errors import ConfigError
-from embedder.checkpoint import save_backbone
+from embedder.checkpoint import load_backbone, save_backbone
 from embedder.vit import VisionTransformer, ViTConfig
-from pretrain.evaluation.knn import evaluate, labeled_folder
+from pretrain.config import KnnSettings
+from pretrain.evaluation.knn import KnnProbe, evaluate, labeled_folder
 from pretrain.evaluation.tasks import Request, run_task
 
 TASKS = {
@@ -82,6 +83,19 @@ def test_evaluate__leaves_bad_images_out_of_both_sides(backbone: str, tmp_path: 
     assert (found["train"], found["test"], found["bad_images"]) == (119, 119, 2)
     assert whole["bad_images"] == 0
     assert found["knn_3"] == pytest.approx(whole["knn_3"], abs=0.05)
+
+
+def test_knn_probe__bad_images_are_left_out_or_refused_before_training(
+    backbone: str, tmp_path: Path
+) -> None:
+    train, test = write(tmp_path / "train", 8), write(tmp_path / "test", 60)
+    few = write(tmp_path / "few", 4)
+    spoil(test)
+    spoil(few)
+    probe = KnnProbe(KnnSettings(train=train, test=test, k=3))
+    assert 0 <= probe.accuracy(load_backbone(backbone)) <= 1
+    with pytest.raises(ConfigError, match="1 of 8 images there"):
+        KnnProbe(KnnSettings(train=train, test=few))
 
 
 @pytest.mark.parametrize("task", ["knn", "linear", "logreg"])
