@@ -221,4 +221,4 @@ def _number_hint(value: Any) -> str:
         float(value)
     except ValueError:
         return ""
-    return " (YAML reads this as text: write 1.0e-4 for 1e-4)"
+    return " (YAML reads this as text: write 1.0e-4, or 1.0e+3)"
