@@ -28,8 +28,6 @@ def run_pretrain(
         ConfigError: no config is named.
     """
     console.set_up_logging(True)
-    if config is None:
-        raise ConfigError("curate pretrain: name a config, a YAML file or one that ships")
     settings = _pretrain_settings(config, changes, continued, out)
     result = _train(settings, data, out, allow_changed=allow_changed)
     console.print_pairs(result, title="pretrain")
@@ -44,8 +42,6 @@ def rehearse_pretrain(
         ConfigError: no config is named.
     """
     console.set_up_logging(True)
-    if config is None:
-        raise ConfigError("curate pretrain: name a config, a YAML file or one that ships")
     from pretrain.rehearsal import rehearse
 
     settings = _pretrain_settings(config, changes, continued, out)
@@ -71,8 +67,10 @@ def rehearse_pretrain(
 
 
 def _pretrain_settings(
-    config: str, changes: list[str], continued: str | None, out: str | None
+    config: str | None, changes: list[str], continued: str | None, out: str | None
 ) -> "PretrainConfig":
+    if config is None:
+        raise ConfigError("curate pretrain: name a config, a YAML file or one that ships")
     from pretrain.config import load_config
     from pretrain.continuing import load_continued_config
 
