@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from curation.sources.names import hidden_part, kind_of
 from curation.sources.tars import NOWHERE, Member, packing_of, read_members
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(range(200)) * 4
@@ -48,6 +49,7 @@ contents = st.lists(
 
 
 @given(contents, st.sampled_from(FORMATS), contents)
+@example([("__MACOSX/0.jpg", b"")], tarfile.GNU_FORMAT, [("0.jpg?.txt", JPEG)])
 def test_read_members__sound_tars_as_tarfile(members, format, more):
     try:
         data = tar_of(*members, format=format)
@@ -57,14 +59,18 @@ def test_read_members__sound_tars_as_tarfile(members, format, more):
         wanted = [
             Member(one.name, one.offset_data, one.size)
             for one in tar
-            if one.name.lower().endswith((".jpg", ".png", ".webp"))
+            if kind_of(one.name) == "image" and not hidden_part(one.name)
         ]
     found = read_members(io.BytesIO(data), len(data))
     assert found.images == wanted
     assert not found.damages
     assert sum(found.left_out.values()) == len(members) - len(wanted)
     two = data + tar_of(*((f"b/{name}", content) for name, content in more))
-    expected = [c for n, c in [*members, *more] if not n.endswith(".txt")]
+    expected = [
+        content
+        for name, content in [*members, *more]
+        if kind_of(name) == "image" and not hidden_part(name)
+    ]
     assert list(images_of(two).values()) == expected
 
 
