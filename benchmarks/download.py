@@ -35,8 +35,8 @@ from curation.schema import make_id, schema_of
 from curation.stage import ShardStage, StageFolder, StageInputs
 from curation.stages.canonicalize import Canonicalize
 from curation.stages.download import Download
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 KINDS = {"photo": (640, 480, 90, 8), "small": (256, 192, 85, 8)}
 """Width, height, JPEG quality, strength of the grain (which sets the bytes)."""

@@ -33,8 +33,8 @@ from curation.stage import StageFolder, StageInputs
 from curation.stages.embed import Embed
 from embedder.encoder import Encoder, available_cpus, load_encoder
 from embedder.images import decode, encode_jpeg, resize
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ENCODERS = ("lite-semantic", "lite-copy", "open_clip:ViT-B-32/random", "dinov2:vits14:random")

@@ -33,7 +33,7 @@ from curation.schema import FETCH_COLUMNS, ID, IMAGE_COLUMNS, column_type, ids_f
 from curation.stage import DECISIONS
 from curation.stages.pack import INDEX_COLUMNS
 from curation.stages.select import MANIFEST_COLUMNS
-from pipelines.run_record import RUN_FILE, RunRecord, StageEntry
+from pipelines.run.run_record import RUN_FILE, RunRecord, StageEntry
 
 ROWS_PER_SHARD = 10_000
 SET_ROWS, SEED_ROWS = 5_000, 1_000_000
@@ -330,7 +330,7 @@ def ask_explain(root: Path, text: str) -> tuple[float, float, dict[str, Any]]:
     """Seconds and peak gigabytes of `curate explain` in its own process, and the first life."""
     code = (
         "import resource, sys\n"
-        "from pipelines.verbs.audit import print_explanation\n"
+        "from pipelines.cli.audit import print_explanation\n"
         "print_explanation(sys.argv[1], sys.argv[2], True)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )

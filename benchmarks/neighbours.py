@@ -25,10 +25,10 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from curation.clustering import assign_exactly, spherical_kmeans
-from curation.components import connected_components
 from curation.dataset import Dataset, write_dataset
-from curation.neighbors.layout import (
+from curation.neighbors.clusters.k_means import assign_exactly, spherical_kmeans
+from curation.neighbors.dedup.components import connected_components
+from curation.neighbors.index.build_index import (
     SEARCHED,
     Comparison,
     Layout,
@@ -37,18 +37,18 @@ from curation.neighbors.layout import (
     search_in,
     self_join,
 )
-from curation.neighbors.products import Products
-from curation.neighbors.routes import Routes
-from curation.neighbors.row_files import RowFiles
-from curation.neighbors.search import Search
-from curation.neighbors.threads import limit_threads
-from curation.neighbors.vectors import VectorSource
+from curation.neighbors.index.routes import Routes
+from curation.neighbors.kernels.products import Products
+from curation.neighbors.kernels.threads import limit_threads
+from curation.neighbors.rows.row_files import RowFiles
+from curation.neighbors.rows.vectors import VectorSource
+from curation.neighbors.search.search import Search
 from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.cluster import Cluster
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 WIDTH, THRESHOLD, TOPIC_COSINE = 512, 0.6, 0.5
 Pairs = np.ndarray

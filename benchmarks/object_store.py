@@ -30,14 +30,14 @@ from neighbours import WIDTH, around, unit
 
 from curation import storage
 from curation.dataset import Dataset, write_dataset
-from curation.neighbors.layout import Comparison
+from curation.neighbors.index.build_index import Comparison
 from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import Engine, Item, Result, StageFolder, StageInputs, Task
 from curation.stages.near_dedup import NearDedup
-from pipelines.observed_engine import ObservedEngine, Usage, forget_peak, peak_bytes
-from pipelines.ray_engine import RayEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.observed_engine import ObservedEngine, Usage, forget_peak, peak_bytes
+from pipelines.engines.ray_engine import RayEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 BUCKET = "s3://bucket"
 COLUMNS = ("step", "items", "seconds", "core-seconds", "GB asked", "GB held", "driver GB")

@@ -32,8 +32,8 @@ from curation.stages.ingest import Ingest
 from curation.stages.near_dedup import NearDedup
 from curation.stages.pack import Pack
 from curation.stages.quality import Quality
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 SHARDS = 8

@@ -68,7 +68,7 @@ def combined(rng: random.Random, rows: int) -> Query:
 @contextmanager
 def server(folder: Path) -> Iterator[str]:
     """`curate serve` on a folder; its address."""
-    code = "from pipelines.cli import main; main()"
+    code = "from pipelines.cli.app import main; main()"
     command = [sys.executable, "-c", code, "serve", str(folder), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -137,7 +137,7 @@ def plain_duckdb(folder: Path, queries: list[Query]) -> float:
 
 
 def measure(folder: Path, rows: int, ways: list[Any], number: int) -> list[dict[str, Any]]:
-    from pipelines.serving.catalog_file import catalog_of
+    from pipelines.web.serving.catalog_file import catalog_of
 
     build(folder, rows)
     began = time.monotonic()

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from curation.dataset import Dataset, ShardInfo, commit
 from curation.schema import schema_of
 from curation.stages.select import MANIFEST_COLUMNS
-from pipelines.lookup import find_rows
+from pipelines.audit.lookup import find_rows
 
 ROWS_PER_SHARD = 100_000
 
@@ -81,7 +81,7 @@ def ask_stats(folder: Path) -> tuple[float, float]:
     """Seconds and peak gigabytes of `curate stats` in its own process."""
     code = (
         "import resource, sys\n"
-        "from pipelines.stats import stats_of\n"
+        "from pipelines.audit.stats import stats_of\n"
         "stats_of(sys.argv[1])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

@@ -29,9 +29,9 @@ from curation.stages.canonicalize import Canonicalize
 from curation.stages.embed import Embed
 from curation.stages.ingest import Ingest
 from curation.stages.near_dedup import NearDedup
-from pipelines.local_engine import LocalEngine
-from pipelines.ray_engine import RayEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.engines.ray_engine import RayEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 STAGES = ("canonicalize", "embed", "near_dedup")

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation import storage
-from curation.grouping import by_group
+from curation.neighbors.kernels.grouping import by_group
 from curation.schema import ids_to_bytes
 from curation.stage import Engine, Resources, Task
 

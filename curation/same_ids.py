@@ -16,7 +16,7 @@ from curation import storage
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.errors import DatasetError
 from curation.exchange import Reducer
-from curation.neighbors.vectors import bad_rows, exact_similarities, vectors_of
+from curation.neighbors.rows.vectors import bad_rows, exact_similarities, vectors_of
 from curation.pool import UnionPool
 from curation.repeats import RepeatFinder
 from curation.schema import ID, KEEP, schema_of

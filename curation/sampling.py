@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from curation.grouping import by_group
+from curation.neighbors.kernels.grouping import by_group
 from curation.schema import schema_of
 
 TREE_COLUMNS = ("level", "cluster", "parent", "rows", "drawn")

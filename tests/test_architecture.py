@@ -10,7 +10,7 @@ import pytest
 
 from curation.config import Settings
 from curation.registry import load_stage, stage_names
-from pipelines.recipe import load_recipe
+from pipelines.run.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_TO_RIGHT = ("embedder", "curation", "pretrain", "pipelines")
@@ -95,7 +95,7 @@ def test_config__loads(path, tmp_path):
 
 def test_help__loads_no_heavy_library():
     code = (
-        "import sys, pipelines.cli; "
+        "import sys, pipelines.cli.app; "
         "heavy = {'torch', 'ray', 'pyarrow', 'numpy', 'faiss', 'cv2', 'onnxruntime', 'duckdb'}; "
         "print(*sorted(heavy & set(sys.modules)))"
     )
@@ -117,7 +117,7 @@ RUNS_WHAT_IT_READS = re.compile(
     r"|(pd|pandas)\.read_pickle|yaml\.(load|load_all|full_load|unsafe_load)|torch\.hub\.load"
     r"|torch\.jit\.load|FileSystemReader|eval|exec|compile"
 )
-BETWEEN_OWN_PROCESSES = r"pipelines/(outcome|worker_process)\.py"
+BETWEEN_OWN_PROCESSES = r"pipelines/engines/(outcome|worker_process)\.py"
 """Files whose pickles come from processes that they started."""
 TAKES_WEIGHTS_ONLY = re.compile(r"torch\.load|.*\.load_checkpoint|open_clip\.create_model")
 

@@ -26,10 +26,10 @@ def test_wheel__ships_packages_configs_and_data(tmp_path):
         "configs/recipes/lvd142m.yaml",
         "configs/pretrain/demo.yaml",
         "embedder/encoders/lite_copy_whitening.npz",
-        "pipelines/serving/templates/base.html.j2",
+        "pipelines/web/serving/templates/base.html.j2",
     ):
         assert needed in names
-    shipped = {name for name in names if name.startswith("pipelines/report/")}
-    here = (ROOT / "pipelines" / "report").rglob("*")
+    shipped = {name for name in names if name.startswith("pipelines/web/report/")}
+    here = (ROOT / "pipelines" / "web" / "report").rglob("*")
     ours = {str(f.relative_to(ROOT)) for f in here if f.is_file() and "__pycache__" not in f.parts}
     assert shipped == ours

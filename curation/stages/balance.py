@@ -8,12 +8,12 @@ import pyarrow as pa
 from pydantic import Field
 
 from curation import storage
-from curation.clustering import hash_ids
 from curation.dataset import commit, write_shard
 from curation.exchange import Exchange
-from curation.neighbors.row_files import map_array, write_array
-from curation.neighbors.runs import ByRun, DecideRun, decide_shards, of_shard
-from curation.neighbors.steps import Done, Work, run_steps
+from curation.neighbors.clusters.k_means import hash_ids
+from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.row_files import map_array, write_array
+from curation.neighbors.rows.shard_batches import ByRun, DecideRun, decide_shards, of_shard
 from curation.pool import Pool
 from curation.sampling import (
     TREE_COLUMNS,

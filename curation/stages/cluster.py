@@ -13,8 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from curation import storage
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.errors import ConfigError
-from curation.neighbors.layout import Comparison, lay_out, sources_of, threads_of
-from curation.neighbors.levels import (
+from curation.neighbors.clusters.levels import (
     Fit,
     IndexedCentroids,
     Level,
@@ -23,14 +22,15 @@ from curation.neighbors.levels import (
     fits_in_memory,
     level_above,
 )
-from curation.neighbors.partition import read_bad_rows
-from curation.neighbors.quantized import quantize_rows
-from curation.neighbors.row_files import RowFiles
-from curation.neighbors.runs import ByRun, DecideRun, decide_shards, of_shard
-from curation.neighbors.split import split_clusters
-from curation.neighbors.steps import Done, Work, run_steps
-from curation.neighbors.threads import limit_threads
-from curation.neighbors.vectors import exact_similarities
+from curation.neighbors.clusters.split import split_clusters
+from curation.neighbors.index.build_index import Comparison, lay_out, sources_of, threads_of
+from curation.neighbors.kernels.quantized import quantize_rows
+from curation.neighbors.kernels.threads import limit_threads
+from curation.neighbors.rows.arrange import read_bad_rows
+from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.row_files import RowFiles
+from curation.neighbors.rows.shard_batches import ByRun, DecideRun, decide_shards, of_shard
+from curation.neighbors.rows.vectors import exact_similarities
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, reject
 

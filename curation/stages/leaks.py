@@ -6,12 +6,12 @@ import pyarrow as pa
 from pydantic import Field
 
 from curation import storage
-from curation.neighbors.judges import DropLeaks
-from curation.neighbors.layout import Comparison, Layout, lay_out, self_join, sources_of
-from curation.neighbors.review import Reviewed, connect, review
-from curation.neighbors.runs import decide_shards
-from curation.neighbors.vectors import default_threshold
-from curation.neighbors.verdicts import DecideByVerdicts, Verdicts
+from curation.neighbors.dedup.component_rules import DropLeaks
+from curation.neighbors.dedup.judge_components import Reviewed, connect, review
+from curation.neighbors.dedup.verdicts import DecideByVerdicts, Verdicts
+from curation.neighbors.index.build_index import Comparison, Layout, lay_out, self_join, sources_of
+from curation.neighbors.rows.shard_batches import decide_shards
+from curation.neighbors.rows.vectors import default_threshold
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 

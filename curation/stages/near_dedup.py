@@ -14,15 +14,15 @@ import pyarrow as pa
 from pydantic import Field
 
 from curation import storage
-from curation.neighbors.join import Joined
-from curation.neighbors.judges import KeepOne
-from curation.neighbors.layout import Comparison, lay_out, self_join, sources_of
-from curation.neighbors.listed import PAIRS, write_pairs
-from curation.neighbors.review import Reviewed, check_largest, connect, review
-from curation.neighbors.row_files import RowFiles, write_array
-from curation.neighbors.runs import decide_shards
-from curation.neighbors.vectors import default_threshold
-from curation.neighbors.verdicts import BASE, DecideByVerdicts, Verdicts
+from curation.neighbors.dedup.component_rules import KeepOne
+from curation.neighbors.dedup.judge_components import Reviewed, check_largest, connect, review
+from curation.neighbors.dedup.verdicts import BASE, DecideByVerdicts, Verdicts
+from curation.neighbors.index.build_index import Comparison, lay_out, self_join, sources_of
+from curation.neighbors.join.join import Joined
+from curation.neighbors.join.listed_pairs import PAIRS, write_pairs
+from curation.neighbors.rows.row_files import RowFiles, write_array
+from curation.neighbors.rows.shard_batches import decide_shards
+from curation.neighbors.rows.vectors import default_threshold
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 from curation.stages.leaks import find_leaks

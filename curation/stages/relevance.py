@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from curation.clustering import assign_exactly, hash_ids
 from curation.decoding import UNREADABLE, measure_images
 from curation.ledger import commit_shard, finished_shards
-from curation.neighbors.layout import sources_of
-from curation.neighbors.vectors import VectorSource, bad_rows, vectors_of
+from curation.neighbors.clusters.k_means import assign_exactly, hash_ids
+from curation.neighbors.index.build_index import sources_of
+from curation.neighbors.rows.vectors import VectorSource, bad_rows, vectors_of
 from curation.schema import schema_of
 from curation.stage import (
     DatasetStage,

@@ -12,7 +12,14 @@ from pydantic import Field, model_validator
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import SpaceError
-from curation.neighbors.hits import (
+from curation.neighbors.index.build_index import (
+    SEARCHED,
+    Comparison,
+    lay_out,
+    lay_out_queries,
+    sources_of,
+)
+from curation.neighbors.retrieval.hits import (
     HITS,
     DecideByHits,
     HitFiles,
@@ -20,14 +27,7 @@ from curation.neighbors.hits import (
     SeedRule,
     write_hits,
 )
-from curation.neighbors.layout import (
-    SEARCHED,
-    Comparison,
-    lay_out,
-    lay_out_queries,
-    sources_of,
-)
-from curation.neighbors.runs import decide_shards
+from curation.neighbors.rows.shard_batches import decide_shards
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import ConfigError
-from curation.neighbors.vectors import vectors_of
+from curation.neighbors.rows.vectors import vectors_of
 from curation.schema import ID
 from embedder.encoder import Encoder, available_cpus, embed_images
 from embedder.feature_maps import FeatureModel

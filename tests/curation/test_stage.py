@@ -10,8 +10,8 @@ from curation.ledger import SHARD_FAILED, commit_shard, finished_shards
 from curation.pool import Pool
 from curation.schema import make_id, schema_of
 from curation.stage import Shard, ShardStage, StageFolder, StageInputs, reject
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 SCHEMA = schema_of(["id", "width", "height"])
 

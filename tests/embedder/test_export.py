@@ -33,7 +33,7 @@ from embedder.images import decode, resize
 from embedder.onnx_export import resize_matrix
 from embedder.peers import Peer, with_interpolation
 from embedder.vit import VisionTransformer, ViTConfig, vit_config
-from pipelines.model_card import DataFacts, model_card
+from pipelines.audit.model_card import DataFacts, model_card
 from pretrain.batch import normalize
 
 SIZES = ((224, 224), (518, 518), (336, 560))

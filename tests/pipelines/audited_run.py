@@ -11,10 +11,10 @@ import numpy as np
 
 from embedder.encoder import EncoderMemory, Thresholds
 from embedder.images import encode_jpeg, resize
-from pipelines.local_engine import LocalEngine
-from pipelines.recipe import load_recipe
-from pipelines.runner import RecipeRun
-from pipelines.stage_runner import Silent
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.recipe import load_recipe
+from pipelines.run.runner import RecipeRun
+from pipelines.run.stage_runner import Silent
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'[red]cc[/red][/b]\x1b[31m\u202e.jpg"
 """The path of a file, which must be shown as text."""

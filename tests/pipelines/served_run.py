@@ -14,8 +14,8 @@ import duckdb
 import uvicorn
 from fastapi import FastAPI
 
-from pipelines.serving.app import listening, make_app
-from pipelines.serving.catalog_file import catalog_of
+from pipelines.web.serving.app import listening, make_app
+from pipelines.web.serving.catalog_file import catalog_of
 from tests.pipelines.audited_run import finished_run
 
 

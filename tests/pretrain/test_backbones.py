@@ -12,7 +12,7 @@ from curation.errors import ConfigError
 from embedder.checkpoint import load_backbone
 from embedder.encoder import LoadOptions
 from embedder.vit import VisionTransformer
-from pipelines.cli import app
+from pipelines.cli.app import app
 from pretrain import checkpoint
 from pretrain.backbones import SavedBackbone, find_saved
 from pretrain.building import build_method

@@ -14,7 +14,7 @@ from curation.config import laid_over, parse_settings
 from curation.errors import ConfigError
 from embedder.checkpoint import load_backbone
 from embedder.errors import CheckpointError
-from pipelines.cli import app
+from pipelines.cli.app import app
 from pretrain import checkpoint
 from pretrain.building import build_method
 from pretrain.config import DistillConfig, PretrainConfig, load_config

@@ -9,7 +9,7 @@ from curation.config import find_config, parse_settings
 from curation.errors import ConfigError
 from embedder.checkpoint import load_backbone
 from embedder.errors import CheckpointError
-from pipelines.verbs import training
+from pipelines.cli import training
 from pretrain import checkpoint
 from pretrain.building import build_method
 from pretrain.collapse import Flatness

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from curation.errors import CurateError
 from embedder.checkpoint import save_backbone
 from embedder.vit import VisionTransformer, vit_config
-from pipelines.cli import app
+from pipelines.cli.app import app
 from tests.pretrain.small_runs import small_config, write_folder, write_shards
 
 Case = Callable[[Path], list[str]]

@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from curation.errors import ConfigError
-from pipelines.cli import app
+from pipelines.cli.app import app
 from pretrain.config import load_config
 from pretrain.digests import find_damage
 from pretrain.rehearsal import rehearse

@@ -16,7 +16,7 @@ from curation.config import parse_settings
 from embedder.checkpoint import save_backbone
 from embedder.errors import CheckpointError
 from embedder.vit import VisionTransformer
-from pipelines.cli import app
+from pipelines.cli.app import app
 from pretrain import checkpoint
 from pretrain.collapse import Flatness
 from pretrain.config import DistillConfig

@@ -22,9 +22,9 @@ from curation.sources.shards import images_below
 from curation.stage import StageFolder, StageInputs
 from curation.stages.ingest import Ingest
 from embedder.errors import ImageError
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
-from pipelines.verbs.stages import images_pool
+from pipelines.cli.stages import images_pool
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 from pretrain.sources import open_source
 from tests.curation.sources.test_tars import tar_of
 from tests.pretrain.small_runs import jpeg, write_shards

@@ -12,8 +12,8 @@ from curation.pool import Pool
 from curation.stage import StageFolder, StageInputs
 from curation.stages.canonicalize import Canonicalize
 from curation.stages.download import Download
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 
 def main() -> None:

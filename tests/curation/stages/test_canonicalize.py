@@ -10,8 +10,8 @@ from curation.pool import Pool
 from curation.schema import make_id, schema_of
 from curation.stage import StageFolder, StageInputs
 from curation.stages.canonicalize import Canonicalize, pixel_hash
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -7,18 +7,22 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from curation.clustering import copy_centroids
 from curation.config import parse_settings
 from curation.dataset import Dataset
 from curation.errors import ConfigError, SchemaError, SpaceError
-from curation.neighbors.quantized import nearest_centroids, quantize_centroids, quantize_rows
+from curation.neighbors.clusters.k_means import copy_centroids
+from curation.neighbors.kernels.quantized import (
+    nearest_centroids,
+    quantize_centroids,
+    quantize_rows,
+)
 from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.balance import Balance
 from curation.stages.cluster import Cluster, LevelSize, parse_level
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 WIDTH = 24
 
@@ -106,8 +110,8 @@ def test_cluster__content_does_not_depend_on_shards_order_or_workers(
     _, rows = groups(1, [70, 50, 30])
     digests = set()
     for i, pool in enumerate(shuffled_pools(embed, rows, 60)):
-        monkeypatch.setattr("curation.neighbors.layout._ROWS_PER_PARTITION", 60)
-        monkeypatch.setattr("curation.neighbors.split._ROWS_PER_BUCKET", [1 << 18, 40][i])
+        monkeypatch.setattr("curation.neighbors.index.build_index._ROWS_PER_PARTITION", 60)
+        monkeypatch.setattr("curation.neighbors.clusters.split._ROWS_PER_BUCKET", [1 << 18, 40][i])
         _, outputs, _ = cluster(pool, name=f"{i}", workers=i + 1, levels=levels, resamplings=0)
         digests.add(digest_of(outputs))
         _, outputs, _ = cluster(pool, name=f"r{i}", workers=2 - i, levels=levels)
@@ -117,7 +121,7 @@ def test_cluster__content_does_not_depend_on_shards_order_or_workers(
 
 def test_cluster__same_content_on_ray(embed, cluster, tmp_path):
     ray = pytest.importorskip("ray")
-    from pipelines.ray_engine import RayEngine
+    from pipelines.engines.ray_engine import RayEngine
 
     _, rows = groups(1, [70, 50, 30])
     pool, settings = embed(rows), {"levels": ("3x4", 2), "iterations": 2, "resamplings": (0, 2)}
@@ -287,7 +291,7 @@ def test_parse_level__number_or_split():
 
 
 def test_copy_centroids__of_all_shards_of_the_lowest_level(embed, cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("curation.neighbors.split._ROWS_PER_BUCKET", 100)
+    monkeypatch.setattr("curation.neighbors.clusters.split._ROWS_PER_BUCKET", 100)
     _, rows = groups(4, [150, 150, 150])
     _, _, folder = cluster(embed(rows), levels=("3x2", 2))
     path = folder.output("centroids")

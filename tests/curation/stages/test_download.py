@@ -22,8 +22,8 @@ from curation.schema import make_id, schema_of
 from curation.stage import Shard, StageFolder, StageInputs
 from curation.stages.canonicalize import Canonicalize
 from curation.stages.download import Download
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 QUICK = {
     "allow_private": True,

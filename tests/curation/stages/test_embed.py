@@ -6,8 +6,8 @@ from curation.config import parse_settings
 from curation.stage import StageFolder, StageInputs
 from curation.stages.embed import Embed
 from embedder.errors import EncoderError
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 
 def embed(tmp_path, rows, shards=2, name="out", workers=1):

@@ -4,8 +4,8 @@ from small_pictures import image_row, pool_of
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.exact_dedup import ExactDedup
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 
 def dedup(tmp_path, rows, shards=3, name="out"):

@@ -7,8 +7,8 @@ from curation.errors import ConfigError
 from curation.stage import StageFolder, StageInputs
 from curation.stages.filters import Filters
 from embedder.images import encode_jpeg
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 
 def test_filters__one_table_with_a_column_a_score(tmp_path):

@@ -21,8 +21,8 @@ from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.ingest import Ingest
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 
 def zstd(data: bytes) -> bytes:

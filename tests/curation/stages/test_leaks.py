@@ -4,8 +4,8 @@ from pydantic import ValidationError
 
 from curation.stage import StageFolder, StageInputs
 from curation.stages.leaks import Leaks
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 WIDTH = 32
 

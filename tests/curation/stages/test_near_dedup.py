@@ -10,15 +10,15 @@ from curation.errors import (
     SpaceError,
     StageError,
 )
-from curation.neighbors import runs as runs_module
-from curation.neighbors.layout import Comparison
-from curation.neighbors.review import Reviewed
+from curation.neighbors.dedup.judge_components import Reviewed
+from curation.neighbors.index.build_index import Comparison
+from curation.neighbors.rows import shard_batches as runs_module
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.near_dedup import NearDedup
-from pipelines.local_engine import LocalEngine
-from pipelines.ray_engine import RayEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.engines.ray_engine import RayEngine
+from pipelines.run.stage_runner import Silent, run_stage
 from tests.curation.conftest import with_shard
 
 WIDTH = 32

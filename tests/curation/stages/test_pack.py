@@ -11,8 +11,8 @@ from curation.schema import make_id, schema_of
 from curation.stage import StageFolder, StageInputs
 from curation.stages.pack import Pack
 from embedder.images import decode
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 
 def pack(tmp_path, pool, name="out", **settings):

@@ -10,8 +10,8 @@ from curation.schema import schema_of
 from curation.stage import StageFolder, StageInputs
 from curation.stages.relevance import Relevance, text_share
 from embedder.images import canonicalize, decode, encode_jpeg
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage
 
 WORDS = ("the", "image", "of", "Monday", "12:45", "please", "find", "an", "invoice", "$19.99")
 

@@ -5,13 +5,13 @@ from pydantic import ValidationError
 
 from curation.dataset import Dataset
 from curation.errors import DatasetError, SpaceError
-from curation.neighbors import runs
+from curation.neighbors.rows import shard_batches as runs
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.retrieve import Retrieve, SeedRule
-from pipelines.local_engine import LocalEngine
-from pipelines.ray_engine import RayEngine
-from pipelines.stage_runner import Silent, run_stage
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.engines.ray_engine import RayEngine
+from pipelines.run.stage_runner import Silent, run_stage
 from tests.curation.conftest import with_shard
 
 WIDTH = 24

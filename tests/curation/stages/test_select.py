@@ -7,8 +7,8 @@ from curation.pool import UnionPool
 from curation.schema import embedding_schema, make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.select import MANIFEST_COLUMNS, Select
-from pipelines.local_engine import LocalEngine
-from pipelines.stage_runner import Silent, run_stage, stage_key
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.run.stage_runner import Silent, run_stage, stage_key
 
 
 def select(tmp_path, shards=2, name="out"):

@@ -1,0 +1,1 @@
+"""Vectors in, levels of centroids and the cluster of each row out."""

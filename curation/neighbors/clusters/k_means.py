@@ -1,0 +1,328 @@
+"""k-means over arranged rows: trained on a sample, rows assigned by exact comparison.
+
+The sample is the rows with the smallest hash of (seed, id), in the order of that hash: it does not
+depend on shards, workers or engine. N rows, D width, C centroids.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from curation import storage
+from curation.dataset import Dataset
+from curation.errors import SchemaError, SpaceError
+from curation.neighbors.index.centroid_index import FLAT_UP_TO, CentroidIndex
+from curation.neighbors.kernels.quantized import integer_products, lengths_of, quantize_rows
+from curation.neighbors.kernels.threads import side_by_side
+from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
+from curation.neighbors.rows.vectors import vectors_of
+from curation.stage import Engine
+from embedder.rows import leveled, unit_rows
+
+_ROWS_AT_ONCE = 1 << 13
+_SPREAD_UP_TO = 512
+"""Centroids up to which k-means++ chooses the first ones; it costs a pass a centroid."""
+_SAMPLE_BYTES = 2 << 30
+"""What a sample may take, as stored and as 8-bit integers."""
+_TRAINED_SHARE = 0.9
+"""Share of the rows that must meet their nearest centroid while centroids still move."""
+_ROWS_ASKED = 2000
+"""Rows on which that share is measured."""
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """Trained centroids in a file."""
+
+    path: str
+    count: int
+    width: int
+
+    def load(self) -> np.ndarray:
+        """(C, D) float32, unit rows."""
+        return map_array(self.path, "float32", 0, (self.count, self.width))
+
+
+def train_centroids(
+    files: RowFiles,
+    count: int,
+    folder: str,
+    engine: Engine,
+    *,
+    seed: int,
+    iterations: int = 20,
+    rows_per_centroid: int = 256,
+    sample_bytes: int = _SAMPLE_BYTES,
+) -> Centroids:
+    """Spherical k-means on a sample of the rows; fewer centroids where there are fewer rows.
+
+    sample_bytes: what the sample may take in memory; it holds two rows a centroid at least.
+    """
+    count = max(1, min(count, files.num_rows))
+    fits = sample_bytes // (files.width * (np.dtype(files.dtype).itemsize + 1))
+    size = max(2 * count, min(count * rows_per_centroid, fits))
+    train = _Train(files, count, folder, seed, iterations, size)
+    facts = run_steps(engine, train, 1, storage.join(folder, "trained"), "train centroids")
+    return Centroids(train.path, facts[0]["count"], files.width)
+
+
+def copy_centroids(path: str, width: int, folder: str) -> Centroids:
+    """The first level's centroids of an earlier `cluster`, as a file for this run.
+
+    Raises:
+        SchemaError: there are none.
+        SpaceError: they are of another width.
+    """
+    rows = _lowest_level(Dataset.open(path), path)
+    if rows.shape[1] != width:
+        raise SpaceError(
+            f"{path}: centroids of width {rows.shape[1]}, but the pool has width {width}; "
+            "cluster the embeddings that are searched"
+        )
+    target = storage.join(folder, "given-centroids.bin")
+    write_array(target, rows.astype(np.float32))
+    return Centroids(target, len(rows), width)
+
+
+def _lowest_level(dataset: Dataset, path: str) -> np.ndarray:
+    """(C, D): centroids of level 1, which come first; a split level fills several shards."""
+    parts = []
+    for shard in range(dataset.num_shards):
+        table = dataset.read_shard(shard, ["level", "embedding"])
+        if table.num_rows == 0:
+            continue
+        if table["level"][0].as_py() > 1:
+            break
+        parts.append(vectors_of(table["embedding"], path))
+    if not parts:
+        raise SchemaError(f"{path}: holds no centroids; cluster a pool that has rows")
+    return np.concatenate(parts)
+
+
+def assign_exactly(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number of the nearest centroid of each row, and the cosine: (N,) int64, (N,) float32.
+
+    Products of float32 find it; where two centroids lie within their error, float64 decides
+    (ties: smallest number), so that the answer does not depend on how rows are blocked.
+
+    vectors: (N, D) of any length; centroids: (C, D) float32, unit rows.
+    """
+    nearest, cosines = np.empty(len(vectors), np.int64), np.empty(len(vectors), np.float32)
+    unit = unit_rows(centroids)  # (C, D) float64
+    band = 2 * (centroids.shape[1] + 8) * 2.0**-24
+    for start in range(0, len(vectors), _ROWS_AT_ONCE):
+        rows = unit_rows(vectors[start : start + _ROWS_AT_ONCE])
+        scores = rows.astype(np.float32) @ centroids.T  # (N, C)
+        best = scores.argmax(axis=1)
+        close = scores >= scores.max(axis=1, keepdims=True) - band
+        for row in np.flatnonzero(close.sum(axis=1) > 1):
+            some = np.flatnonzero(close[row])
+            best[row] = some[(unit[some] @ rows[row]).argmax()]
+        stop = start + len(rows)
+        nearest[start:stop] = best
+        cosines[start:stop] = np.einsum("nd,nd->n", rows, unit[best])
+    return nearest, cosines
+
+
+def hash_ids(ids: np.ndarray, *salts: int | str) -> np.ndarray:
+    """(N,) uint64: a hash of (salts, id) for each row; the same on every machine.
+
+    ids: (N, 16) uint8, which are hashes themselves: mixing their halves with the salt is enough.
+    """
+    import hashlib
+
+    key = hashlib.blake2b(repr(salts).encode(), digest_size=16).digest()
+    first, second = np.frombuffer(key, np.uint64)
+    halves = np.ascontiguousarray(ids).view(np.uint64).reshape(-1, 2)
+    return _mix(_mix(halves[:, 0] ^ first) ^ halves[:, 1] ^ second)
+
+
+def _mix(numbers: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(numbers ^ (numbers >> np.uint64(31)))
+
+
+def sample_positions(files: RowFiles, size: int, *salts: int | str) -> np.ndarray:
+    """(S,) int64: about `size` rows with the smallest hash of (salts, id), in its order."""
+    bound = np.uint64(min(1.0, size / max(1, files.num_rows)) * float(2**64 - 2**11))
+    hashes, positions = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    for partition in range(files.num_partitions):
+        found = hash_ids(files.ids(partition), *salts)
+        chosen = np.flatnonzero(found <= bound) if size < files.num_rows else np.arange(len(found))
+        hashes.append(found[chosen])
+        positions.append(chosen + files.starts[partition])
+    order = np.argsort(np.concatenate(hashes), kind="stable")
+    return np.concatenate(positions)[order]
+
+
+@dataclass(frozen=True)
+class _Train(Work):
+    files: RowFiles
+    count: int
+    folder: str
+    seed: int
+    iterations: int
+    size: int
+
+    @property
+    def path(self) -> str:
+        return storage.join(self.folder, "centroids.bin")
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        sample = sample_positions(self.files, self.size, "centroids", self.seed)
+        rows = self.files.gather("vectors", sample)
+        centroids = spherical_kmeans(rows, self.count, self.iterations, self.seed)
+        write_array(self.path, centroids)
+        return Done([self.path], {"count": len(centroids)})
+
+
+def spherical_kmeans(rows: np.ndarray, count: int, iterations: int, seed: int) -> np.ndarray:
+    """(C, D) float32: unit centroids. rows: (N, D) float32 or float16, of any length."""
+    rng = np.random.default_rng(seed)
+    return lloyd(rows, quantize_rows(rows), count, iterations, rng, assign=False)[0]
+
+
+def lloyd(
+    rows: np.ndarray,
+    quantized: np.ndarray,
+    count: int,
+    iterations: int,
+    rng: np.random.Generator,
+    start: np.ndarray | None = None,
+    *,
+    assign: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Spherical k-means in memory: centroids (C, D) float32, and nearest of each row (N,) int32.
+
+    Rows find their centroid by exact products of 8-bit integers, centroids are means of the rows
+    themselves. A centroid without rows is put beside that with most rows, a little to the side.
+    It ends early where no row changes its centroid.
+
+    rows: (N, D) of any length; quantized: the same as (N, D) int8. start: (C, D) float32, the
+    centroids to begin with; drawn from the rows where it is None. assign: whether the nearest of
+    each row among the last centroids are wanted; they cost an iteration. Else (0,) int32.
+    """
+    if rows.dtype == np.float32:
+        rows = leveled(rows)
+    centroids = first_centroids(rows, count, rng) if start is None else start
+    before, done = np.empty(0, np.int32), False
+    for _ in range(iterations):
+        nearest = _nearest(quantized, centroids, rng)
+        if np.array_equal(nearest, before):
+            done = True
+            break
+        sums, counts = cluster_sums(rows, nearest, len(centroids))
+        centroids = means_of(sums, counts, centroids, rng)
+        before = nearest if counts.all() else np.empty(0, np.int32)
+    if not assign:
+        return centroids, np.empty(0, np.int32)
+    return centroids, before if done else _nearest(quantized, centroids, rng)
+
+
+def first_centroids(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(C, D) float32, unit rows: rows far from each other, or any where they are many."""
+    count = min(count, len(rows))
+    if count <= _SPREAD_UP_TO:
+        return spread_rows(unit_rows(rows[: 64 * count]).astype(np.float32), count, rng)
+    chosen = np.sort(rng.choice(len(rows), count, replace=False))
+    return unit_rows(rows[chosen]).astype(np.float32)
+
+
+def _nearest(quantized: np.ndarray, centroids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(N,) int32: nearest centroid of each row while they move."""
+    sample = quantized[:: max(1, len(quantized) // _ROWS_ASKED)]
+    return index_centroids(centroids, sample, _TRAINED_SHARE, rng)[0].nearest(quantized)
+
+
+def index_centroids(
+    centroids: np.ndarray, sample: np.ndarray, share: float, rng: np.random.Generator
+) -> tuple[CentroidIndex, float]:
+    """Make centroids ready for rows; give the share of the sample that meets its nearest, too.
+
+    centroids: (C, D) float32, unit rows; sample: (S, D) int8; share: the least that is wanted.
+    """
+    if len(centroids) <= FLAT_UP_TO:
+        return CentroidIndex.flat(centroids), 1.0
+    count, quantized = round(np.sqrt(len(centroids))), quantize_rows(centroids)
+    groups, _ = lloyd(centroids, quantized, count, 6, rng, assign=False)
+    return CentroidIndex.grouped(centroids, groups, sample, share)
+
+
+def cluster_sums(
+    rows: np.ndarray, nearest: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the unit rows of each cluster, (C, D) float64, and their number, (C,) int64."""
+    from scipy.sparse import csc_matrix
+
+    sums = np.zeros((count, rows.shape[1]))
+    block = max(_ROWS_AT_ONCE, count)
+    for start in range(0, len(rows), block):
+        some = np.asarray(rows[start : start + block], np.float32)
+        scales = 1 / np.sqrt(np.einsum("nd,nd->n", some, some))
+        owners = nearest[start : start + len(some)]
+        columns = np.arange(len(some) + 1)  # one entry a row, in its cluster's line
+        sums += csc_matrix((scales, owners, columns), shape=(count, len(some))) @ some
+    return sums, np.bincount(nearest, minlength=count)
+
+
+def means_of(
+    sums: np.ndarray, counts: np.ndarray, before: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(C, D) float32: unit means; empty clusters take a place beside the largest ones.
+
+    sums: (C, D) float64; counts: (C,); before: (C, D) the centroids so far.
+    """
+    lengths = np.sqrt(np.einsum("cd,cd->c", sums, sums))
+    known = lengths > 0
+    centroids = before.astype(np.float64)
+    centroids[known] = sums[known] / lengths[known, None]
+    empty = np.flatnonzero(counts == 0)
+    crowded = np.argsort(-counts, kind="stable")[: len(empty)]
+    centroids[empty] = centroids[crowded] + 0.02 * rng.normal(size=(len(empty), sums.shape[1]))
+    centroids /= np.sqrt(np.einsum("cd,cd->c", centroids, centroids))[:, None]
+    return centroids.astype(np.float32)
+
+
+def spread_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(C, D): rows far from each other, drawn as k-means++ does: by squared distance.
+
+    Of a few rows drawn at a time, the one that brings all rows nearest is taken.
+    rows: (N, D) float32, unit rows, N at least `count`.
+    """
+    trials, quantized = 2 + int(np.log(count)), quantize_rows(rows)
+    lengths = lengths_of(quantized)  # (N,)
+    chosen = [int(rng.integers(len(rows)))]
+    squared = _squared_distances(quantized, lengths, chosen)[0]  # (N,) to the nearest chosen row
+    for _ in range(count - 1):
+        total = squared.sum()
+        weights = squared / total if total > 0 else None
+        tried = rng.choice(len(rows), trials, p=weights)
+        after = np.minimum(squared, _squared_distances(quantized, lengths, tried))  # (trials, N)
+        best = int(after.sum(axis=1).argmin())
+        chosen.append(int(tried[best]))
+        squared = after[best]
+    return np.ascontiguousarray(rows[chosen])
+
+
+def _squared_distances(
+    quantized: np.ndarray, lengths: np.ndarray, chosen: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """(M, N) float64, of chosen rows to all, as unit rows; of integers, so the same anywhere.
+
+    quantized: (N, D) int8; lengths: (N,) of each; chosen: (M,) numbers of rows.
+    """
+    found, others = np.empty((len(chosen), len(quantized))), quantized[chosen]
+    scales = lengths[chosen][:, None]
+
+    def measure(start: int) -> None:
+        some = slice(start, start + _ROWS_AT_ONCE)
+        products = integer_products(quantized[some], others).numpy().T  # (M, n)
+        found[:, some] = np.maximum(0, 2 - 2 * products / (scales * lengths[some]))
+
+    side_by_side(measure, range(0, len(quantized), _ROWS_AT_ONCE))
+    return found

@@ -1,0 +1,269 @@
+"""Splitting a level: each of its clusters is clustered inside itself, a bucket of them at a time.
+
+So ten million centroids come of 100,000 without ever being trained or held at once (SPEC A.5). All
+rows travel once to the bucket of their cluster; there a sample of each cluster trains its leaves,
+and each row finds the nearest leaf of its own cluster.
+N rows, C clusters, L leaves, D width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curation import storage
+from curation.exchange import Exchange
+from curation.neighbors.clusters.k_means import hash_ids, lloyd
+from curation.neighbors.clusters.levels import (
+    Fit,
+    IndexedCentroids,
+    rows_of_level,
+    write_level_part,
+)
+from curation.neighbors.kernels.quantized import (
+    nearest_centroids,
+    quantize_centroids,
+    quantize_rows,
+)
+from curation.neighbors.kernels.threads import limit_threads
+from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
+from curation.neighbors.rows.shard_batches import ByRun
+from curation.neighbors.rows.vectors import exact_similarities
+from curation.stage import Engine
+
+_ROWS_PER_BUCKET = 1 << 18
+_ROWS_AT_ONCE = 1 << 16
+_SAMPLE_PER_LEAF = 64
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Which leaves each cluster gets, and in which bucket they are found."""
+
+    path: str
+    """File: (C,) rows, (C + 1,) first leaf, (C,) bucket of each cluster, int64."""
+    count: int
+    cluster_starts: tuple[int, ...]
+    """(B + 1,): first cluster of each bucket, then their number."""
+    leaf_starts: tuple[int, ...]
+    """(B + 1,): first leaf of each bucket, then their number."""
+
+    @classmethod
+    def written(cls, path: str, counts: np.ndarray, split: int) -> "SplitPlan":
+        """Plan so many leaves a cluster, or as many as it has rows. counts: (C,) rows."""
+        leaves = np.concatenate([[0], np.cumsum(np.minimum(counts, split))])
+        before = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        buckets = before // _ROWS_PER_BUCKET
+        firsts = np.flatnonzero(np.diff(buckets, prepend=-1))
+        buckets = np.searchsorted(firsts, np.arange(len(counts)), "right") - 1
+        write_array(path, counts, leaves, buckets)
+        starts = [*(int(first) for first in firsts), len(counts)]
+        return cls(path, len(counts), tuple(starts), tuple(int(leaves[one]) for one in starts))
+
+    @property
+    def num_buckets(self) -> int:
+        """Number of buckets."""
+        return len(self.cluster_starts) - 1
+
+    def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows (C,), first leaf (C + 1,) and bucket (C,) of each cluster."""
+        numbers = np.array(map_array(self.path, "int64", 0, (3 * self.count + 1,)))
+        return (
+            numbers[: self.count],
+            numbers[self.count : 2 * self.count + 1],
+            numbers[2 * self.count + 1 :],
+        )
+
+
+def split_clusters(
+    files: RowFiles,
+    indexed: IndexedCentroids,
+    split: int,
+    fit: Fit,
+    folder: str,
+    by_shard: ByRun,
+    engine: Engine,
+) -> tuple[RowFiles, int]:
+    """Split every cluster inside itself; give the leaves, and how many items told the shards.
+
+    by_shard: receives shard, row, cluster (the leaf) and similarity of all rows.
+    """
+    count = _Count(files, indexed, storage.join(folder, "parents"), fit.threads)
+    run_steps(engine, count, files.num_partitions, count.folder, "assign to clusters")
+    plan = SplitPlan.written(storage.join(folder, "plan.bin"), count.total(), split)
+    by_cluster = Exchange(storage.join(folder, "by-cluster"), plan.num_buckets)
+    scatter = _Scatter(count, plan, by_cluster, _SAMPLE_PER_LEAF * split, fit.seed)
+    run_steps(engine, scatter, files.num_partitions, by_cluster.folder, "rows to their clusters")
+    leaves = rows_of_level(storage.join(folder, "leaves"), files.width, plan.leaf_starts)
+    work = _Leaves(files, leaves, plan, by_cluster, by_shard, fit)
+    run_steps(engine, work, plan.num_buckets, by_shard.folder, "split the clusters")
+    return leaves, plan.num_buckets
+
+
+@dataclass(frozen=True)
+class _Count(Work):
+    """The cluster of each row of one partition (n,) int32, and the rows of each (C,) int64."""
+
+    files: RowFiles
+    indexed: IndexedCentroids
+    folder: str
+    threads: int
+
+    def owners(self, item: int) -> np.ndarray:
+        path = storage.join(self.folder, f"owners-{item:06d}.bin")
+        return np.asarray(map_array(path, "int32", 0, (self.files.size(item),)))
+
+    def open(self) -> Any:
+        limit_threads(self.threads)
+        return self.indexed.load()
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        owners = opened.nearest(quantize_rows(self.files.vectors(item)))
+        known, counts = np.unique(owners, return_counts=True)
+        paths = [storage.join(self.folder, f"{kind}-{item:06d}.bin") for kind in _COUNTED]
+        write_array(paths[0], owners)
+        write_array(paths[1], np.stack([known.astype(np.int64), counts], axis=1))
+        return Done(paths)
+
+    def total(self) -> np.ndarray:
+        """(C,) int64: rows of each cluster in all partitions."""
+        counts = np.zeros(self.indexed.centroids.count, np.int64)
+        for item in range(self.files.num_partitions):
+            path = storage.join(self.folder, f"counts-{item:06d}.bin")
+            found = np.frombuffer(storage.read_bytes(path), np.int64).reshape(-1, 2)
+            counts[found[:, 0]] += found[:, 1]
+        return counts
+
+
+_COUNTED = ("owners", "counts")
+
+
+@dataclass(frozen=True)
+class _Scatter(Work):
+    """Rows of one partition, sent to the bucket of their cluster."""
+
+    count: _Count
+    plan: SplitPlan
+    by_cluster: Exchange
+    most_trained: int
+    """Rows of a cluster that train its leaves, about."""
+    seed: int
+
+    def open(self) -> Any:
+        return self.plan.load()
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        rows_of, _, buckets = opened
+        files, owners = self.count.files, self.count.owners(item)
+        places = files.rows(item)
+        lots = hash_ids(files.ids(item), "split", self.seed)
+        shares = np.minimum(1.0, self.most_trained / rows_of[owners])
+        vectors = np.ascontiguousarray(files.vectors(item))
+        size = vectors.shape[1] * vectors.itemsize
+        packed = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(size), len(vectors), [None, pa.py_buffer(vectors)]
+        )
+        columns = {
+            "cluster": owners,
+            "lot": lots,
+            "trains": lots <= (shares * float(2**64 - 2**11)).astype(np.uint64),
+            "shard": places["shard"],
+            "row": places["row"],
+            "vector": packed,
+        }
+        self.by_cluster.write(item, pa.table(columns), buckets[owners])
+        return Done([self.by_cluster.mapped_path(item)])
+
+
+@dataclass(frozen=True)
+class _Leaves(Work):
+    """The leaves of the clusters of one bucket, and the leaf of each of their rows."""
+
+    files: RowFiles
+    leaves: RowFiles
+    plan: SplitPlan
+    by_cluster: Exchange
+    by_shard: ByRun
+    fit: Fit
+
+    def open(self) -> Any:
+        limit_threads(self.fit.threads)
+        return self.plan.load()
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        first_leaves = opened[1] - self.plan.leaf_starts[item]
+        centroids = self._train(item, first_leaves)
+        paths = write_level_part(self.leaves, item, centroids)
+        told = [self._assign(rows, item, centroids, first_leaves) for rows in self._chunks(item)]
+        self.by_shard.send(item, pa.concat_tables(told))
+        return Done([*paths, self.by_shard.mapped_path(item)])
+
+    def _train(self, item: int, first_leaves: np.ndarray) -> np.ndarray:
+        """(L, D) float32: leaves of the clusters of a bucket, in their order."""
+        rows = pa.concat_tables(
+            [some.filter(some["trains"]) for some in self._chunks(item)]
+        ).combine_chunks()
+        vectors, lots = self._vectors(rows), np.asarray(rows["lot"])
+        first, stop = self.plan.cluster_starts[item : item + 2]
+        leaves = np.empty((first_leaves[stop] - first_leaves[first], self.files.width), np.float32)
+        for cluster, own in _by_cluster(rows):
+            some = vectors[own[np.argsort(lots[own], kind="stable")]]
+            part = slice(first_leaves[cluster], first_leaves[cluster + 1])
+            rng = np.random.default_rng([self.fit.seed, 3, cluster])
+            count, quantized = part.stop - part.start, quantize_rows(some)
+            leaves[part], _ = lloyd(
+                some, quantized, int(count), self.fit.iterations, rng, assign=False
+            )
+        return leaves
+
+    def _assign(
+        self, rows: pa.Table, item: int, centroids: np.ndarray, first_leaves: np.ndarray
+    ) -> pa.Table:
+        """Shard, row, leaf and similarity of some rows of a bucket."""
+        vectors, leaf = self._vectors(rows), np.empty(rows.num_rows, np.int64)
+        for cluster, own in _by_cluster(rows):
+            part = slice(first_leaves[cluster], first_leaves[cluster + 1])
+            found = nearest_centroids(
+                quantize_rows(vectors[own]), quantize_centroids(centroids[part])
+            )
+            leaf[own] = part.start + found
+        columns = {
+            "shard": rows["shard"],
+            "row": rows["row"],
+            "cluster": (leaf + self.plan.leaf_starts[item]).astype(np.int32),
+            "similarity": exact_similarities(vectors, centroids[leaf]),
+        }
+        return pa.table(columns)
+
+    def _chunks(self, item: int) -> Iterator[pa.Table]:
+        """Rows of a bucket, some ten thousand at a time, in the order of their positions."""
+        held: list[pa.Table] = []
+        for part in self.by_cluster.parts(item, self.files.num_partitions):
+            held.append(part)
+            if sum(one.num_rows for one in held) >= _ROWS_AT_ONCE:
+                yield pa.concat_tables(held).combine_chunks()
+                held = []
+        if held:
+            yield pa.concat_tables(held).combine_chunks()
+
+    def _vectors(self, rows: pa.Table) -> np.ndarray:
+        """(n, D) of the files' own number type."""
+        column = rows["vector"].combine_chunks()
+        column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+        if not len(column):
+            return np.empty((0, self.files.width), self.files.dtype)
+        data = np.frombuffer(column.buffers()[1], self.files.dtype)
+        first = column.offset * self.files.width
+        return data[first : first + len(column) * self.files.width].reshape(len(column), -1)
+
+
+def _by_cluster(rows: pa.Table) -> Iterator[tuple[int, np.ndarray]]:
+    """Clusters that occur in some rows, and which rows are theirs, in order."""
+    clusters = np.asarray(rows["cluster"])
+    order = np.argsort(clusters, kind="stable")
+    known, starts = np.unique(clusters[order], return_index=True)
+    for cluster, own in zip(known, np.split(order, starts[1:]), strict=True):
+        yield int(cluster), own

@@ -1,0 +1,82 @@
+"""Visits turned around: for each partition, which rows come to which of its lists.
+
+A visit is a pair (list, position) of 12 bytes, never a copy of a vector. `Invert` tasks, one a
+partition of visitors, write their visits sorted by list with an offset table, so that a partition
+reads its visitors by range. N rows, P partitions, V visits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from curation import storage
+from curation.neighbors.index.routes import Routes
+from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
+from curation.stage import Engine
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Files of visits, by the partition that the visitors live in."""
+
+    files: RowFiles
+    """The rows that are visited."""
+    folder: str
+    num_sources: int
+    """Partitions that the visitors live in."""
+
+    def path(self, partition: int) -> str:
+        """File of the visits made by the rows of one partition."""
+        return storage.join(self.folder, f"visits-{partition:06d}.bin")
+
+    def write(self, partition: int, lists: np.ndarray, positions: np.ndarray) -> None:
+        """Write visits. lists: (V,) int32, positions: (V,) int64 of the visitors."""
+        order = np.argsort(lists, kind="stable")
+        lists = lists[order]
+        bounds = np.searchsorted(lists, self.files.list_starts).astype(np.int64)  # (P + 1,)
+        write_array(self.path(partition), bounds, positions[order], lists)
+
+    def of(self, partition: int) -> tuple[np.ndarray, np.ndarray]:
+        """Lists (V,) int32 and visitors (V,) int64 that come to one partition, by list."""
+        lists, positions = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+        head = 8 * (self.files.num_partitions + 1)
+        for source in range(self.num_sources):
+            path = self.path(source)
+            bounds = map_array(path, "int64", 0, (head // 8,))
+            start, stop, total = (int(bounds[i]) for i in (partition, partition + 1, -1))
+            shape = (stop - start,)
+            positions.append(map_array(path, "int64", head + 8 * start, shape))
+            lists.append(map_array(path, "int32", head + 8 * total + 4 * start, shape))
+        found = np.concatenate(lists)
+        order = np.argsort(found, kind="stable")
+        return found[order], np.concatenate(positions)[order]
+
+
+@dataclass(frozen=True)
+class _Invert(Work):
+    visits: Visits
+    rows_of: Any
+    """Gives the numbers of the rows of a partition that go visiting."""
+    gap: float
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        files = self.visits.files
+        rows = self.rows_of(item)
+        who, lists = (
+            Routes.read(files.path("routes", item), files.size(item)).take(rows).within(self.gap)
+        )
+        self.visits.write(item, lists, rows[who] + files.starts[item])
+        return Done([self.visits.path(item)])
+
+
+def invert(files: RowFiles, rows_of: Any, gap: float, folder: str, engine: Engine) -> Visits:
+    """Turn the visits of some rows around that are no farther than a gap.
+
+    rows_of: a picklable function of a partition that gives row numbers in it, (M,) int64.
+    """
+    visits = Visits(files, folder, files.num_partitions)
+    work = _Invert(visits, rows_of, gap)
+    run_steps(engine, work, files.num_partitions, folder, "turn visits around")
+    return visits

@@ -1,0 +1,353 @@
+"""Training the coarse centroids: a sample of all rows, the lists, and the partitions.
+
+The sample is the rows with the smallest hash of (seed, id), in its order, so the lists depend on
+the rows and the seed alone. N rows, S sampled rows, D width, L lists, P partitions.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from curation import storage
+from curation.neighbors.clusters.k_means import hash_ids
+from curation.neighbors.index.coarse_training import FLAT, lists_of
+from curation.neighbors.index.quantizer import FIRST_GROUPS, Coarse, CoarseRouter
+from curation.neighbors.index.routes import Reach
+from curation.neighbors.index.seed_groups import alike_groups
+from curation.neighbors.kernels.quantized import integer_products, lengths_of, quantize_rows
+from curation.neighbors.kernels.threads import in_threads
+from curation.neighbors.rows.arrange import groups_of_shards, rows_together
+from curation.neighbors.rows.file_tasks import Done, Work, finished_steps, run_steps
+from curation.neighbors.rows.row_files import map_array, write_array
+from curation.neighbors.rows.vectors import VectorSource, bad_rows, check_widths, storage_dtype
+from curation.stage import Engine, Resources
+from embedder.encoder import all_cpus
+
+_ROWS_PER_LIST = 256
+_LONGEST = 2048
+"""Rows a list up to which there is one level of them."""
+_MOST_LISTS = 1 << 18
+_ROWS_ASKED = 1 << 12
+"""Sampled rows, held out from training, that say how many lists lie within a gap."""
+_COUNTED, _COUNTED_PER_LIST = 1 << 16, 64
+"""Sampled rows that say how many rows each list will hold, at most."""
+_NEAR = 0.8
+"""Of the cosine of alike rows: members of a group are at least as near to its mean."""
+_SHARE_FOR_GROUPS = 0.2
+"""Share of the rows that is sampled where groups are sought: some rows of each."""
+_ROWS_PAIRED, _PAIRED_AT_ONCE = 1 << 11, 1 << 8
+"""Held-out rows whose alike ones are sought in the sample, and rows that meet them at a time."""
+_FEWEST_PAIRS = 50
+_SPARE = 3
+"""Times fewer pairs missed than may be: what is left over for the error of both samples."""
+_FINDING_GROUPS = 256
+"""Bytes that finding groups takes for a sampled row: its sketch, its neighbours."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the coarse part may cost."""
+
+    memory: int = 4 * 10**9
+    """Bytes that all tasks of a machine may hold at once."""
+    mean_visits: int = 16
+    """Visits of a row that are written down, on average; a join uses those its recall needs."""
+    most_visits: int = 128
+    """Visits of one row, and those as near as the last of them."""
+    rows_per_list: int = 96
+    """Sampled rows a list that it is trained on."""
+    recall: float = 0.99
+    """Share of the pairs of alike rows that visits are to find."""
+    alike: float | None = None
+    """Cosine above which rows are sought: groups of such rows get lists of their own."""
+
+    @property
+    def near(self) -> float:
+        """Cosine to the mean of a group from which a row belongs there."""
+        return np.inf if self.alike is None else _NEAR * self.alike
+
+
+@dataclass(frozen=True)
+class Training:
+    """A sample of the rows of some sources, and the centroids trained on it."""
+
+    sources: tuple[VectorSource, ...]
+    groups: tuple[tuple[int, int, int], ...]
+    folder: str
+    seed: int
+    share: float
+    """Share of the rows that are sampled."""
+    num_lists: int
+    dtype: str
+    budget: Budget
+    num_rows: int
+    threads: int
+    workers: int
+
+    def sample_path(self, item: int) -> str:
+        """File of the sample of one run of shards."""
+        return storage.join(self.folder, "sampled", f"sample-{item:06d}.bin")
+
+    def most_rows(self, width: int) -> int:
+        """Sampled rows that fit into half of the memory, with what finds groups."""
+        return max(self.num_lists, self.budget.memory // (2 * (width + _FINDING_GROUPS)))
+
+    @property
+    def coarse_path(self) -> str:
+        """File of the centroids."""
+        return storage.join(self.folder, "coarse.bin")
+
+
+def train_router(
+    sources: tuple[VectorSource, ...],
+    folder: str,
+    engine: Engine,
+    *,
+    seed: int,
+    budget: Budget,
+    threads: int,
+) -> tuple[CoarseRouter, list[int]] | None:
+    """Train coarse centroids; give the router and the first list of each partition.
+
+    Gives None where no row has a direction, so that there is nothing to be trained on.
+    """
+    num_rows = sum(source.pool.num_rows for source in sources)
+    num_lists = lists_for(num_rows)
+    least_share = 0.0 if budget.alike is None else _SHARE_FOR_GROUPS
+    training = Training(
+        sources=sources,
+        groups=groups_of_shards(sources, budget.memory // engine.workers_per_node),
+        folder=folder,
+        seed=seed,
+        share=min(1.0, max(least_share, budget.rows_per_list * num_lists / num_rows)),
+        num_lists=num_lists,
+        dtype=storage_dtype(sources),
+        budget=budget,
+        num_rows=num_rows,
+        threads=threads,
+        workers=engine.workers_per_node,
+    )
+    facts = finished_steps(storage.join(folder, "trained"), 1) or _train(training, engine)
+    if facts is None:
+        return None
+    found = facts[0]
+    router = CoarseRouter(
+        training.coarse_path,
+        found["width"],
+        found["groups"],
+        found["lists"],
+        Reach(found["gap"], budget.most_visits, found["groups_met"], budget.near, found["least"]),
+        threads,
+    )
+    return router, found["list_starts"]
+
+
+def lists_for(num_rows: int) -> int:
+    """How many lists so many rows get.
+
+    As long as one level of lists does, they grow longer before there are two: two lose neighbours
+    where rows form no large groups.
+    """
+    wanted = int(np.clip(num_rows // _ROWS_PER_LIST, 16, _MOST_LISTS))
+    return min(wanted, FLAT) if num_rows <= FLAT * _LONGEST else wanted
+
+
+def _train(training: Training, engine: Engine) -> list[dict[str, Any]] | None:
+    """Sample rows and train on them; the sample goes when that has finished."""
+    sampled = storage.join(training.folder, "sampled")
+    facts = run_steps(engine, _Sample(training), len(training.groups), sampled, "sample rows")
+    width = check_widths([(fact["where"], fact["width"]) for fact in facts])
+    if not width:
+        return None
+    train, folder = _TrainCoarse(training, width), storage.join(training.folder, "trained")
+    found = run_steps(engine, train, 1, folder, "train centroids")
+    storage.remove(sampled)
+    return found
+
+
+_Sampled = tuple[np.ndarray, np.ndarray, tuple[str, int]]
+"""Hashes (S,) and rows of 8-bit integers (S, D); where they are from, and their width."""
+
+
+@dataclass(frozen=True)
+class _Sample(Work):
+    """The sampled rows of some shards: (S,) uint64 hashes, then (S, D) int8."""
+
+    training: Training
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        number, first, end = self.training.groups[item]
+        source, shards = self.training.sources[number], range(first, end)
+        read = partial(self._read, source)
+        found = [some for some in in_threads(read, shards, self.training.threads) if some]
+        hashes, rows, widths = zip(*found, strict=True) if found else ((), (), ())
+        width = check_widths(widths)
+        write_array(self.training.sample_path(item), *hashes, *rows)
+        where = source.dataset.path
+        return Done([self.training.sample_path(item)], {"where": where, "width": width})
+
+    def _read(self, source: VectorSource, shard: int) -> _Sampled | None:
+        """The sampled rows of one shard; None where there are none."""
+        ids, vectors = source.read(shard)
+        keys = hash_ids(ids, "coarse", self.training.seed)
+        chosen = np.flatnonzero(keys <= self._bound(vectors.shape[1]))
+        chosen = chosen[~bad_rows(vectors[chosen])] if len(chosen) else chosen
+        if not len(chosen):
+            return None
+        rows = quantize_rows(vectors[chosen])
+        return keys[chosen], rows, (source.where(shard), vectors.shape[1])
+
+    def _bound(self, width: int) -> np.uint64:
+        """Hashes up to this are sampled: a little more than will be used, as rows are by chance."""
+        share = 1.05 * self.training.most_rows(width) / self.training.num_rows
+        return np.uint64(min(1.0, self.training.share, share) * float(2**64 - 2**11))
+
+
+@dataclass(frozen=True)
+class _TrainCoarse(Work):
+    """The centroids of lists and of their groups, and how many rows each list will hold."""
+
+    training: Training
+    width: int
+
+    @property
+    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+        return Resources(memory=self.training.budget.memory, time_limit_s=24 * 3600)
+
+    def __call__(self, item: int, opened: Any) -> Done:
+        sample = self._sample()
+        held = min(_ROWS_ASKED, len(sample) // 8)
+        asked, rows = sample[:held], sample[held:]  # those trained on lie too near their lists
+        rng = np.random.default_rng(self.training.seed)
+        # The other workers wait for the lists, so that their cores are free where they are here.
+        threads = min(all_cpus(), self.training.workers * self.training.threads)
+        budget = self.training.budget
+        groups = None if budget.alike is None else alike_groups(rows, budget.alike, rng, threads)
+        coarse = Coarse.of(
+            *lists_of(rows, self.training.num_lists, rng, threads, groups), rng, threads
+        )
+        coarse.write(self.training.coarse_path)
+        reach = self._reach(coarse, asked, rows, threads)
+        few = rows[: min(_COUNTED, _COUNTED_PER_LIST * coarse.num_lists)]
+        homes = coarse.route(few, replace(reach, gap=0.0, most=0), threads).own
+        counts = np.bincount(homes, minlength=coarse.num_lists)
+        expected = counts * (self.training.num_rows / max(1, len(few)))
+        facts = {
+            "width": self.width,
+            "groups": len(coarse.groups),
+            "groups_met": reach.groups,
+            "least": reach.least,
+            "lists": coarse.num_lists,
+            "gap": reach.gap,
+            "list_starts": split_evenly(expected, self._rows_per_partition()),
+        }
+        return Done([self.training.coarse_path], facts)
+
+    def _reach(self, coarse: Coarse, asked: np.ndarray, rows: np.ndarray, threads: int) -> Reach:
+        """How far rows are to look for lists, by what those held out need."""
+        budget = self.training.budget
+        reach = Reach(np.inf, budget.most_visits, near=budget.near)
+        if budget.alike is not None and coarse.has_loose:
+            least = coarse.least_of_sketches(asked)
+            reach = replace(reach, groups=FIRST_GROUPS, least=least)
+        else:
+            reach = replace(reach, groups=coarse.groups_to_meet(asked, budget.recall))
+        gap = coarse.gap_of_visits(asked, budget.mean_visits, reach, threads)
+        reach = replace(reach, gap=gap)
+        return replace(
+            reach, gap=min(gap, gap_of_pairs(coarse, asked, rows, budget, reach, threads))
+        )
+
+    def _rows_per_partition(self) -> int:
+        row_bytes = self.width * np.dtype(self.training.dtype).itemsize
+        memory = self.training.budget.memory // self.training.workers
+        return rows_together(self.training.num_rows, row_bytes, memory)
+
+    def _sample(self) -> np.ndarray:
+        """(S, D) sampled rows in the order of their hashes."""
+        bound, items = self._bound(), range(len(self.training.groups))
+        hashes = np.concatenate([self._read(item)[0] for item in items])
+        hashes = hashes[hashes <= bound]
+        places = np.empty(len(hashes), np.int64)
+        places[np.argsort(hashes, kind="stable")] = np.arange(len(hashes))
+        rows, first = np.empty((len(hashes), self.width), np.int8), 0
+        for item in items:
+            keys, found = self._read(item)
+            some = np.flatnonzero(keys <= bound)
+            rows[places[first : first + len(some)]] = found[some]
+            first += len(some)
+        return rows
+
+    def _bound(self) -> np.uint64:
+        """The largest hash of a sampled row, so that the sample fits into the memory."""
+        items = range(len(self.training.groups))
+        hashes = np.sort(np.concatenate([self._read(item)[0] for item in items]))
+        most = self.training.most_rows(self.width)
+        return np.uint64(hashes[min(most, len(hashes)) - 1])
+
+    def _read(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes (S,) and rows (S, D) int8 of one file of the sample."""
+        path = self.training.sample_path(item)
+        count = storage.size_of(path) // (8 + self.width)
+        hashes = map_array(path, "uint64", 0, (count,))
+        return hashes, map_array(path, "int8", 8 * count, (count, self.width))
+
+
+def gap_of_pairs(
+    coarse: Coarse,
+    asked: np.ndarray,
+    rows: np.ndarray,
+    budget: Budget,
+    every: Reach,
+    threads: int,
+) -> float:
+    """The gap within which asked rows visit nearly all lists of alike rows that any visit finds.
+
+    Infinite where too few pairs are known. Pairs of a pool need less: either may visit the other.
+    asked: (Q, D) int8, not trained on; rows: (S, D) int8.
+    """
+    if budget.alike is None:
+        return np.inf
+    asked = asked[:_ROWS_PAIRED]
+    left, right = _pairs_above(asked, rows, budget.alike, threads)
+    if len(left) < _FEWEST_PAIRS:
+        return np.inf
+    others, number = np.unique(right, return_inverse=True)
+    homes = coarse.route(rows[others], replace(every, gap=0.0, most=0), threads).own
+    gaps = coarse.route(asked, every, threads).gaps_to(left, homes[number])
+    gaps = np.sort(gaps[np.isfinite(gaps)])
+    beyond = int((1 - budget.recall) / _SPARE * len(gaps))
+    return float(gaps[-1 - beyond]) if beyond else np.inf
+
+
+def _pairs_above(
+    asked: np.ndarray, rows: np.ndarray, cosine: float, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (H,) of asked rows, and of rows whose cosine to them is above a bound."""
+    floors = cosine * lengths_of(asked)
+
+    def of_block(start: int) -> tuple[np.ndarray, np.ndarray]:
+        some = rows[start : start + _PAIRED_AT_ONCE]
+        products, lengths = integer_products(some, asked).numpy(), lengths_of(some)
+        flat = np.flatnonzero(products > int(lengths.min() * floors.min()))
+        row, column = np.divmod(flat, len(asked))
+        above = products.reshape(-1)[flat] > lengths[row] * floors[column]
+        return column[above], row[above] + start
+
+    parts = list(in_threads(of_block, range(0, len(rows), _PAIRED_AT_ONCE), threads))
+    left, right = (np.concatenate(side) for side in zip(*parts, strict=True))
+    return left, right
+
+
+def split_evenly(expected: np.ndarray, rows_per_partition: int) -> list[int]:
+    """First list of each partition, and the number of lists: about so many rows in each.
+
+    expected: (L,) rows of each list. A longer list is a partition of its own.
+    """
+    before = np.concatenate([[0.0], np.cumsum(expected)[:-1]])
+    count = max(1, round(expected.sum() / rows_per_partition))
+    owner = np.minimum((before / max(1.0, expected.sum()) * count).astype(np.int64), count - 1)
+    firsts = np.flatnonzero(np.diff(owner, prepend=-1) > 0)
+    return [*(int(first) for first in firsts), len(expected)]

@@ -1,0 +1,1 @@
+"""An index in, all pairs above a threshold out."""

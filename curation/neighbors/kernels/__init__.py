@@ -1,0 +1,1 @@
+"""Arithmetic on arrays; no module here reads or writes a file."""

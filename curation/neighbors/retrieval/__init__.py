@@ -1,0 +1,1 @@
+"""Seed images and a pool in, hits by sample or by cluster out."""

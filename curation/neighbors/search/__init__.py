@@ -1,0 +1,1 @@
+"""An index and query vectors in, the k nearest rows of each query out."""

@@ -1,0 +1,34 @@
+"""Languages of alternative texts, told from a sample of them."""
+
+from collections import Counter
+
+from pipelines.audit.tables import Row, Tables
+
+SAMPLED_TEXTS = 5_000
+"""Rows are in the order of their ids, which are hashes: the first ones are a random sample."""
+_LEAST_LETTERS = 12
+"""Shorter texts hardly tell."""
+TOO_SHORT = "too short to tell"
+
+
+def alt_languages(tables: Tables, view: str, columns: dict[str, str]) -> list[Row]:
+    """Languages (ISO 639-1) of a view's column `alt`, the most common first; none without texts."""
+    if "alt" not in columns:
+        return []
+    texts = tables.rows(
+        f"select alt from {view} where alt is not null and alt != '' limit ?", [SAMPLED_TEXTS]
+    )
+    counts = Counter(language_of(str(row["alt"])) for row in texts)
+    return [
+        {"language": language, "rows_of_sample": rows, "share": rows / len(texts)}
+        for language, rows in sorted(counts.items(), key=lambda one: (-one[1], one[0]))
+    ]
+
+
+def language_of(text: str) -> str:
+    """The most likely language of one text."""
+    if sum(letter.isalpha() for letter in text) < _LEAST_LETTERS:
+        return TOO_SHORT
+    import py3langid  # its model takes a second to load: only where there are texts
+
+    return str(py3langid.classify(text)[0])

@@ -1,0 +1,271 @@
+"""Is my photo in your data? A file is compared with everything that a run kept."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.config import parse_settings
+from curation.dataset import Dataset
+from curation.errors import DatasetError, SpaceError
+from curation.neighbors.rows.vectors import vectors_of
+from curation.registry import load_stage
+from curation.schema import ID, KEEP, column_type
+from curation.sources.references import Reference
+from curation.stage import Shard, ShardStage
+from embedder.encoder import Encoder, Precision, embed_images, load_encoder
+from embedder.errors import ImageError
+from embedder.images import CanonicalImage, Limits, canonicalize
+from embedder.rows import unit_rows
+from pipelines.audit.certificate import embeddings_of_leaks
+from pipelines.audit.tables import Row, Tables
+from pipelines.audit.work_folder import FinishedStage, WorkFolder
+from pipelines.run.run_record import POOL
+
+_NEAREST = 5
+_NO_FILTERS = ("download", "embed")
+"""Stages that work on one row at a time, and judge no picture."""
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A row of some flow near the file."""
+
+    similarity: float
+    id: str
+    flow: str
+
+    def shown(self, sources: dict[str, str]) -> Row:
+        """As a row of a table."""
+        return {
+            "flow": self.flow,
+            "id": self.id,
+            "similarity": round(self.similarity, 6),
+            "source": sources.get(self.id, ""),
+        }
+
+
+def look_for(file: Path, path: str) -> dict[str, Any]:
+    """What a run holds of a photo: itself, copies of it, and what would have become of it.
+
+    Raises:
+        ImageError: the file is no readable image.
+        DatasetError: no finished run there, or one without embeddings for copies.
+        SpaceError: the run's encoder is another one today.
+    """
+    work = WorkFolder(path.rstrip("/"))
+    limits = _limits(work)
+    data = Reference(str(file)).read(limits.max_bytes)
+    try:
+        image = _canonical(work, data, limits)
+    except ImageError as error:
+        detail = str(error).removeprefix(error.reason).removeprefix(": ")
+        raise ImageError(error.reason, f"{file}: {detail}" if detail else str(file)) from error
+    from curation.stages.canonicalize import pixel_hash
+
+    hashes = (hashlib.sha256(data).hexdigest(), pixel_hash(image.pixels))
+    equal = _equal(work, *hashes)
+    name, dedup, leak = embeddings_of_leaks(work)
+    vector = _embed(work, name, image)
+    kept = _nearest(work, name, vector)
+    benchmarks = [
+        match
+        for flow, roles in work.record.roles.items()
+        if set(roles) & {"leaks", "near_dedup"}
+        for match in _nearest_of(work, flow, name, vector, None)
+    ]
+    sources = _sources(work, [*kept, *benchmarks])
+    verdicts = filter_verdicts(work, data)
+    ranked = sorted(benchmarks, key=lambda one: (-one.similarity, one.id))[:_NEAREST]
+    return {
+        "file": str(file),
+        "sha256": hashes[0],
+        "pixel_hash": hashes[1],
+        "verdict": _verdict(verdicts, kept, ranked, dedup, leak),
+        "threshold": dedup,
+        "leak_threshold": leak,
+        "verdicts": verdicts,
+        "equal": equal,
+        "nearest": [match.shown(sources) for match in kept],
+        "nearest_benchmark": [match.shown(sources) for match in ranked],
+    }
+
+
+def _settings(work: WorkFolder) -> dict[str, Any]:
+    stage = work.stage(POOL, "canonicalize")
+    return stage.entry.record.settings if stage else {}
+
+
+def _limits(work: WorkFolder) -> Limits:
+    """What this run refused before it was decoded."""
+    settings, default = _settings(work), Limits()
+    return Limits(
+        settings.get("max_bytes", default.max_bytes),
+        settings.get("max_pixels", default.max_pixels),
+    )
+
+
+def _canonical(work: WorkFolder, data: bytes, limits: Limits) -> CanonicalImage:
+    """The file as this run would have stored it."""
+    settings = _settings(work)
+    return canonicalize(data, settings.get("max_side", 512), settings.get("quality", 95), limits)
+
+
+def filter_verdicts(work: WorkFolder, data: bytes) -> list[Row]:
+    """What the run's own filters say of a file, in their order, to the first that drops it.
+
+    Stages that compare images with each other are left out, and those whose columns are not known.
+    """
+    columns: dict[str, Any] = {ID: "0" * 32, "source": "", "source_set": POOL, "raw": data}
+    table = pa.table({name: pa.array([one], column_type(name)) for name, one in columns.items()})
+    found = []
+    for stage in work.stages(POOL):
+        filter_ = parse_settings(
+            load_stage(stage.name, stage.path), stage.entry.record.settings, stage.path
+        )
+        known = set(filter_.needs()) <= set(table.column_names)
+        if not isinstance(filter_, ShardStage) or stage.name in _NO_FILTERS or not known:
+            continue
+        shard = Shard(table, 0)
+        filter_.process(shard, filter_.open())
+        found.append(_filter_verdict(stage.name, shard))
+        if not shard.alive[0]:
+            break
+        for emitted in shard.emitted.values():
+            for name, values in emitted.items():
+                table = table.append_column(name, pa.array(values, column_type(name)))
+    return found
+
+
+def _filter_verdict(name: str, shard: Shard) -> Row:
+    score, threshold = float(shard.scores[0]), float(shard.thresholds[0])
+    return {
+        "stage": name,
+        "keep": bool(shard.alive[0]),
+        "reason": shard.reasons[0],
+        "score": None if np.isnan(score) else score,
+        "threshold": None if np.isnan(threshold) else threshold,
+    }
+
+
+def _equal(work: WorkFolder, sha256: str, pixels: str) -> list[Row]:
+    """Rows of any flow with the same bytes or the same pixels."""
+    found: list[Row] = []
+    for flow in work.flows:
+        stage = work.making(flow, "images")
+        with Tables() as tables:
+            if stage is not None and tables.add("images", stage.output("images")):
+                # Two questions: Bloom filters answer an equation, and no "or".
+                rows = tables.rows(
+                    "select id, true as same_bytes from images where sha256 = ? union all "
+                    "select id, false from images where pixel_hash = ? and sha256 != ? order by id",
+                    [sha256, pixels, sha256],
+                )
+                found += [{"flow": flow, **row} for row in rows]
+    return found
+
+
+def encoder_of(work: WorkFolder, name: str) -> Encoder:
+    """The encoder of the pool's embeddings of a name.
+
+    Raises:
+        DatasetError: there are none.
+        SpaceError: that encoder gives another space here.
+    """
+    stage = work.making(POOL, name)
+    if stage is None:
+        raise DatasetError(f"{work.path}: its pool has no embeddings '{name}'")
+    attributes = stage.output(name).attributes
+    precision: Precision = attributes.get("precision") or "auto"
+    encoder = load_encoder(str(attributes["encoder"]), precision=precision)
+    if encoder.space != attributes["space"]:
+        raise SpaceError(
+            f"{work.path}: was embedded into space {attributes['space']}, and "
+            f"'{attributes['encoder']}' gives {encoder.space} here: another device or version"
+        )
+    return encoder
+
+
+def _embed(work: WorkFolder, name: str, image: CanonicalImage) -> np.ndarray:
+    """(1, D) float32 unit row of the file, in the run's space."""
+    from embedder.images import decode
+
+    encoder = encoder_of(work, name)
+    return unit_rows(embed_images([encoder], [decode(image.data)])[0]).astype(np.float32)
+
+
+def _nearest(work: WorkFolder, name: str, vector: np.ndarray) -> list[_Match]:
+    """The most similar images of the finished set."""
+    last = [stage for stage in work.stages(POOL) if stage.is_union or stage.name == "select"]
+    if not last:
+        raise DatasetError(f"{work.path}: its recipe has no 'select', so there is no set")
+    found = [
+        match
+        for flow in last[-1].ranges
+        for match in _nearest_of(work, flow, name, vector, last[-1])
+    ]
+    return sorted(found, key=lambda one: (-one.similarity, one.id))[:_NEAREST]
+
+
+def _nearest_of(
+    work: WorkFolder, flow: str, name: str, vector: np.ndarray, kept: FinishedStage | None
+) -> list[_Match]:
+    """The most similar rows of one flow, shard by shard; with `kept`, only those it kept."""
+    stage = work.making(flow, name)
+    if stage is None:
+        return []
+    dataset, best = stage.output(name), list[_Match]()
+    for shard in range(dataset.num_shards):
+        table = dataset.read_shard(shard, [ID, "embedding"])
+        if kept is not None:
+            alive = _alive(kept.decisions, kept.ranges[flow][0] + shard)
+            table = table.filter(pc.is_in(table[ID], alive.combine_chunks()))
+        if table.num_rows:
+            rows = vectors_of(table["embedding"], dataset.shard_path(shard))
+            scores = unit_rows(rows) @ vector[0].astype(np.float64)
+            first = np.argsort(-scores, kind="stable")[:_NEAREST]
+            ids = table[ID].to_pylist()
+            best += [_Match(float(scores[i]), ids[i], flow) for i in first]
+            best = sorted(best, key=lambda one: (-one.similarity, one.id))[:_NEAREST]
+    return best
+
+
+def _alive(decisions: Dataset, shard: int) -> Any:
+    verdicts = decisions.read_shard(shard, [ID, KEEP])
+    return verdicts.filter(verdicts[KEEP])[ID]
+
+
+def _sources(work: WorkFolder, matches: list[_Match]) -> dict[str, str]:
+    """Where the images came from."""
+    from pipelines.audit.lookup import find_rows
+
+    found = {}
+    for match in matches:
+        stage = work.making(match.flow, "rows")
+        if stage is not None:
+            shard = stage.shard_of(match.id, match.flow)
+            for row in find_rows(stage.output("rows"), shard, [match.id], ["source"]).to_pylist():
+                found[match.id] = row["source"]
+    return found
+
+
+def _verdict(
+    verdicts: list[Row],
+    kept: list[_Match],
+    benchmarks: list[_Match],
+    dedup: float | None,
+    leak: float | None,
+) -> str:
+    """In words: whether it is there, and what a run would have done with it."""
+    if kept and dedup is not None and kept[0].similarity > dedup:
+        return f"in the set: {kept[0].id} is this picture or a copy of it"
+    if verdicts and not verdicts[-1]["keep"]:
+        last = verdicts[-1]
+        return f"not in the set; it would be dropped by {last['stage']}: {last['reason']}"
+    if benchmarks and leak is not None and benchmarks[0].similarity > leak:
+        return f"not in the set; it would be dropped as a leak of '{benchmarks[0].flow}'"
+    return "not in the set, and no near copy of it is"

@@ -1,0 +1,5 @@
+"""`python -m pipelines.cli`: the command `curate`."""
+
+from pipelines.cli.app import main
+
+main()

@@ -1,0 +1,1 @@
+"""A recipe, and the run of its stages from the first row to the manifest."""

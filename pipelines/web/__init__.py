@@ -1,0 +1,1 @@
+"""Pages in a browser: the report, the server and the calibration lab."""

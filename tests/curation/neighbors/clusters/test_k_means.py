@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+
+from curation.neighbors.clusters.k_means import (
+    assign_exactly,
+    hash_ids,
+    lloyd,
+    means_of,
+    spherical_kmeans,
+    spread_rows,
+)
+from curation.neighbors.kernels.quantized import quantize_rows
+
+
+def blobs(seed, count, clusters=12, width=32, noise=0.1):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, clusters, count)
+    centres = np.random.default_rng(99).normal(size=(clusters, width))
+    rows = centres[labels] / np.linalg.norm(centres[labels], axis=1, keepdims=True)
+    rows = rows + noise * rng.normal(size=(count, width))
+    return labels, (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_spherical_kmeans__finds_well_separated_groups():
+    labels, rows = blobs(0, 2000, noise=0.03)
+    nearest, cosines = assign_exactly(rows, spherical_kmeans(rows, 12, 10, seed=0))
+    pairs = {(int(a), int(b)) for a, b in zip(labels, nearest, strict=True)}
+    assert len(pairs) == 12
+    assert cosines.mean() > 0.95
+
+
+@pytest.mark.slow
+def test_spherical_kmeans__objective_is_that_of_faiss():
+    import faiss
+
+    _, rows = blobs(1, 20_000, clusters=300, width=48, noise=0.15)
+    ours = spherical_kmeans(rows, 600, 10, seed=0)
+    theirs = faiss.Kmeans(
+        48, 600, niter=10, spherical=True, seed=0, max_points_per_centroid=10**6, verbose=False
+    )
+    theirs.train(rows)
+    objective = [assign_exactly(rows, one)[1].mean() for one in (ours, theirs.centroids)]
+    assert objective[0] >= 0.99 * objective[1]
+
+
+def test_lloyd__same_generator_same_centroids():
+    _, rows = blobs(2, 3000)
+    found = [
+        lloyd(rows, quantize_rows(rows), 700, 3, np.random.default_rng(4))[0] for _ in range(2)
+    ]
+    assert (found[0] == found[1]).all()
+
+
+def test_lloyd__fewer_rows_than_centroids():
+    _, rows = blobs(3, 5)
+    centroids, nearest = lloyd(rows, quantize_rows(rows), 9, 3, np.random.default_rng(0))
+    assert centroids.shape == (5, 32)
+    assert sorted(nearest) == [0, 1, 2, 3, 4]
+
+
+def test_lloyd__identical_rows():
+    rows = np.ones((100, 8), np.float32)
+    centroids, _ = lloyd(rows, quantize_rows(rows), 4, 3, np.random.default_rng(0))
+    assert np.isfinite(centroids).all()
+
+
+def test_means_of__empty_clusters_move_beside_the_largest():
+    sums = np.array([[10.0, 0], [0, 0], [0, 1.0]])
+    found = means_of(sums, np.array([10, 0, 1]), np.eye(3, 2), np.random.default_rng(0))
+    assert found[1] @ found[0] > 0.99
+    assert found[2].tolist() == [0, 1]
+
+
+def test_spread_rows__takes_rows_of_all_groups():
+    labels, rows = blobs(4, 500, noise=0.01)
+    chosen = spread_rows(rows, 12, np.random.default_rng(0))
+    nearest = (rows @ chosen.T).argmax(axis=1)
+    assert len({(int(a), int(b)) for a, b in zip(labels, nearest, strict=True)}) == 12
+
+
+def test_assign_exactly__blocks_do_not_matter_and_ties_take_the_first():
+    _, rows = blobs(5, 300)
+    centroids = np.concatenate([rows[:20], rows[:20]])
+    whole, _ = assign_exactly(rows, centroids)
+    assert whole.max() < 20
+    parts = [assign_exactly(rows[i : i + 7], centroids)[0] for i in range(0, 300, 7)]
+    assert (np.concatenate(parts) == whole).all()
+
+
+def test_hash_ids__depends_on_the_salt_and_looks_uniform():
+    ids = np.random.default_rng(0).integers(0, 256, (4000, 16), np.uint8)
+    first, second = hash_ids(ids, "a", 1), hash_ids(ids, "a", 2)
+    assert (first != second).all()
+    assert np.histogram(first / 2.0**64, 10, (0, 1))[0] == pytest.approx([400] * 10, rel=0.2)
