@@ -26,7 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a worker's share of the cores, read when 
 import numpy as np
 import psutil
 import pyarrow as pa
-from neighbours import WIDTH, around, unit
+from neighbors import WIDTH, around, unit
 
 from curation import storage
 from curation.dataset import Dataset, write_dataset

@@ -5,7 +5,7 @@
 One row a stage: rows/s of one and of two workers, each with one thread, the gain, the gain of two
 threads over one on a bare matrix product in the same rounds, and their ratio (asked for: at least
 0.85). Rounds are interleaved and the best of five counts. near_dedup joins made vectors, see
-benchmarks/neighbours.py; workers are started before the clock is.
+benchmarks/neighbors.py; workers are started before the clock is.
 """
 
 import argparse
@@ -21,7 +21,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"  # a worker's share of the cores, read when torch is loaded
 
 import torch
-from neighbours import generate, write_pool
+from neighbors import generate, write_pool
 
 from curation.pool import Pool
 from curation.stage import DECISIONS, Engine, Stage, StageFolder, StageInputs

@@ -1,6 +1,6 @@
 """Neighbours against their rivals, all in one run, on one machine.
 
-    .venv/bin/python benchmarks/neighbours.py --rows 1000000 --work /tmp/neighbours
+    .venv/bin/python benchmarks/neighbors.py --rows 1000000 --work /tmp/neighbors
 
 Data: N x 512 unit float16: N/50 centres, 0.9 N points at in-cluster cosine 0.29 to 0.67,
 0.1 N near-copies at 0.80 to 0.95, shuffled. The centres are random, so that there are no larger
@@ -279,7 +279,7 @@ def exhaustive_rate(rows: np.ndarray) -> list[dict[str, Any]]:
 
 
 def bench_search(source: VectorSource, rows: np.ndarray, args: Any) -> list[Any]:
-    """32 neighbours of 10,000 seeds; building left out."""
+    """32 neighbors of 10,000 seeds; building left out."""
     table: list[dict[str, Any]] = []
     rng = np.random.default_rng(2)
     chosen = rng.choice(len(rows), min(10_000, len(rows)), replace=False)
@@ -439,7 +439,7 @@ def bench_kmeans_large(args: Any) -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--work", default="/tmp/neighbours")
+    parser.add_argument("--work", default="/tmp/neighbors")
     parser.add_argument("--topics", action="store_true", help="Centres lie around N/5000 topics.")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--memory-gb", type=float, default=4.0)
