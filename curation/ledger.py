@@ -103,7 +103,7 @@ def commit_failed_shard(
     """Account for a shard that kept failing: every row is dropped, with `shard_failed`."""
     shard = Shard(pa.table({ID: ids}), index)
     shard.reasons[:] = SHARD_FAILED
-    for field in stage.extras():
+    for field in stage.decision_columns():
         shard.note(field.name, [None] * shard.num_rows)
     tables = {name: schema.empty_table() for name, schema in stage.outputs().items()}
     tables[DECISIONS] = decision_table(stage, folder.stage, shard)
@@ -130,11 +130,11 @@ def decision_table(stage: Stage, stage_name: str, shard: Shard) -> pa.Table:
         "score": _to_arrow(shard.scores.astype(np.float32), pa.float32()),
         "threshold": _to_arrow(shard.thresholds.astype(np.float32), pa.float32()),
     }
-    for field in stage.extras():
+    for field in stage.decision_columns():
         if field.name not in shard.notes:
             raise LedgerError(f"stage '{stage_name}' promised the column '{field.name}'")
         columns[field.name] = _to_arrow(shard.notes[field.name], field.type)
-    return pa.table(columns, schema=decision_schema(stage.extras()))
+    return pa.table(columns, schema=decision_schema(stage.decision_columns()))
 
 
 def finished_shards(folder: StageFolder) -> dict[int, Receipt]:
@@ -203,7 +203,7 @@ def open_outputs(stage: Stage, folder: StageFolder) -> dict[str, Dataset]:
 
 
 def _all_outputs(stage: Stage) -> dict[str, pa.Schema]:
-    return {**stage.outputs(), DECISIONS: decision_schema(stage.extras())}
+    return {**stage.outputs(), DECISIONS: decision_schema(stage.decision_columns())}
 
 
 def _commit_output(

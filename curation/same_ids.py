@@ -16,9 +16,9 @@ from curation import storage
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.errors import DatasetError
 from curation.exchange import Reducer
+from curation.key_dedup import KeyDuplicates
 from curation.neighbors.rows.vectors import bad_rows, exact_similarities, vectors_of
 from curation.pool import UnionPool
-from curation.repeats import RepeatFinder
 from curation.schema import ID, KEEP, schema_of
 from curation.stage import Engine
 
@@ -43,7 +43,7 @@ class SameIds:
             DatasetError: two sets hold an id for different images, or one set holds it twice.
         """
         order = (("shard", "ascending"),)
-        finder = RepeatFinder(self.pool, ID, (), order)
+        finder = KeyDuplicates(self.pool, ID, (), order)
         found = finder.run(engine, storage.join(folder, "same-ids"), _Compare(self, folder))
         clashes = [result["clash"] for result in found if result["clash"]]
         if clashes:

@@ -150,10 +150,10 @@ def embedding_schema(width: int) -> pa.Schema:
     )
 
 
-def decision_schema(extras: pa.Schema | None = None) -> pa.Schema:
+def decision_schema(own: pa.Schema | None = None) -> pa.Schema:
     """Schema of the decisions of a stage: the columns that all share, then its own."""
     fields = list(schema_of(DECISION_COLUMNS))
-    return pa.schema(fields + list(extras or ()))
+    return pa.schema(fields + list(own or ()))
 
 
 def require_columns(found: pa.Schema, needed: Sequence[str], where: str) -> None:

@@ -113,7 +113,7 @@ class Engine(ABC):
 class Shard:
     """The live rows of one shard on their way through a stage.
 
-    A stage reads `table`, adds side-car columns with `emit`, notes scores with `judge` and
+    A stage reads `table`, adds side-car columns with `emit`, notes scores with `record_score` and
     `note`, and drops rows with `reject`.
     """
 
@@ -151,7 +151,7 @@ class Shard:
         """A numeric column as an array."""
         return np.asarray(self.table[column].to_numpy())
 
-    def judge(self, scores: np.ndarray, threshold: float | np.ndarray) -> None:
+    def record_score(self, scores: np.ndarray, threshold: float | np.ndarray) -> None:
         """Record the score that decides, and its threshold. scores: (N,), NaN where unknown.
 
         Rows that were dropped before keep the score that they were dropped for.
@@ -258,11 +258,11 @@ class Stage(Settings, ABC):
         """The stage's name: that of its file."""
         return cls.__module__.rpartition(".")[2]
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
         return ()
 
-    def uses(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         """Columns that the stage reads where an earlier stage made them, such as face boxes."""
         return ()
 
@@ -274,14 +274,14 @@ class Stage(Settings, ABC):
         """Side-cars that the stage writes shard by shard, id first."""
         return {}
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """The stage's own columns in its decisions."""
         return pa.schema([])
 
-    def makes(self) -> dict[str, tuple[str, ...]]:
+    def output_columns(self) -> dict[str, tuple[str, ...]]:
         """Names of the columns of each output, known without opening any model."""
         made = {name: tuple(schema.names) for name, schema in self.outputs().items()}
-        return {**made, DECISIONS: tuple(self.extras().names)}
+        return {**made, DECISIONS: tuple(self.decision_columns().names)}
 
     def varying_outputs(self) -> tuple[str, ...]:
         """Outputs that differ from run to run (fetch times): not inputs of any key."""

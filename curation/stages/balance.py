@@ -43,11 +43,11 @@ class Balance(DatasetStage):
     multiplier: int = Field(default=1, ge=1)
     """How often one row may be drawn; with more than 1, `draws` says how often it was."""
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
         return ("clusters",)
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """The row's cluster, and how often it was drawn."""
         return schema_of(["cluster", "draws"])
 

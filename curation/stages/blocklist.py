@@ -20,7 +20,7 @@ class Blocklist(ShardStage):
 
     reasons = ("blocklist:NAME",)
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """Hashes of the original bytes and of the picture."""
         return ("sha256", "phash", "phash_quality", *(("raw",) if self.lists.md5 else ()))
 
@@ -32,7 +32,7 @@ class Blocklist(ShardStage):
         """Times differ from run to run."""
         return ("blocked",)
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """Name of the list."""
         return schema_of(["blocklist"])
 

@@ -42,11 +42,11 @@ class Canonicalize(ShardStage):
     reasons = (*REASONS, "blocklist:NAME")
     on_sets = True
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
         return ("raw",)
 
-    def uses(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         """Where each row is from; null in the output where the input does not say."""
         return SOURCE_COLUMNS
 
@@ -61,7 +61,7 @@ class Canonicalize(ShardStage):
         """Times differ from run to run."""
         return ("blocked",) if self.blocklists is not None else ()
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """Name of the blocklist that holds the row."""
         return schema_of(["blocklist"] if self.blocklists is not None else [])
 

@@ -120,7 +120,7 @@ class Cluster(DatasetStage):
             sample_bytes=sample_bytes,
         )
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
         return (self.embedding_column,)
 

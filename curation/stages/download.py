@@ -69,11 +69,11 @@ class Download(ShardStage):
             )
         return self
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """The URL."""
         return ("source",)
 
-    def uses(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         """The set that a row belongs to."""
         return ("source_set",)
 

@@ -61,11 +61,11 @@ class Embed(ShardStage):
     reasons = ("unreadable", "bad_vector")
     on_sets = True
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """The canonical image, and where it is from."""
         return ("image", "source")
 
-    def uses(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         """Faces, which are blurred in all that is made of the image."""
         return ("boxes",)
 
@@ -73,7 +73,7 @@ class Embed(ShardStage):
         """A side-car of vectors for each encoder."""
         return {name: embedding_schema(one.width) for name, one in self.facts().items()}
 
-    def makes(self) -> dict[str, tuple[str, ...]]:
+    def output_columns(self) -> dict[str, tuple[str, ...]]:
         """Names of the columns of each side-car."""
         return dict.fromkeys(self.encoders, ("id", "source", "embedding"))
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.exchange import Reducer
+from curation.key_dedup import KeyDuplicates
 from curation.ledger import commit_shard
 from curation.pool import Pool
-from curation.repeats import RepeatFinder
 from curation.schema import ID, schema_of
 from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, reject
 
@@ -35,17 +35,17 @@ class ExactDedup(DatasetStage):
     reasons = ("duplicate_bytes", "duplicate_pixels")
     meets_base = True
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """Hashes that canonicalize made, and what the choice of the kept one rests on."""
         return ("pixel_hash", *_COLUMNS)
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """The kept image that a dropped one equals."""
         return schema_of(["twin"])
 
     def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
         """Find equal images and write the verdicts."""
-        finder = RepeatFinder(inputs.pool, "pixel_hash", _COLUMNS, _ORDER, inputs.base)
+        finder = KeyDuplicates(inputs.pool, "pixel_hash", _COLUMNS, _ORDER, inputs.base)
         finder.run(engine, folder.scratch, _WriteVerdicts(self, inputs.pool, folder))
         return {}
 

@@ -54,7 +54,7 @@ class Faces(ShardStage):
             )
         return self
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """The canonical image."""
         return ("image",)
 
@@ -62,7 +62,7 @@ class Faces(ShardStage):
         """Boxes of each image; none where faces are kept as they are."""
         return {"faces": schema_of(["id", "boxes"])}
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """How many faces were found."""
         return schema_of(["num_faces"])
 

@@ -45,13 +45,17 @@ class Filters(ShardStage):
         """Reasons of all filters."""
         return tuple(reason for stage in self.chain for reason in stage.reasons)
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """Columns that the filters read."""
-        return tuple(dict.fromkeys(name for stage in self.chain for name in stage.needs()))
+        return tuple(
+            dict.fromkeys(name for stage in self.chain for name in stage.required_columns())
+        )
 
-    def uses(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         """Columns that the filters read where they are."""
-        return tuple(dict.fromkeys(name for stage in self.chain for name in stage.uses()))
+        return tuple(
+            dict.fromkeys(name for stage in self.chain for name in stage.optional_columns())
+        )
 
     def varying_outputs(self) -> tuple[str, ...]:
         """Outputs of the filters that differ from run to run."""
@@ -62,9 +66,9 @@ class Filters(ShardStage):
         found = {name: schema for stage in self.chain for name, schema in stage.outputs().items()}
         return {name: schema for name, schema in found.items() if name != DECISIONS}
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """A score column a filter."""
-        return pa.schema([field for stage in self.chain for field in stage.extras()])
+        return pa.schema([field for stage in self.chain for field in stage.decision_columns()])
 
     def fingerprint(self) -> str:
         """What the content depends on beside settings and inputs."""

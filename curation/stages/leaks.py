@@ -36,7 +36,7 @@ class Leaks(DatasetStage):
     comparison: Comparison = Comparison()
     """How rows are compared: exhaustively, or by lists with a measured recall."""
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
         return (self.embedding_column,)
 
@@ -44,7 +44,7 @@ class Leaks(DatasetStage):
         """Names of the sets that the stage reads."""
         return self.against
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """The nearest benchmark image of a leak, and whether it leaks directly or by a chain."""
         return schema_of(["twin", "twin_set", "similarity", "path"])
 

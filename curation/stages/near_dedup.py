@@ -56,7 +56,7 @@ class NearDedup(DatasetStage):
     comparison: Comparison = Comparison()
     """How rows are compared: exhaustively, or by lists with a measured recall."""
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
         return (self.embedding_column,)
 
@@ -64,7 +64,7 @@ class NearDedup(DatasetStage):
         """Names of the sets that the stage reads."""
         return self.against
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """Component, twin and cosine of every row."""
         return schema_of(["component", "component_size", "twin", "twin_set", "similarity", "path"])
 

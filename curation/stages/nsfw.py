@@ -69,15 +69,15 @@ class Nsfw(ShardStage):
             raise ValueError(f"{self._weights()}: no such file")
         return self
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """The canonical image, or its embedding."""
         return ("image",) if self.probe is None else ("embedding",)
 
-    def uses(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         """Faces, which are blurred for every stage after the one that found them."""
         return ("boxes",) if self.probe is None else ()
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """The score, 0 to 1."""
         return schema_of(["nsfw_score"])
 
@@ -106,7 +106,7 @@ class Nsfw(ShardStage):
             found = measure_images(shard, opened, threads=self.threads)
             scores = np.array([np.nan if value is None else value for value in found], np.float32)
         shard.note("nsfw_score", scores)
-        shard.judge(scores, self.threshold)
+        shard.record_score(scores, self.threshold)
         reject(shard, scores >= self.threshold, "nsfw")
 
     def _weights(self) -> Path:

@@ -39,11 +39,11 @@ class Pack(DatasetStage):
     reasons = ("unreadable",)
     on_union = True
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """The canonical image and what the index says of it."""
         return _READ
 
-    def uses(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         """Faces to blur, and the seed set for sampling weights."""
         return ("boxes", "seed_set")
 
@@ -89,7 +89,7 @@ class _PackGroup(Task[tuple[int, tuple[int, ...]], ShardInfo]):
     def _pack(self, number: int, shards: tuple[int, ...]) -> ShardInfo:
         root = self.folder.output("packed")
         name = f"shard-{number:05d}.tar"
-        columns = [*_READ, *(c for c in self.stage.uses() if c in self.pool.columns)]
+        columns = [*_READ, *(c for c in self.stage.optional_columns() if c in self.pool.columns)]
         packed: list[Shard] = []
         with storage.open_whole(storage.join(root, name)) as file:
             tar = _TarWriter(file)

@@ -38,15 +38,15 @@ class Quality(ShardStage):
 
     reasons = ("too_small", "aspect", "blank", "blurred", UNREADABLE)
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """The canonical image and the size of the original."""
         return ("image", "original_width", "original_height")
 
-    def uses(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         """Faces, which are blurred for every stage after the one that found them."""
         return ("boxes",)
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """A score column a filter; pixel statistics are null where no pixel had to be looked at."""
         return schema_of(["short_side", "aspect", "contrast", "entropy", "sharpness"])
 
@@ -62,7 +62,7 @@ class Quality(ShardStage):
         aspect = _aspect(shard)
         shard.note("aspect", aspect)
         if self.max_aspect is not None:
-            shard.judge(aspect, self.max_aspect)
+            shard.record_score(aspect, self.max_aspect)
             reject(shard, aspect > self.max_aspect, "aspect")
         contrast, entropy, sharpness = self._pixel_statistics(shard)
         _judge(shard, sharpness, self.min_sharpness, "blurred")
@@ -86,7 +86,7 @@ class Quality(ShardStage):
 def _judge(shard: Shard, scores: np.ndarray, lowest: float | None, reason: str) -> None:
     """Drop what scores below a bound; NaN never does."""
     if lowest is not None:
-        shard.judge(scores, lowest)
+        shard.record_score(scores, lowest)
         reject(shard, scores < lowest, reason)
 
 

@@ -72,12 +72,12 @@ class Relevance(DatasetStage):
             raise ValueError("nothing to judge by: give 'max_text', or 'seeds' and 'embeddings'")
         return self
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """The image where text is looked for, vectors where seeds are."""
         images = () if self.max_text is None else ("image",)
         return (*images, *((self.embedding_column,) if self.seeds else ()))
 
-    def uses(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         """Faces, which are blurred for every stage after the one that found them."""
         return () if self.max_text is None else ("boxes",)
 
@@ -85,7 +85,7 @@ class Relevance(DatasetStage):
         """The seed sets."""
         return self.seeds
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """Share of text, and cosine to the nearest seed; null where not asked."""
         return schema_of(["text_share", "seed_similarity"])
 
@@ -122,8 +122,8 @@ class _JudgeShard(Task[int, int]):
 
     def __call__(self, item: int, opened: np.ndarray) -> int:
         stage, pool = self.stage, self.inputs.pool
-        used = [name for name in stage.uses() if name in pool.columns]
-        columns = [name for name in stage.needs() if name != stage.embedding_column]
+        used = [name for name in stage.optional_columns() if name in pool.columns]
+        columns = [name for name in stage.required_columns() if name != stage.embedding_column]
         shard = Shard(pool.read(item, [*columns, *used]), item)
         self._judge_text(shard)
         self._judge_distance(shard, opened)
@@ -137,7 +137,7 @@ class _JudgeShard(Task[int, int]):
                 shard, text_share, threads=self.stage.threads, decode=_decode_small
             )
             shares = np.array([np.nan if share is None else share for share in found], np.float64)
-            shard.judge(shares, self.stage.max_text)
+            shard.record_score(shares, self.stage.max_text)
             reject(shard, shares > self.stage.max_text, "text")
         shard.note("text_share", shares.astype(np.float32))
 
@@ -151,7 +151,7 @@ class _JudgeShard(Task[int, int]):
             reject(shard, bad, "bad_vector")
             if len(seeds):
                 cosines[~bad] = assign_exactly(vectors[~bad], seeds)[1]
-            shard.judge(cosines, self.stage.min_similarity)
+            shard.record_score(cosines, self.stage.min_similarity)
             far = ~(cosines >= self.stage.min_similarity)  # with no seed at all, everything is far
             reject(shard, far, "far_from_seeds")
         shard.note("seed_similarity", cosines)

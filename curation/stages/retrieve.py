@@ -63,7 +63,7 @@ class Retrieve(DatasetStage):
             raise ValueError(f"set '{twice[0]}' has two rules; allowed is one a set")
         return self
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """Columns that the stage reads."""
         return (self.embedding_column,)
 
@@ -77,7 +77,7 @@ class Retrieve(DatasetStage):
         """The seed sets."""
         return tuple(rule.set for rule in self.seeds)
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """The best hit of each retrieved image."""
         return schema_of(["seed_set", "rule", "seed_id", "rank", "similarity", "cluster"])
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from curation import storage
 from curation.dataset import Dataset
 from curation.exchange import Reducer
+from curation.key_dedup import KeyDuplicates
 from curation.ledger import (
     commit_shard,
     finish_stage,
@@ -22,7 +23,6 @@ from curation.ledger import (
     read_stage,
 )
 from curation.pool import Pool, UnionPool
-from curation.repeats import RepeatFinder
 from curation.same_ids import SameIds
 from curation.schema import ID, column_type, schema_of
 from curation.stage import (
@@ -66,13 +66,15 @@ class Select(DatasetStage):
     on_union = True
     meets_base = True
 
-    def needs(self) -> tuple[str, ...]:
+    def required_columns(self) -> tuple[str, ...]:
         """What images must have."""
         return ("source", "source_set", "pixel_hash")
 
-    def uses(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         """What the manifest says of images where it is known."""
-        return tuple(name for name in MANIFEST_COLUMNS if name not in (ID, *self.needs()))
+        return tuple(
+            name for name in MANIFEST_COLUMNS if name not in (ID, *self.required_columns())
+        )
 
     def set_names(self) -> tuple[str, ...]:
         """The sets taken as they are."""
@@ -82,7 +84,7 @@ class Select(DatasetStage):
         """The manifest."""
         return {"manifest": schema_of(MANIFEST_COLUMNS)}
 
-    def extras(self) -> pa.Schema:
+    def decision_columns(self) -> pa.Schema:
         """The image of the union that a dropped one repeats."""
         return schema_of(["twin"])
 
@@ -103,7 +105,7 @@ class Select(DatasetStage):
             compared = compared.with_layer("near_dedup", components)
             key, base_key = "component", ID  # a component with rows of a base has the id of one
         order = (("shard", "ascending"),)
-        finder = RepeatFinder(compared, key, (), order, inputs.base, base_key)
+        finder = KeyDuplicates(compared, key, (), order, inputs.base, base_key)
         finder.run(engine, folder.scratch, writer)
         return {"compared_by": key}
 

@@ -127,7 +127,7 @@ def filter_verdicts(work: WorkFolder, data: bytes) -> list[Row]:
         filter_ = parse_settings(
             load_stage(stage.name, stage.path), stage.entry.record.settings, stage.path
         )
-        known = set(filter_.needs()) <= set(table.column_names)
+        known = set(filter_.required_columns()) <= set(table.column_names)
         if not isinstance(filter_, ShardStage) or stage.name in _NO_FILTERS or not known:
             continue
         shard = Shard(table, 0)

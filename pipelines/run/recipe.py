@@ -180,13 +180,13 @@ def check_columns(checked: CheckedRecipe) -> None:
         sides: set[str] = set()
         for stage in its_stages:
             _check_stage(stage, present, sides, f"{checked.where}: {flow}")
-            for output, names in stage.makes().items():
+            for output, names in stage.output_columns().items():
                 present.update(names)
                 sides.add(output)
 
 
 def _check_stage(stage: Stage, present: set[str], sides: set[str], where: str) -> None:
-    missing = [name for name in stage.needs() if name not in present]
+    missing = [name for name in stage.required_columns() if name not in present]
     if missing:
         raise ConfigError(
             f"{where}: stage '{stage.name()}' needs the column '{missing[0]}', which no stage "

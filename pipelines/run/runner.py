@@ -116,7 +116,7 @@ class RecipeRun:
         key = stage_key(stage, inputs)
         name = f"{len(flow.entries) + 1:02d}-{stage.name()}-{key[:8]}"
         folder = _folder_of(self._work, storage.join("work", where, name), stage.name())
-        if "raw" in stage.needs() and self._fetch_again_if_deleted(flow, folder):
+        if "raw" in stage.required_columns() and self._fetch_again_if_deleted(flow, folder):
             self._advance(flow, stage, where)  # what was fetched may differ, and so may the key
             return
         watcher = self._watcher if where == POOL else OfSet(self._watcher, flow.pool.name)
@@ -134,9 +134,9 @@ class RecipeRun:
         decisions = outputs.pop(DECISIONS)
         for name in stage.varying_outputs():
             outputs.pop(name, None)
-        if stage.extras().names:
+        if stage.decision_columns().names:
             outputs[f"{stage.name()} decisions"] = decisions
-        used_up = "raw" in stage.needs() and not record.failed_shards
+        used_up = "raw" in stage.required_columns() and not record.failed_shards
         if used_up and not self._recipe.keep_raw:
             self._delete_raw(flow)
         flow.pool = flow.pool.with_stage(outputs, decisions)

@@ -80,7 +80,10 @@ class _ProcessShard(Task[int, Receipt]):
 def columns_read(stage: Stage, pool: Pool) -> tuple[str, ...]:
     """Columns that a stage reads from this pool: those it needs, and those it uses if present."""
     present = set(pool.columns)
-    return (*stage.needs(), *(name for name in stage.uses() if name in present))
+    return (
+        *stage.required_columns(),
+        *(name for name in stage.optional_columns() if name in present),
+    )
 
 
 def stage_key(stage: Stage, inputs: StageInputs) -> str:

@@ -23,7 +23,7 @@ class Even(ShardStage):
     """Widths above it are dropped too."""
     reasons = ("odd", "large")
 
-    def needs(self):
+    def required_columns(self):
         return ("width",)
 
     def outputs(self):
@@ -31,7 +31,7 @@ class Even(ShardStage):
 
     def process(self, shard, opened):
         width = shard.array("width")
-        shard.judge(width.astype(float), self.limit)
+        shard.record_score(width.astype(float), self.limit)
         reject(shard, width % 2 == 1, "odd")
         reject(shard, width > self.limit, "large")
         shard.emit("squares", {"num_bytes": width.astype(np.int64) ** 2})

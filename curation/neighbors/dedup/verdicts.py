@@ -61,7 +61,7 @@ class DecideByVerdicts(DecideRun):
         if leaks is not None:
             names, threshold = self.verdicts.set_names, self.verdicts.leak_threshold
             notes.add_leaks(of_shard(leaks, shard.index), names, threshold)
-        for field in self.stage.extras():
+        for field in self.stage.decision_columns():
             shard.note(field.name, notes.columns[field.name])
 
 
@@ -92,7 +92,7 @@ class _Notes:
         self._set(rows, "twin", _hex(verdicts["twin"]))
         self._set(rows[from_base], "twin_set", [BASE] * int(from_base.sum()))
         self.columns["similarity"][rows] = np.asarray(verdicts["similarity"])
-        self._shard.judge(self.columns["similarity"], of.threshold)
+        self._shard.record_score(self.columns["similarity"], of.threshold)
         reject(self._shard, dropped, "near_duplicate")
 
     def add_leaks(self, verdicts: pa.Table, set_names: tuple[str, ...], threshold: float) -> None:
@@ -104,7 +104,7 @@ class _Notes:
         thresholds[rows] = threshold
         scores = self._shard.scores.copy()
         scores[rows] = self.columns["similarity"][rows]
-        self._shard.judge(scores, thresholds)
+        self._shard.record_score(scores, thresholds)
         for number, name in enumerate(set_names, start=1):
             leaked = np.zeros(self._shard.num_rows, bool)
             leaked[rows[numbers == number]] = True

@@ -479,7 +479,7 @@ class DecideByHits(DecideRun):
         missed = np.ones(shard.num_rows, bool)
         missed[where] = False
         reject(shard, missed, "not_retrieved")
-        for field in self.stage.extras():
+        for field in self.stage.decision_columns():
             values = np.full(shard.num_rows, None, object)
             values[where] = np.array(readable[field.name].to_pylist(), object)
             shard.note(field.name, values.tolist())

@@ -18,7 +18,7 @@ Order = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class RepeatFinder:
+class KeyDuplicates:
     """Which rows count as repeats, and which of each group is the first."""
 
     pool: Pool
@@ -65,32 +65,32 @@ class RepeatFinder:
 
 @dataclass(frozen=True)
 class _ByKey(Mapper[tuple[int, int]]):
-    finder: RepeatFinder
+    duplicates: KeyDuplicates
     num_buckets: int
 
     def __call__(self, item: tuple[int, int]) -> tuple[pa.Table, np.ndarray]:
-        rows = self.finder.read(*item)
-        return rows, bucket_of_ids(rows[self.finder.key], self.num_buckets)
+        rows = self.duplicates.read(*item)
+        return rows, bucket_of_ids(rows[self.duplicates.key], self.num_buckets)
 
 
 @dataclass(frozen=True)
 class _FindFirst(Reducer):
     """Writes the repeats of one bucket, each with the first of its group."""
 
-    finder: RepeatFinder
+    duplicates: KeyDuplicates
     folder: str
 
     def __call__(self, bucket: int, rows: pa.Table) -> int:
-        key = self.finder.key
+        key = self.duplicates.key
         rows = rows.append_column("is_new", pa.array(np.asarray(rows["shard"]) >= 0))
         first_of_all = ((key, "ascending"), ("is_new", "ascending"))
-        rows = rows.sort_by([*first_of_all, *self.finder.order, (ID, "ascending")])
+        rows = rows.sort_by([*first_of_all, *self.duplicates.order, (ID, "ascending")])
         keys = np.asarray(rows[key].to_numpy(zero_copy_only=False))
         first = np.ones(len(keys), bool)
         first[1:] = keys[1:] != keys[:-1]
         leader = np.maximum.accumulate(np.where(first, np.arange(len(keys)), 0))
         leaders = rows.take(pa.array(leader))
-        for column in (*self.finder.columns, "shard"):
+        for column in (*self.duplicates.columns, "shard"):
             rows = rows.append_column(f"twin_{column}", leaders[column])
         repeats = rows.append_column("twin", leaders[ID])
         repeats = repeats.filter(pa.array(~first & np.asarray(rows["is_new"])))
