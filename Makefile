@@ -1,7 +1,7 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-gpu bench lint clean
+.PHONY: install demo test test-slow test-gpu bench docs lint clean
 
 install: .venv/.installed
 
@@ -31,6 +31,9 @@ test-gpu: install
 
 bench: install
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: install
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache
