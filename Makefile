@@ -1,15 +1,20 @@
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
+# The newest Python that the project supports, of those that run: a shim of pyenv may be there and fail.
+PYTHON ?= $(shell for v in 3.13 3.12 3.11; do \
+	for p in python$$v $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v.*/bin/python$$v; do \
+	$$p -c 'import ensurepip, venv' 2>/dev/null && echo $$p && exit; done; done)
 BIN := .venv/bin
+INSTALLED := .venv/.installed$(EXTRAS:%=-%)
 
 .PHONY: install demo test test-slow test-gpu bench docs lint clean
 
-install: .venv/.installed
+install: $(INSTALLED)  ## EXTRAS=sscd,faces adds optional parts
 
-.venv/.installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "make: no Python found; install 3.11 or newer, or run make PYTHON=/path/to/python" >&2; exit 1; }
+$(INSTALLED): pyproject.toml
+	@test -x $(BIN)/python -o -n "$(PYTHON)" || { echo "make: no Python from 3.11 to 3.13 runs here; install one, or run make PYTHON=/path/to/python" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" || echo "make: .venv stays with $$($(BIN)/python -V); remove it for $$($(PYTHON) -V)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(EXTRAS:%=,%)]'
 	touch $@
 
 demo: install

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from embedder.edits import EDITS, Edit
 from embedder.encoder import Encoder, ImageSource, embed_images
@@ -101,6 +103,31 @@ def compare(rows: NDArray[np.floating], edits: tuple[str, ...]) -> CopyScores:
         cosines[upper & ~same],
         originals.max(1),
     )
+
+
+@dataclass(frozen=True)
+class ComponentScores:
+    """What the components of all pairs above a threshold are worth, one picture of each kept."""
+
+    precision: float
+    """Share of the pairs of pictures in one component that show the same image."""
+    lost: float
+    """Share of the images of which no picture is kept."""
+
+
+def score_components(
+    rows: NDArray[np.floating], num_edits: int, threshold: float
+) -> ComponentScores:
+    """Unite unit rows (N x (1 + E), D) in the order of `with_copies`; the first of each stays."""
+    image = np.arange(len(rows)) // (1 + num_edits)
+    rows = rows.astype(np.float32)
+    number, component = connected_components(coo_array(rows @ rows.T > threshold), directed=False)
+    sizes = np.bincount(component, minlength=number)
+    together = np.unique(component * len(rows) + image, return_counts=True)[1]
+    pairs = (sizes * (sizes - 1)).sum()
+    right = (together * (together - 1)).sum()
+    kept = np.unique(image[np.unique(component, return_index=True)[1]])
+    return ComponentScores(float(right / pairs) if pairs else 1.0, 1 - len(kept) / (image[-1] + 1))
 
 
 def nearest_neighbour_accuracy(

