@@ -10,7 +10,7 @@ from pydantic import Field
 from curation import storage
 from curation.dataset import commit, write_shard
 from curation.exchange import Exchange
-from curation.neighbors.clusters.k_means import hash_ids
+from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.rows.file_tasks import Done, Work, run_steps
 from curation.neighbors.rows.row_files import map_array, write_array
 from curation.neighbors.rows.shard_batches import ByRun, DecideRun, decide_shards, of_shard

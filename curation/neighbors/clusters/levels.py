@@ -15,16 +15,9 @@ from typing import Any
 import numpy as np
 
 from curation import storage
-from curation.neighbors.clusters.k_means import (
-    Centroids,
-    cluster_sums,
-    index_centroids,
-    lloyd,
-    means_of,
-    sample_positions,
-    train_centroids,
-)
-from curation.neighbors.index.centroid_index import FLAT_UP_TO, CentroidIndex
+from curation.neighbors.clusters.centroids import Centroids, sample_positions, train_centroids
+from curation.neighbors.kernels.centroid_index import FLAT_UP_TO, CentroidIndex
+from curation.neighbors.kernels.k_means import cluster_sums, index_centroids, lloyd, means_of
 from curation.neighbors.kernels.quantized import quantize_rows
 from curation.neighbors.kernels.threads import limit_threads
 from curation.neighbors.rows.file_tasks import Done, Work, is_finished, run_steps

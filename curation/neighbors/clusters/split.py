@@ -15,13 +15,14 @@ import pyarrow as pa
 
 from curation import storage
 from curation.exchange import Exchange
-from curation.neighbors.clusters.k_means import hash_ids, lloyd
 from curation.neighbors.clusters.levels import (
     Fit,
     IndexedCentroids,
     rows_of_level,
     write_level_part,
 )
+from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
+from curation.neighbors.kernels.k_means import lloyd
 from curation.neighbors.kernels.quantized import (
     nearest_centroids,
     quantize_centroids,
@@ -160,7 +161,7 @@ class _Scatter(Work):
         files, owners = self.count.files, self.count.owners(item)
         places = files.rows(item)
         lots = hash_ids(files.ids(item), "split", self.seed)
-        shares = np.minimum(1.0, self.most_trained / rows_of[owners])
+        shares = self.most_trained / rows_of[owners]
         vectors = np.ascontiguousarray(files.vectors(item))
         size = vectors.shape[1] * vectors.itemsize
         packed = pa.FixedSizeBinaryArray.from_buffers(
@@ -169,7 +170,7 @@ class _Scatter(Work):
         columns = {
             "cluster": owners,
             "lot": lots,
-            "trains": lots <= (shares * float(2**64 - 2**11)).astype(np.uint64),
+            "trains": lots <= share_bound(shares),
             "shard": places["shard"],
             "row": places["row"],
             "vector": packed,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from curation.neighbors.clusters.k_means import cluster_sums, lloyd, means_of
 from curation.neighbors.kernels.grouping import by_group
+from curation.neighbors.kernels.k_means import cluster_sums, lloyd, means_of
 from curation.neighbors.kernels.quantized import nearest_centroids, quantize_centroids
 from curation.neighbors.kernels.threads import in_threads
 from embedder.rows import unit_rows

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from curation.neighbors.index.centroid_index import ranks_of_groups
 from curation.neighbors.index.coarse_training import chain, grown_centroids
 from curation.neighbors.index.routes import Reach, Routes, bounds_of
+from curation.neighbors.kernels.centroid_index import ranks_of_groups
 from curation.neighbors.kernels.grouping import by_group
 from curation.neighbors.kernels.quantized import (
     integer_products,

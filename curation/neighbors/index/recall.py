@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from curation import storage
-from curation.neighbors.clusters.k_means import hash_ids
 from curation.neighbors.index.routes import Routes
+from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.products import Products
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.file_tasks import Done, Work, run_steps
@@ -185,9 +185,9 @@ class _Pick(Work):
         return map_array(self.apart, "bool", start, (size,))
 
     def __call__(self, item: int, opened: Any) -> Done:
-        share = min(1.0, _QUERIES / max(1, self.num_rows))
+        share = _QUERIES / max(1, self.num_rows)
         keys = hash_ids(self.files.ids(item), "recall", self.seed)
-        rows = np.flatnonzero(keys <= np.uint64(share * float(2**64 - 2**11)))
+        rows = np.flatnonzero(keys <= share_bound(share))
         rows = rows[~self.rows_apart(item)[rows]]
         positions = rows + self.files.starts[item]
         routes = Routes.read(self.files.path("routes", item), self.files.size(item))

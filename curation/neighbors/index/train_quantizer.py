@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from curation import storage
-from curation.neighbors.clusters.k_means import hash_ids
 from curation.neighbors.index.coarse_training import FLAT, lists_of
 from curation.neighbors.index.quantizer import FIRST_GROUPS, Coarse, CoarseRouter
 from curation.neighbors.index.routes import Reach
 from curation.neighbors.index.seed_groups import alike_groups
+from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.quantized import integer_products, lengths_of, quantize_rows
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.arrange import groups_of_shards, rows_together
@@ -199,10 +199,10 @@ class _Sample(Work):
         rows = quantize_rows(vectors[chosen])
         return keys[chosen], rows, (source.where(shard), vectors.shape[1])
 
-    def _bound(self, width: int) -> np.uint64:
+    def _bound(self, width: int) -> np.ndarray:
         """Hashes up to this are sampled: a little more than will be used, as rows are by chance."""
         share = 1.05 * self.training.most_rows(width) / self.training.num_rows
-        return np.uint64(min(1.0, self.training.share, share) * float(2**64 - 2**11))
+        return share_bound(min(self.training.share, share))
 
 
 @dataclass(frozen=True)

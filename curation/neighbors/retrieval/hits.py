@@ -15,15 +15,11 @@ from curation import storage
 from curation.config import Settings
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.exchange import Exchange
-from curation.neighbors.clusters.k_means import (
-    Centroids,
-    assign_exactly,
-    copy_centroids,
-    hash_ids,
-    train_centroids,
-)
+from curation.neighbors.clusters.centroids import Centroids, copy_centroids, train_centroids
 from curation.neighbors.dedup.judge_components import id_bytes, ids_array
 from curation.neighbors.index.build_index import Layout, search_in
+from curation.neighbors.kernels.id_hashes import hash_ids
+from curation.neighbors.kernels.k_means import assign_exactly
 from curation.neighbors.kernels.selection import ranks_within
 from curation.neighbors.rows.file_tasks import Done, Work, run_steps
 from curation.neighbors.rows.row_files import RowFiles, write_array

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from curation import storage
-from curation.neighbors.clusters.k_means import hash_ids
 from curation.neighbors.index.probes import Visits
 from curation.neighbors.index.quantizer import CoarseRouter
 from curation.neighbors.index.recall import first_enough, gap_steps, lists_within
 from curation.neighbors.index.routes import Reach, Routes
+from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.file_tasks import Done, Work, run_steps
 from curation.neighbors.rows.row_files import write_array

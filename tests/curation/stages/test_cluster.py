@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from curation.config import parse_settings
 from curation.dataset import Dataset
 from curation.errors import ConfigError, SchemaError, SpaceError
-from curation.neighbors.clusters.k_means import copy_centroids
+from curation.neighbors.clusters.centroids import copy_centroids
 from curation.neighbors.kernels.quantized import (
     nearest_centroids,
     quantize_centroids,

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from curation.neighbors.clusters.k_means import index_centroids
-from curation.neighbors.index.centroid_index import FLAT_UP_TO, CentroidIndex, ranks_of_groups
+from curation.neighbors.kernels.centroid_index import FLAT_UP_TO, CentroidIndex, ranks_of_groups
+from curation.neighbors.kernels.k_means import index_centroids
 from curation.neighbors.kernels.quantized import (
     nearest_centroids,
     quantize_centroids,

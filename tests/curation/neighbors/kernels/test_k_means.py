@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from curation.neighbors.clusters.k_means import (
+from curation.neighbors.kernels.id_hashes import hash_ids
+from curation.neighbors.kernels.k_means import (
     assign_exactly,
-    hash_ids,
     lloyd,
     means_of,
     spherical_kmeans,
