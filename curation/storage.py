@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypedDict, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -27,6 +27,8 @@ _LOOKED_UP = ("sha256", "pixel_hash", "seed_id")
 """Columns by whose values single rows are looked for: Bloom filters tell where they may be."""
 _PARTIAL = ".partial"
 _REQUESTS_AT_ONCE = 32
+_BLOCK = 1 << 22
+"""Bytes of a file that are hashed at once."""
 _LAST_WRITES = 8
 """Of so many writes at a file's end Parquet's footer is one."""
 _TAIL_BYTES = 1 << 16
@@ -371,6 +373,23 @@ def read_bytes(path: str) -> bytes:
     with storage_errors(path):
         data: bytes = fs.cat_file(inner)
     return data
+
+
+class FileDigest(TypedDict):
+    """What a file is, byte for byte."""
+
+    size: int
+    sha256: str
+
+
+def digest_file(path: str) -> FileDigest:
+    """Read a file from end to end, and hash it."""
+    content, size = hashlib.sha256(), 0
+    with open_read(path) as file:
+        while block := file.read(_BLOCK):
+            content.update(block)
+            size += len(block)
+    return {"size": size, "sha256": content.hexdigest()}
 
 
 def write_json(path: str, value: Any) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 from curation import storage
 from curation.dataset import MANIFEST, Dataset
 from curation.errors import DatasetError
+from pipelines.audit.dataset_stats import Stats
 from pipelines.audit.funnel import FunnelRow, funnel
 from pipelines.audit.markdown import as_code, as_text
-from pipelines.audit.stats import Stats, run_stats
+from pipelines.audit.run_stats import run_stats
 from pipelines.audit.work_folder import WorkFolder
 from pipelines.run.run_record import POOL, RunRecord
 
@@ -105,10 +106,6 @@ def card_text(work: WorkFolder) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _columns(manifest: Dataset) -> list[str]:
-    return [f"- {as_code(name)}: {_ABOUT.get(name, '')}" for name in manifest.columns]
-
-
 def _thresholds(facts: Stats) -> list[str]:
     """What each score was judged by in fact, an encoder's own threshold included."""
     return [
@@ -171,7 +168,7 @@ def _files(manifest: Dataset) -> tuple[list[Json], str]:
         "description": "Names, sizes and SHA-256 of all shards.",
         "contentUrl": f"manifest/{MANIFEST}",
         "encodingFormat": "application/json",
-        "sha256": _sha256(storage.join(manifest.path, MANIFEST)),
+        "sha256": storage.digest_file(storage.join(manifest.path, MANIFEST))["sha256"],
     }
     listed = [_file(one.name, one.sha256, one.num_bytes) for one in shards[:_MAX_FILES]]
     together = {
@@ -258,12 +255,6 @@ def _settings(record: RunRecord) -> list[str]:
 
 def _code(text: str | None) -> str:
     return "none" if text is None else as_code(text)
-
-
-def _sha256(path: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(storage.read_bytes(path)).hexdigest()
 
 
 def _none() -> Dataset:

@@ -90,7 +90,7 @@ def _define(tables: Tables, name: str, work: WorkFolder) -> None:
     """Views of one build: its manifest, and who fell where."""
     empty = ", ".join(f"null as {column}" for column in ("id", *_COMPARED))
     if not tables.add(f"{name}_manifest", _manifest(work)):
-        tables.define(f"{name}_manifest", f"select {empty} where false")
+        tables.run(f"create temp view {name}_manifest as select {empty} where false")
     stages = work.all_stages()
     order = [{"place": number} for number in range(len(stages))]
     if not tables.add(f"{name}_decisions", *(s.decisions for s in stages), labels=order):

@@ -314,7 +314,7 @@ def _forget_in_tars(packed: Dataset, ids: set[str]) -> Dataset:
         path = storage.join(packed.path, name)
         index = storage.read_parquet(packed.shard_path(number))
         held = set(index[ID].to_pylist())
-        if held & ids or _sha256(path) != info.companion[name]:
+        if held & ids or storage.digest_file(path)["sha256"] != info.companion[name]:
             sha256, offsets = _copy_tar(path, ids)
             left = index.filter(pc.invert(pc.is_in(index[ID], pa.array(sorted(ids), pa.string()))))
             places = pa.array([offsets[one] for one in left[ID].to_pylist()], pa.int64())
@@ -353,14 +353,6 @@ def _copy_tar(path: str, ids: set[str]) -> tuple[str, dict[str, int]]:
 def _read_at(file: IO[bytes], offset: int, size: int) -> bytes:
     file.seek(offset)
     return file.read(size)
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with storage.open_read(path) as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _write_tombstones(path: str, rows: list[Row]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from pipelines.audit.tables import Row, Tables
+from curation.dataset import Dataset
+from pipelines.audit.tables import Row, select
 
 SAMPLED_TEXTS = 5_000
 """Rows are in the order of their ids, which are hashes: the first ones are a random sample."""
@@ -11,13 +12,12 @@ _LEAST_LETTERS = 12
 TOO_SHORT = "too short to tell"
 
 
-def alt_languages(tables: Tables, view: str, columns: dict[str, str]) -> list[Row]:
-    """Languages (ISO 639-1) of a view's column `alt`, the most common first; none without texts."""
-    if "alt" not in columns:
+def alt_languages(dataset: Dataset | None) -> list[Row]:
+    """Languages (ISO 639-1) of the column `alt`, the most common first; none without texts."""
+    if dataset is None or "alt" not in dataset.columns:
         return []
-    texts = tables.rows(
-        f"select alt from {view} where alt is not null and alt != '' limit ?", [SAMPLED_TEXTS]
-    )
+    query = "select alt from rows where alt is not null and alt != '' limit ?"
+    texts = select(dataset, query, [SAMPLED_TEXTS])
     counts = Counter(language_of(str(row["alt"])) for row in texts)
     return [
         {"language": language, "rows_of_sample": rows, "share": rows / len(texts)}

@@ -22,10 +22,9 @@ PRETRAIN = "pretrain"
 _MADE = (PRETRAIN, "evaluate", "events", "forgotten", "work/report")
 """Folders of the run besides those of its stages and sets."""
 REPORT = "report.html"
-_CHUNK = 1 << 22
 
-Files = dict[str, dict[str, Any]]
-"""Path below the work folder -> size and sha256."""
+Seal = dict[str, Any]
+"""`digest` over all; `folders`: digest of each; `files`: path -> `FileDigest` of all others."""
 
 
 def write_seal(work: str, record: RunRecord, *, whole: bool = True) -> str:
@@ -35,7 +34,8 @@ def write_seal(work: str, record: RunRecord, *, whole: bool = True) -> str:
     """
     seal = make_seal(work, record)
     if whole:
-        seal["files"] = {name: file_digest(work, name) for name in loose_files(work, record)}
+        names = loose_files(work, record)
+        seal["files"] = {name: storage.digest_file(storage.join(work, name)) for name in names}
     seal = {"digest": digest_of_seal(seal), **seal}
     storage.write_json(storage.join(work, SEAL_FILE), seal)
     return str(seal["digest"])
@@ -52,7 +52,7 @@ def is_sealed_whole(work: str) -> bool:
         return True
 
 
-def make_seal(work: str, record: RunRecord) -> dict[str, Any]:
+def make_seal(work: str, record: RunRecord) -> Seal:
     """Digests of the small files of each folder."""
     folders = {folder: folder_digest(work, folder) for folder in sealed_folders(record)}
     run = hashlib.sha256(storage.read_bytes(storage.join(work, RUN_FILE))).hexdigest()
@@ -66,7 +66,7 @@ def seal_again(work: str, name: str) -> None:
         return
     seal = storage.read_json(path)
     if name in seal.get("files", {}):
-        seal["files"][name] = file_digest(work, name)
+        seal["files"][name] = storage.digest_file(storage.join(work, name))
         seal["digest"] = digest_of_seal(seal)
         storage.write_json(path, seal)
 
@@ -125,16 +125,6 @@ def _covered_by_pretraining(work: str) -> Iterator[str]:
         yield from ((path.parent / name).relative_to(root).as_posix() for name in names)
 
 
-def file_digest(work: str, name: str) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    digest, size = hashlib.sha256(), 0
-    with storage.open_read(storage.join(work, name)) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
 def folder_digest(work: str, folder: str) -> str:
     """SHA-256 over the names and hashes of all JSON files below a folder."""
     root = storage.join(work, folder)
@@ -146,7 +136,7 @@ def folder_digest(work: str, folder: str) -> str:
     return digest.hexdigest()
 
 
-def digest_of_seal(seal: dict[str, Any]) -> str:
+def digest_of_seal(seal: Seal) -> str:
     """SHA-256 over the folders' digests, then over those of single files."""
     lines = [f"{name} {value}\n" for name, value in sorted(seal["folders"].items())]
     for name, one in sorted(seal.get("files", {}).items()):
@@ -178,16 +168,16 @@ def broken_seals(work: str, record: RunRecord) -> list[str] | None:
     return broken + [f"{name}: {line}" for name, line in lines if line]
 
 
-def sealed_files(seal: dict[str, Any]) -> Files:
+def sealed_files(seal: Seal) -> dict[str, storage.FileDigest]:
     """The single files that a seal names."""
     return dict(seal.get("files", {}))
 
 
-def _difference(work: str, name: str, sealed: dict[str, Any]) -> str:
+def _difference(work: str, name: str, sealed: storage.FileDigest) -> str:
     """What tells a file from its seal; empty where nothing does."""
     if not storage.exists(storage.join(work, name)):
         return "is missing"
-    found = file_digest(work, name)
+    found = storage.digest_file(storage.join(work, name))
     if found["size"] != sealed["size"]:
         return f"has {found['size']:,} bytes where {sealed['size']:,} were sealed"
     if found["sha256"] != sealed["sha256"]:

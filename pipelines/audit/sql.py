@@ -65,7 +65,7 @@ def define_views(work: WorkFolder, tables: Tables) -> list[str]:
         if tables.add(name, *(dataset for dataset, _ in some), labels=labels):
             made.append(name)
     _define_stages(work, tables)
-    tables.define_macro("host", "url", host_of("url"))
+    tables.run(f"create macro host(url) as {host_of('url')}")
     return [*made, "stages"]
 
 
@@ -110,4 +110,5 @@ def _define_stages(work: WorkFolder, tables: Tables) -> None:
             row = (flow, stage.name, number, done.rows_in, done.rows_out, done.seconds)
             values.append(f"({', '.join(quoted(one) for one in (*row, stage.entry.folder))})")
     columns = ", ".join(named(name) for name in names)
-    tables.define("stages", f"select * from (values {', '.join(values)}) as t({columns})")
+    listed = f"(values {', '.join(values)}) as t({columns})"
+    tables.run(f"create temp view stages as select * from {listed}")

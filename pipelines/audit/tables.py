@@ -5,13 +5,21 @@ import glob
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import ConfigError, DatasetError, StorageError
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+    from numpy.typing import NDArray
+
+Row: TypeAlias = dict[str, Any]
+"""Values by name of column."""
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | float | bool | None"
+Value: TypeAlias = "str | float | bool | Sequence[str] | Sequence[int] | None"
+"""What a query takes as a parameter."""
 
 _MEMORY = "1500MB"
 _THREADS = 2
@@ -73,33 +81,26 @@ class Tables:
         if not parts:
             return False
         self._files[name] = [file for one in datasets for file in _files_of(one, shards)]
-        self._run(f"create or replace temp view {name} as {' union all by name '.join(parts)}")
+        self.run(f"create or replace temp view {name} as {' union all by name '.join(parts)}")
         return True
-
-    def define(self, name: str, query: str) -> None:
-        """Make a view of a query on other views."""
-        self._run(f"create or replace temp view {name} as {query}")
-
-    def define_macro(self, name: str, argument: str, expression: str) -> None:
-        """Make a function that queries may call."""
-        self._run(f"create or replace macro {name}({argument}) as {expression}")
 
     def confine(self, folder: str) -> None:
         """Let queries read nothing but what lies below a folder, and change no setting."""
         below = f"{storage.full_path(folder)}/"
         allowed = ", ".join(quoted(one) for one in (below, glob.escape(below)))
-        self._run(f"set allowed_directories = [{allowed}]")
-        self._run("set enable_external_access = false")
-        self._run("set lock_configuration = true")
+        self.run(f"set allowed_directories = [{allowed}]")
+        self.run("set enable_external_access = false")
+        self.run("set lock_configuration = true")
 
     def attach(self, file: str, name: str) -> None:
         """Open a DuckDB file for writing; new tables are made in it."""
-        self._run(f"attach {quoted(storage.full_path(file))} as {named(name)}")
-        self._run(f"use {named(name)}")
+        self.run(f"attach {quoted(storage.full_path(file))} as {named(name)}")
+        self.run(f"use {named(name)}")
 
-    def run(self, query: str, parameters: Sequence[Any] = ()) -> None:
-        """Run a statement that gives no rows."""
-        self._run(query, parameters)
+    def run(self, query: str, parameters: Sequence[Value] = ()) -> "DuckDBPyConnection":
+        """Run a statement."""
+        with duckdb_errors():
+            return self._connection.execute(query, list(parameters))
 
     def files(self, name: str) -> list[str]:
         """Files of a view that `add` made."""
@@ -109,38 +110,32 @@ class Tables:
         """Names and DuckDB types of a view's columns."""
         return {row["column_name"]: row["column_type"] for row in self.rows(f"describe {name}")}
 
-    def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
+    def rows(self, query: str, parameters: Sequence[Value] = ()) -> list[Row]:
         """Run a query whose result is small; give its rows."""
         return list(self.batches(query, parameters))
 
-    def batches(self, query: str, parameters: Sequence[Any] = ()) -> Iterator[Row]:
+    def batches(self, query: str, parameters: Sequence[Value] = ()) -> Iterator[Row]:
         """Run a query; give its rows one by one, without holding them all."""
-        result = self._run(query, parameters)
-        names = [column[0] for column in result.description]
-        while block := self._fetch(result):
+        result = self.run(query, parameters)
+        names = [column[0] for column in result.description or ()]
+        block = [()]
+        while block:
+            with duckdb_errors():  # a damaged file may show only here
+                block = result.fetchmany(1024)
             for values in block:
                 yield dict(zip(names, values, strict=True))
 
-    def columns_of(self, query: str, parameters: Sequence[Any] = ()) -> dict[str, Any]:
+    def columns_of(self, query: str, parameters: Sequence[Value] = ()) -> "dict[str, NDArray[Any]]":
         """Run a query; give its columns as NumPy arrays."""
-        result = self._run(query, parameters)
-        with duckdb_errors():
-            columns: dict[str, Any] = result.fetchnumpy()
-        return columns
+        import numpy as np
 
-    def first(self, query: str, parameters: Sequence[Any] = ()) -> Row:
+        result = self.run(query, parameters)
+        with duckdb_errors():
+            return {name: np.asarray(values) for name, values in result.fetchnumpy().items()}
+
+    def first(self, query: str, parameters: Sequence[Value] = ()) -> Row:
         """Run a query with one row."""
         return self.rows(query, parameters)[0]
-
-    def _run(self, query: str, parameters: Sequence[Any] = ()) -> Any:
-        with duckdb_errors():
-            return self._connection.execute(query, list(parameters))
-
-    def _fetch(self, result: Any) -> list[tuple[Any, ...]]:
-        """The next rows; a damaged file may show only here."""
-        with duckdb_errors():
-            block: list[tuple[Any, ...]] = result.fetchmany(1024)
-        return block
 
     def _reach(self, dataset: Dataset) -> None:
         """Let DuckDB read object stores through fsspec."""
@@ -149,6 +144,22 @@ class Tables:
 
             self._connection.register_filesystem(fsspec.filesystem(dataset.path.split("://")[0]))
             self._remote = True
+
+
+@contextlib.contextmanager
+def opened(dataset: Dataset | None) -> Iterator[Tables | None]:
+    """A data set as the view `rows`; None where there is none, or it has no files."""
+    if dataset is None:
+        yield None
+        return
+    with Tables() as tables:
+        yield tables if tables.add("rows", dataset) else None
+
+
+def select(dataset: Dataset | None, query: str, parameters: Sequence[Value] = ()) -> list[Row]:
+    """Rows of a query on the view `rows` of a data set; none where it has no files."""
+    with opened(dataset) as tables:
+        return tables.rows(query, parameters) if tables else []
 
 
 @contextlib.contextmanager
@@ -168,7 +179,7 @@ def duckdb_errors() -> Iterator[None]:
         raise DatasetError(f"query failed: {_one_line(error)}") from error
 
 
-def quoted(text: Any) -> str:
+def quoted(text: Value) -> str:
     """A value as an SQL literal."""
     if text is None:
         return "null"

@@ -113,6 +113,17 @@ class WorkFolder:
         having = [s for s in self.stages(flow) if output in s.entry.record.outputs]
         return having[-1] if having else None
 
+    def output(self, flow: str, name: str) -> Dataset | None:
+        """An output of a flow, as its last stage that made one left it."""
+        stage = self.making(flow, name)
+        return stage.output(name) if stage else None
+
+    @property
+    def hits(self) -> Dataset | None:
+        """What retrieval found, where the recipe retrieves."""
+        stage = self.stage(POOL, "retrieve")
+        return stage.output("hits") if stage is not None and stage.has("hits") else None
+
     def shards_of(self, flow: str) -> int:
         """How many shards each side-car of a flow has."""
         return self._decisions(self.flows[flow][0]).num_shards

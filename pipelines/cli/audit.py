@@ -181,7 +181,7 @@ def print_verification(path: str, as_json: bool) -> bool:
 
 def print_proof(path: str, shard: str, as_json: bool) -> bool:
     """`curate verify --shard`: whether one shard is what its data set says."""
-    from pipelines.audit.verify import prove_shard
+    from pipelines.audit.verify_dataset import prove_shard
 
     proof = prove_shard(path.rstrip("/"), shard)
     if as_json:

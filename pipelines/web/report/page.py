@@ -10,8 +10,9 @@ from markupsafe import Markup
 
 from curation import storage
 from curation.errors import StorageError
+from pipelines.audit.dataset_stats import Stats, balance
 from pipelines.audit.funnel import funnel, set_funnels
-from pipelines.audit.stats import Stats, balance, run_stats, score_columns, thresholds
+from pipelines.audit.run_stats import run_stats, score_columns, thresholds
 from pipelines.audit.tables import Row, Tables, named
 from pipelines.audit.work_folder import FinishedStage, WorkFolder
 from pipelines.operate.planner import PLAN_FILE
@@ -133,7 +134,7 @@ def histograms(work: WorkFolder) -> list[Row]:
     for stage in work.stages(POOL):
         with Tables() as tables:
             if tables.add("verdicts", stage.decisions):
-                for score in score_columns(stage, tables):
+                for score in score_columns(stage):
                     made += _histogram(stage, score, tables)
     return made
 
@@ -145,7 +146,7 @@ def _histogram(stage: FinishedStage, score: str, tables: Tables) -> list[Row]:
     )
     if not ends["n"] or ends["low"] == ends["high"]:
         return []
-    limits = thresholds(stage, score, tables)
+    limits = thresholds(stage, score)
     low, high = float(min([ends["low"], *limits])), float(max([ends["high"], *limits]))
     counted = tables.rows(
         f"select least(floor(({column} - ?) / ? * {_BINS}), {_BINS - 1})::int as bin, keep, "

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from pipelines.audit.dataset_stats import Stats
 from pipelines.audit.funnel import FunnelRow, funnel, set_funnels
-from pipelines.audit.stats import Stats
 from pipelines.audit.work_folder import WorkFolder
 from pipelines.web.report.units import count, percent, size
 

@@ -17,8 +17,9 @@ from curation.dataset import Dataset
 from curation.digest import digest_of
 from curation.errors import ConfigError, DatasetError, StorageError
 from curation.lock import locked
+from pipelines.audit.dataset_stats import open_any
 from pipelines.audit.explain import path_of
-from pipelines.audit.stats import open_any, score_columns, thresholds
+from pipelines.audit.run_stats import score_columns, thresholds
 from pipelines.audit.tables import Tables, host_of, named, quoted
 from pipelines.audit.work_folder import FinishedStage, WorkFolder
 from pipelines.run.run_record import POOL
@@ -151,14 +152,11 @@ def _create_images(tables: Tables, scores: list[Score]) -> None:
 
 def _scores_of_run(work: WorkFolder) -> list[Score]:
     """The scores of the pool's stages."""
-    found = []
-    for stage in work.stages(POOL):
-        with Tables() as tables:
-            if tables.add("verdicts", stage.decisions):
-                found += [
-                    Score(f"{stage.name}.{n}", stage.name, n, tuple(thresholds(stage, n, tables)))
-                    for n in score_columns(stage, tables)
-                ]
+    found = [
+        Score(f"{stage.name}.{name}", stage.name, name, tuple(thresholds(stage, name)))
+        for stage in work.stages(POOL)
+        for name in score_columns(stage)
+    ]
     return list({score.name: score for score in found}.values())
 
 

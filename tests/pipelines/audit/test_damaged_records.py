@@ -52,7 +52,8 @@ def work(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("seed", range(6))
 def test_audit_verbs__mutated_records(seed, work, capsys):
     rng = np.random.default_rng(seed)
-    small = sorted(p for p in work.rglob("*.json") if p.stat().st_size)
+    files = (p for p in work.rglob("*.json") if "certificate" not in p.parts)  # of another test
+    small = sorted(p for p in files if p.stat().st_size)
     favoured = [p for p in small if p.name in ("run.json", "_stage.json", "_manifest.json")]
     for number in range(6):
         file = (work / "run.json", favoured[rng.integers(len(favoured))])[number % 2]

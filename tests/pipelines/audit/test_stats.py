@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation.errors import ConfigError, DatasetError
-from pipelines.audit.stats import balance, count_by_column, stats_of, write_csv
+from pipelines.audit.dataset_stats import balance
+from pipelines.audit.stats import count_by_column, stats_of, write_csv
 from pipelines.cli import audit
 from tests.pipelines.audited_run import finished_run
 
@@ -94,7 +95,7 @@ def test_stats_of__large_tables_are_sampled_alike(tmp_path, monkeypatch):
     numbers = np.random.default_rng(0).permutation(200_000)
     table = pa.table({"id": [str(n) for n in range(200_000)], "n": numbers})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=8192)
-    monkeypatch.setattr("pipelines.audit.stats.SAMPLED_ROWS", 50_000)
+    monkeypatch.setattr("pipelines.audit.dataset_stats.SAMPLED_ROWS", 50_000)
     found = [stats_of(str(tmp_path))["columns"][1] for _ in range(2)]
     assert found[0] == found[1]
     assert (found[0]["min"], found[0]["max"], found[0]["rows"]) == (0, 199_999, 200_000)

@@ -12,7 +12,8 @@ from curation.errors import ConfigError, DatasetError, StorageError
 from curation.ledger import read_receipt
 from curation.schema import schema_of
 from pipelines.audit.seal import is_sealed_whole, write_seal
-from pipelines.audit.verify import prove_shard, verify
+from pipelines.audit.verify import verify
+from pipelines.audit.verify_dataset import prove_shard
 from pipelines.cli import audit
 from pipelines.run.run_record import read_run
 from pretrain.digests import write_digests

@@ -14,7 +14,8 @@ from pipelines.audit.explain import explain
 from pipelines.audit.sql import ask
 from pipelines.audit.stats import count_by_column, stats_of
 from pipelines.audit.tables import plain
-from pipelines.audit.verify import prove_shard, verify
+from pipelines.audit.verify import verify
+from pipelines.audit.verify_dataset import prove_shard
 from pipelines.audit.work_folder import WorkFolder
 from pipelines.web.report.page import render
 from pipelines.web.serving.catalog import Catalog, Filter

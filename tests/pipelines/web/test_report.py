@@ -196,7 +196,7 @@ def test_planned_seconds__scale_with_the_rows_that_came(tmp_path):
 def test_render__failed_shards_are_shown_with_their_cause(monkeypatch):
     cause = "OSError: <b>disk</b>"
     failed = [{"flow": "pool", "stage": "embed", "shard": 7, "cause": cause}]
-    monkeypatch.setattr("pipelines.audit.stats.failed_shards", lambda work: failed)
+    monkeypatch.setattr("pipelines.audit.run_stats.failed_shards", lambda work: failed)
     text = render(WorkFolder(str(finished_run())))
     assert "Shards that failed, and were let go" in text
     assert "OSError: &lt;b&gt;disk&lt;/b&gt;" in text
