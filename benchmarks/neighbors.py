@@ -27,16 +27,16 @@ import pyarrow as pa
 
 from curation.dataset import Dataset, write_dataset
 from curation.neighbors.dedup.components import connected_components
-from curation.neighbors.index.build_index import (
+from curation.neighbors.index.routes import Routes
+from curation.neighbors.index.vector_index import (
     SEARCHED,
     Comparison,
-    Layout,
-    lay_out,
-    lay_out_queries,
+    VectorIndex,
+    arrange_queries,
+    build_index,
     search_in,
     self_join,
 )
-from curation.neighbors.index.routes import Routes
 from curation.neighbors.kernels.k_means import assign_exactly, spherical_kmeans
 from curation.neighbors.kernels.products import Products
 from curation.neighbors.kernels.threads import limit_threads
@@ -201,8 +201,8 @@ def bench_join(source: VectorSource, rows: np.ndarray, planted: Pairs, args: Any
         folder = f"{args.work}/join-{recall}"
         shutil.rmtree(folder, ignore_errors=True)
         result = measured("ours", lambda: our_join(source, recall, folder, args), table)  # noqa: B023
-        layout, figures = result
-        met = [round(met_share(layout.files, figures, rows, p), 4) for p in (truth, planted)]
+        index, figures = result
+        met = [round(met_share(index.files, figures, rows, p), 4) for p in (truth, planted)]
         table[-1] |= {"recall": met[0], "planted": met[1], "lists_met": figures.get("lists_met")}
         print("   ", table[-1], flush=True)
     for lists in args.ivf_lists:
@@ -214,14 +214,14 @@ def bench_join(source: VectorSource, rows: np.ndarray, planted: Pairs, args: Any
 
 def our_join(
     source: VectorSource, recall: float, folder: str, args: Any
-) -> tuple[Layout, dict[str, Any]]:
+) -> tuple[VectorIndex, dict[str, Any]]:
     engine = LocalEngine(args.workers)
     how = Comparison(method="lists", recall=recall, memory_gb=args.memory_gb)
     rows = f"{folder}/rows"
-    layout = lay_out((source,), rows, engine, comparison=how, seed=0, alike=THRESHOLD)
-    joined, figures = self_join(layout, THRESHOLD, f"{folder}/join", engine)
-    connected_components(layout.files.num_rows, joined.edges())
-    return layout, figures
+    index = build_index((source,), rows, engine, comparison=how, seed=0, alike=THRESHOLD)
+    joined, figures = self_join(index, THRESHOLD, f"{folder}/join", engine)
+    connected_components(index.files.num_rows, joined.edges())
+    return index, figures
 
 
 def met_share(files: RowFiles, figures: dict[str, Any], rows: np.ndarray, pairs: Pairs) -> float:
@@ -231,8 +231,8 @@ def met_share(files: RowFiles, figures: dict[str, Any], rows: np.ndarray, pairs:
     routes, places = Routes.joined(parts), np.empty(len(rows), np.int64)
     places[row_numbers(files)] = np.arange(len(rows))
     a, b = places[pairs[:, 0]], places[pairs[:, 1]]
-    gaps = np.minimum(routes.gaps_to(a, routes.own[b]), routes.gaps_to(b, routes.own[a]))
-    return float((gaps <= np.float16(figures["gap"])).mean())
+    margins = np.minimum(routes.margins_to(a, routes.home[b]), routes.margins_to(b, routes.home[a]))
+    return float((margins <= np.float16(figures["probe_margin"])).mean())
 
 
 def faiss_join(
@@ -290,15 +290,15 @@ def bench_search(source: VectorSource, rows: np.ndarray, args: Any) -> list[Any]
     shutil.rmtree(folder, ignore_errors=True)
     queries = write_pool(seeds, f"{args.work}/seeds-{len(rows)}", "seeds")
     how = Comparison(method="lists", recall=0.99)
-    layout = lay_out(
+    index = build_index(
         (source,), f"{folder}/rows", engine, comparison=how, seed=0, rows_per_list=SEARCHED
     )
-    arranged = lay_out_queries(queries, layout.files, f"{folder}/seeds", engine)
+    arranged = arrange_queries(queries, index.files, f"{folder}/seeds", engine)
     measured("exact bfloat16 products, 32 of 1,000 seeds", exact_search(rows, seeds), table)
     table[-1]["queries_per_s"] = round(1000 / table[-1]["wall_s"])
     for attempt in range(args.tries):
         found = f"{folder}/found-{attempt}"
-        ours = partial(search_in, layout, arranged, 32, found, engine)
+        ours = partial(search_in, index, arranged, 32, found, engine)
         search, figures = measured("ours, 32 of each seed", ours, table)
         table[-1]["queries_per_s"] = round(len(seeds) / table[-1]["wall_s"])
         table[-1] |= {"recall": recall_at_32(search, truth), "lists_met": figures["lists_met"]}

@@ -30,7 +30,7 @@ from neighbors import WIDTH, around, unit
 
 from curation import storage
 from curation.dataset import Dataset, write_dataset
-from curation.neighbors.index.build_index import Comparison
+from curation.neighbors.index.vector_index import Comparison
 from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import Engine, Item, Result, StageFolder, StageInputs, Task

@@ -23,7 +23,7 @@ from curation.neighbors.clusters.levels import (
     level_above,
 )
 from curation.neighbors.clusters.split import split_clusters
-from curation.neighbors.index.build_index import Comparison, lay_out, sources_of, threads_of
+from curation.neighbors.index.vector_index import Comparison, build_index, sources_of, threads_of
 from curation.neighbors.kernels.quantized import quantize_rows
 from curation.neighbors.kernels.threads import limit_threads
 from curation.neighbors.rows.arrange import read_bad_rows
@@ -135,7 +135,9 @@ class Cluster(DatasetStage):
         )
         rows_folder = storage.join(folder.scratch, "rows")
         scattered = Comparison(method="all")
-        files = lay_out(sources, rows_folder, engine, comparison=scattered, seed=inputs.seed).files
+        files = build_index(
+            sources, rows_folder, engine, comparison=scattered, seed=inputs.seed
+        ).files
         by_shard = ByRun.of(inputs.pool, storage.join(folder.scratch, "by-shard"))
         lowest, items, figures = self._lowest(files, folder, by_shard, engine, inputs.seed)
         levels: list[Level] = []

@@ -9,7 +9,13 @@ from curation import storage
 from curation.neighbors.dedup.component_rules import DropLeaks
 from curation.neighbors.dedup.judge_components import Reviewed, connect, review
 from curation.neighbors.dedup.verdicts import DecideByVerdicts, Verdicts
-from curation.neighbors.index.build_index import Comparison, Layout, lay_out, self_join, sources_of
+from curation.neighbors.index.vector_index import (
+    Comparison,
+    VectorIndex,
+    build_index,
+    self_join,
+    sources_of,
+)
 from curation.neighbors.rows.shard_batches import decide_shards
 from curation.neighbors.rows.vectors import default_threshold
 from curation.schema import schema_of
@@ -59,7 +65,7 @@ class Leaks(DatasetStage):
         )
         threshold = default_threshold(sources[0], self.threshold, "leak")
         rows = storage.join(folder.scratch, "rows")
-        layout = lay_out(
+        index = build_index(
             sources,
             rows,
             engine,
@@ -68,7 +74,7 @@ class Leaks(DatasetStage):
             alike=threshold,
         )
         leaks, figures = find_leaks(
-            layout, threshold, storage.join(folder.scratch, "leaks"), inputs, engine
+            index, threshold, storage.join(folder.scratch, "leaks"), inputs, engine
         )
         verdicts = Verdicts(rows, leaks=leaks, leak_threshold=threshold, set_names=self.against)
         decide_shards(DecideByVerdicts(self, inputs.pool, folder, verdicts), engine)
@@ -76,7 +82,7 @@ class Leaks(DatasetStage):
 
 
 def find_leaks(
-    layout: Layout,
+    index: VectorIndex,
     threshold: float,
     folder: str,
     inputs: StageInputs,
@@ -85,7 +91,7 @@ def find_leaks(
     apart: str | None = None,
 ) -> tuple[Reviewed, dict[str, Any]]:
     """Verdicts on the rows that leak, and figures. active, apart: see `self_join`."""
-    joined, figures = self_join(layout, threshold, folder, engine, active, apart)
+    joined, figures = self_join(index, threshold, folder, engine, active, apart)
     graph, _ = connect(joined, storage.join(folder, "labels.bin"))
     leaks = review(graph, DropLeaks(threshold), folder, inputs.pool, engine)
     leaking = sum(fact["leaking_components"] for fact in leaks.facts)

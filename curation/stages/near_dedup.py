@@ -17,7 +17,7 @@ from curation import storage
 from curation.neighbors.dedup.component_rules import KeepOne
 from curation.neighbors.dedup.judge_components import Reviewed, check_largest, connect, review
 from curation.neighbors.dedup.verdicts import BASE, DecideByVerdicts, Verdicts
-from curation.neighbors.index.build_index import Comparison, lay_out, self_join, sources_of
+from curation.neighbors.index.vector_index import Comparison, build_index, self_join, sources_of
 from curation.neighbors.join.join import Joined
 from curation.neighbors.join.listed_pairs import PAIRS, write_pairs
 from curation.neighbors.rows.row_files import RowFiles, write_array
@@ -78,7 +78,7 @@ class NearDedup(DatasetStage):
             assume_same_space=self.assume_same_space,
         )
         threshold = default_threshold(sources[0], self.threshold, "dedup")
-        layout = lay_out(
+        index = build_index(
             sources,
             storage.join(folder.scratch, "rows"),
             engine,
@@ -86,7 +86,7 @@ class NearDedup(DatasetStage):
             seed=inputs.seed,
             alike=threshold,
         )
-        files = layout.files
+        files = index.files
         root = storage.join(folder.scratch, "duplicates")
         active, apart, first_base = None, None, 1 + len(self.against)
         if self.against:
@@ -94,7 +94,7 @@ class NearDedup(DatasetStage):
             active = write_active(files, storage.join(root, "active.bin"), [0, *others])
         if inputs.base:
             apart = write_apart(files, storage.join(root, "apart.bin"), first_base)
-        joined, figures = self_join(layout, threshold, root, engine, active, apart, self.neighbors)
+        joined, figures = self_join(index, threshold, root, engine, active, apart, self.neighbors)
         if self.neighbors:
             base_set, attributes = BASE if inputs.base else None, {"stage": folder.stage}
             pairs = write_pairs(joined, folder.output(PAIRS), base_set, engine, attributes)
@@ -109,7 +109,7 @@ class NearDedup(DatasetStage):
             root = storage.join(folder.scratch, "leaks")
             path = storage.join(root, "active.bin")
             survivors = write_active(files, path, range(first_base), reviewed.dropped())
-            leaks, found = find_leaks(layout, limit, root, inputs, engine, survivors, apart)
+            leaks, found = find_leaks(index, limit, root, inputs, engine, survivors, apart)
             verdicts = replace(verdicts, leaks=leaks, leak_threshold=limit)
             figures |= {"against_threshold": limit, "leaks": found}
         decide_shards(DecideByVerdicts(self, inputs.pool, folder, verdicts), engine)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from curation.decoding import UNREADABLE, measure_images
 from curation.ledger import commit_shard, finished_shards
-from curation.neighbors.index.build_index import sources_of
+from curation.neighbors.index.vector_index import sources_of
 from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.kernels.k_means import assign_exactly
 from curation.neighbors.rows.vectors import VectorSource, bad_rows, vectors_of

@@ -12,11 +12,11 @@ from pydantic import Field, model_validator
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import SpaceError
-from curation.neighbors.index.build_index import (
+from curation.neighbors.index.vector_index import (
     SEARCHED,
     Comparison,
-    lay_out,
-    lay_out_queries,
+    arrange_queries,
+    build_index,
     sources_of,
 )
 from curation.neighbors.retrieval.hits import (
@@ -94,7 +94,7 @@ class Retrieve(DatasetStage):
         if self.centroids is not None and not self.assume_same_space:
             _check_centroids(Dataset.open(self.centroids), sources[0].dataset)
         rows = storage.join(folder.scratch, "rows")
-        pool = lay_out(
+        pool = build_index(
             sources[:1],
             rows,
             engine,
@@ -103,7 +103,7 @@ class Retrieve(DatasetStage):
             rows_per_list=SEARCHED,
         )
         queries = tuple(
-            lay_out_queries(
+            arrange_queries(
                 source, pool.files, storage.join(folder.scratch, f"seeds-{name}"), engine
             )
             for name, source in zip(names, sources[1:], strict=True)

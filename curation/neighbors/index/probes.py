@@ -1,4 +1,4 @@
-"""Visits turned around: for each partition, which rows come to which of its lists.
+"""Probes turned around: for each partition, which rows come to which of its lists.
 
 A visit is a pair (list, position) of 12 bytes, never a copy of a vector. `Invert` tasks, one a
 partition of visitors, write their visits sorted by list with an offset table, so that a partition
@@ -18,7 +18,7 @@ from curation.stage import Engine
 
 
 @dataclass(frozen=True)
-class Visits:
+class Probes:
     """Files of visits, by the partition that the visitors live in."""
 
     files: RowFiles
@@ -56,27 +56,27 @@ class Visits:
 
 @dataclass(frozen=True)
 class _Invert(Work):
-    visits: Visits
+    visits: Probes
     rows_of: Any
     """Gives the numbers of the rows of a partition that go visiting."""
-    gap: float
+    margin: float
 
     def __call__(self, item: int, opened: Any) -> Done:
         files = self.visits.files
         rows = self.rows_of(item)
         who, lists = (
-            Routes.read(files.path("routes", item), files.size(item)).take(rows).within(self.gap)
+            Routes.read(files.path("routes", item), files.size(item)).take(rows).within(self.margin)
         )
         self.visits.write(item, lists, rows[who] + files.starts[item])
         return Done([self.visits.path(item)])
 
 
-def invert(files: RowFiles, rows_of: Any, gap: float, folder: str, engine: Engine) -> Visits:
-    """Turn the visits of some rows around that are no farther than a gap.
+def invert(files: RowFiles, rows_of: Any, margin: float, folder: str, engine: Engine) -> Probes:
+    """Turn the visits of some rows around that are no farther than a margin.
 
     rows_of: a picklable function of a partition that gives row numbers in it, (M,) int64.
     """
-    visits = Visits(files, folder, files.num_partitions)
-    work = _Invert(visits, rows_of, gap)
+    visits = Probes(files, folder, files.num_partitions)
+    work = _Invert(visits, rows_of, margin)
     run_steps(engine, work, files.num_partitions, folder, "turn visits around")
     return visits

@@ -1,4 +1,4 @@
-"""Coarse lists: which of them a row lives in, and which are nearly as near.
+"""CoarseQuantizer lists: which of them a row lives in, and which are nearly as near.
 
 Many lists lie in groups. A row meets the centroids of all groups, then the lists of the groups
 nearest to it. One that is near none of these looks for such a list in all groups by sketches, and
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from curation.neighbors.index.coarse_training import chain, grown_centroids
-from curation.neighbors.index.routes import Reach, Routes, bounds_of
+from curation.neighbors.index.routes import ProbeLimits, Routes, bounds_of
 from curation.neighbors.kernels.centroid_index import ranks_of_groups
 from curation.neighbors.kernels.grouping import by_group
 from curation.neighbors.kernels.quantized import (
@@ -46,7 +46,7 @@ _TILE = (1 << 8, 1 << 11)
 _ROWS_SKETCHED, _LOOKED_AT = 1 << 6, 64
 """Rows that are sampled, and lists of each that may look near by their sketches."""
 _PRODUCTS = 1 << 18
-"""They stay in the cache of a core until those within reach are found."""
+"""They stay in the cache of a core until those within the margin are found."""
 _FEWEST_ROWS = 128
 """Fewer that meet all groups would cost as much: groups are prepared anew for every product."""
 FIRST_GROUPS = 32
@@ -71,7 +71,7 @@ _Visit = Callable[[np.ndarray, int, np.ndarray], None]
 
 
 @dataclass(frozen=True)
-class Coarse:
+class CoarseQuantizer:
     """Quantised centroids of lists and of their groups, ready for products."""
 
     groups: np.ndarray
@@ -88,7 +88,7 @@ class Coarse:
         loose: np.ndarray,
         rng: np.random.Generator,
         threads: int = 1,
-    ) -> "Coarse":
+    ) -> "CoarseQuantizer":
         """Group lists and put them in order. Both: (L, D) float32, unit rows."""
         if len(of_groups) + len(loose) <= _UNGROUPED or len(loose) > _UNGROUPED:
             of_groups, loose = np.concatenate([of_groups, loose]), loose[:0]
@@ -108,7 +108,7 @@ class Coarse:
         return cls(groups[known], codes, starts)
 
     def write(self, path: str) -> None:
-        """Write to a file, from which a `CoarseRouter` reads."""
+        """Write to a file, from which a `QuantizerRouter` reads."""
         write_array(path, self.list_starts.astype(np.int64), self.groups, self.lists)
 
     @property
@@ -155,57 +155,57 @@ class Coarse:
         most = _LOOKED_AT * len(sketches)
         return int(np.partition(scores, -most)[-most]) if most < len(scores) else -(1 << 31)
 
-    def route(self, vectors: np.ndarray, reach: Reach, threads: int = 1) -> Routes:
-        """The list of each row, and those within reach. vectors: (N, D)."""
+    def route(self, vectors: np.ndarray, limits: ProbeLimits, threads: int = 1) -> Routes:
+        """The list of each row, and those within the margin. vectors: (N, D)."""
         length = self.length  # known before threads ask for it
         meet, step = self._meet_all, _ROWS_AT_ONCE
         if len(self.groups) > 1:
             step = _even_step(len(vectors), threads)
-            by_sketches = np.isfinite(reach.near) and self.has_loose
+            by_sketches = np.isfinite(limits.near) and self.has_loose
             meet = self._meet_alike if by_sketches else self._meet_groups
 
         def of_block(start: int) -> Routes:
             rows = quantize_rows(vectors[start : start + step])
             lengths = lengths_of(rows) * length
-            return _routes(meet(rows, lengths, reach), lengths, reach)
+            return _routes(meet(rows, lengths, limits), lengths, limits)
 
         return Routes.joined(list(in_threads(of_block, range(0, len(vectors), step), threads)))
 
-    def gap_of_visits(
-        self, vectors: np.ndarray, mean: float, reach: Reach, threads: int = 1
+    def margin_of_probes(
+        self, vectors: np.ndarray, mean: float, limits: ProbeLimits, threads: int = 1
     ) -> float:
-        """The gap within which rows visit so many of the lists within reach on average."""
+        """The margin within which rows visit so many of the lists within the margin on average."""
         vectors = vectors[:_ROWS_FOR_GAP]
-        return self.route(vectors, reach, threads).gap_at(int(mean * len(vectors)))
+        return self.route(vectors, limits, threads).margin_at(int(mean * len(vectors)))
 
-    def _meet_all(self, rows: np.ndarray, lengths: np.ndarray, reach: Reach) -> _Met:
-        """Lists within reach of all, block by block.
+    def _meet_all(self, rows: np.ndarray, lengths: np.ndarray, limits: ProbeLimits) -> _Met:
+        """Lists within the margin of all, block by block.
 
         rows: (N, D) int8; lengths: (N,), a product divided by which is a cosine.
         """
-        allowed = _allowed(lengths, reach)
+        allowed = _allowed(lengths, limits)
         step, parts = max(32, _PRODUCTS // self.num_lists), []
         for start in range(0, len(rows), step):
             scores = integer_products(rows[start : start + step], self.lists).numpy()
-            who, lists, below = _within(scores, allowed[start : start + step], reach.most)
+            who, lists, below = _within(scores, allowed[start : start + step], limits.most)
             parts.append((who + start, lists, below))
         who, lists, below = (np.concatenate(part) for part in zip(*parts, strict=True))
         return who, lists, below
 
-    def _meet_groups(self, rows: np.ndarray, lengths: np.ndarray, reach: Reach) -> _Met:
-        """Lists within reach of those in the nearest groups: what is highest first, then all."""
-        met = _Highest(lengths, reach)
-        first, every = self._near_groups(rows, np.arange(len(rows)), (_VERY_FIRST, reach.groups))
+    def _meet_groups(self, rows: np.ndarray, lengths: np.ndarray, limits: ProbeLimits) -> _Met:
+        """Lists within the margin in the nearest groups: what is highest first, then all."""
+        met = _Highest(lengths, limits)
+        first, every = self._near_groups(rows, np.arange(len(rows)), (_VERY_FIRST, limits.groups))
         self._meet_near(rows, self.lists, first, met.raise_to)
         self._meet_near(rows, self.lists, every, met.keep)
         return met.chosen(self.num_lists)
 
-    def _meet_alike(self, rows: np.ndarray, lengths: np.ndarray, reach: Reach) -> _Met:
-        """Near lists, by their sketches; rows that have none within reach meet the loose ones."""
-        met, sketches, grouped = _Highest(lengths, reach), sketches_of(rows), self.list_starts[-1]
-        near = _Near(max(reach.least, least_product(reach.near)))
-        enough = reach.near * lengths
-        for count in self._groups_in_turn(reach):
+    def _meet_alike(self, rows: np.ndarray, lengths: np.ndarray, limits: ProbeLimits) -> _Met:
+        """Near lists, by their sketches; rows that have none within the margin meet loose ones."""
+        met, sketches, grouped = _Highest(lengths, limits), sketches_of(rows), self.list_starts[-1]
+        near = _Near(max(limits.least, least_product(limits.near)))
+        enough = limits.near * lengths
+        for count in self._groups_in_turn(limits):
             lost = np.flatnonzero(met.best < enough)
             for start in range(0, len(lost), step := _VISITS_AT_ONCE // count):
                 (nearest,) = self._near_groups(rows, lost[start : start + step], (count,))
@@ -218,10 +218,10 @@ class Coarse:
         _meet_run(rows, lost, self.lists, range(grouped, self.num_lists), met.keep)
         return met.chosen(self.num_lists)
 
-    def _groups_in_turn(self, reach: Reach) -> tuple[int, ...]:
+    def _groups_in_turn(self, limits: ProbeLimits) -> tuple[int, ...]:
         """How many nearest groups rows meet, then those that are near none of their lists."""
         more = min(_MORE_GROUPS, int(_SHARE_OF_GROUPS * len(self.groups)))
-        return (reach.groups, more) if more >= 2 * reach.groups else (reach.groups,)
+        return (limits.groups, more) if more >= 2 * limits.groups else (limits.groups,)
 
     def _near_groups(
         self, rows: np.ndarray, who: np.ndarray, counts: tuple[int, ...]
@@ -258,29 +258,29 @@ class Coarse:
 
 
 @dataclass(frozen=True)
-class CoarseRouter(Router):
+class QuantizerRouter(Router):
     """Routes rows by trained coarse centroids in a file."""
 
     path: str
     width: int
     num_groups: int
     num_lists: int
-    reach: Reach
+    limits: ProbeLimits
     threads: int = 1
     """Threads of one worker."""
 
-    def open(self) -> Coarse:
+    def open(self) -> CoarseQuantizer:
         """Load the centroids."""
         head, size = 8 * (self.num_groups + 1), self.num_groups * self.width
-        return Coarse(  # copies: torch would copy what is mapped for every product
+        return CoarseQuantizer(  # copies: torch would copy what is mapped for every product
             np.array(map_array(self.path, "int8", head, (self.num_groups, self.width))),
             np.array(map_array(self.path, "int8", head + size, (self.num_lists, self.width))),
             np.array(map_array(self.path, "int64", 0, (self.num_groups + 1,))),
         )
 
     def route(self, ids: np.ndarray, vectors: np.ndarray, opened: Any) -> Routes:
-        """The nearest list, and those within reach."""
-        routes: Routes = opened.route(vectors, self.reach, self.threads)
+        """The nearest list, and those within the margin."""
+        routes: Routes = opened.route(vectors, self.limits, self.threads)
         return routes
 
 
@@ -315,13 +315,13 @@ class _Near:
 
 
 class _Highest:
-    """Takes products of rows and lists, and keeps those that may be within reach of the highest."""
+    """Takes products of rows and lists; keeps what may be within the margin of the highest."""
 
-    def __init__(self, lengths: np.ndarray, reach: Reach) -> None:
+    def __init__(self, lengths: np.ndarray, limits: ProbeLimits) -> None:
         self.best = np.full(len(lengths), -(1 << 31), np.int64)
         """(N,): the highest so far."""
-        self._allowed = _allowed(lengths, reach)
-        self._reach = reach
+        self._allowed = _allowed(lengths, limits)
+        self._reach = limits
         self._found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def raise_to(self, who: np.ndarray, first: int, scores: np.ndarray) -> None:
@@ -338,7 +338,7 @@ class _Highest:
         """Keep those that are high. who: (M,) rows; scores: (M, C) with C lists from `first`."""
         self.raise_to(who, first, scores)
         floors, most = _as_int32(self.best[who] - self._allowed[who]), self._reach.most
-        if self._reach.gap >= _WIDEST and most + 1 < scores.shape[1]:
+        if self._reach.margin >= _WIDEST and most + 1 < scores.shape[1]:
             of_these = np.partition(scores, -most - 1, axis=1)[:, -most - 1]
             floors = np.maximum(floors, of_these)
         flat = np.flatnonzero(scores >= floors[:, None])
@@ -346,7 +346,7 @@ class _Highest:
         self._found.append((who[row], column + first, scores.reshape(-1)[flat]))
 
     def chosen(self, num_lists: int) -> _Met:
-        """Those within reach of the row's highest, each once."""
+        """Those within the margin of the row's highest, each once."""
         who, lists, products = (np.concatenate(part) for part in zip(*self._found, strict=True))
         kept = np.flatnonzero(products >= (self.best - self._allowed)[who])
         keys = who[kept] * num_lists + lists[kept]
@@ -356,13 +356,13 @@ class _Highest:
         return _at_most(who, lists, below, self._reach.most)
 
 
-def _limit(reach: Reach) -> np.float16:
-    return np.float16(min(reach.gap, _WIDEST))
+def _limit(limits: ProbeLimits) -> np.float16:
+    return np.float16(min(limits.margin, _WIDEST))
 
 
-def _allowed(lengths: np.ndarray, reach: Reach) -> np.ndarray:
-    """(N,) int64: how far below the highest product those within reach may be."""
-    limit = np.nextafter(_limit(reach), np.float16(np.inf))
+def _allowed(lengths: np.ndarray, limits: ProbeLimits) -> np.ndarray:
+    """(N,) int64: how far below the highest product those within the margin may be."""
+    limit = np.nextafter(_limit(limits), np.float16(np.inf))
     return np.asarray(limit * lengths).astype(np.int64)
 
 
@@ -413,19 +413,19 @@ def _at_most(who: np.ndarray, lists: np.ndarray, below: np.ndarray, most: int) -
     return who[kept], lists[kept], below[kept]
 
 
-def _routes(met: _Met, lengths: np.ndarray, reach: Reach) -> Routes:
+def _routes(met: _Met, lengths: np.ndarray, limits: ProbeLimits) -> Routes:
     """The nearest list of each row, of equals the first, and visits to the others."""
     who, lists, below = met
     nearest = np.flatnonzero(below == 0)
     _, firsts = np.unique(who[nearest], return_index=True)
     homes = nearest[firsts]  # (N,)
-    gaps = (below / lengths[who]).astype(np.float16)
-    visits = gaps <= _limit(reach)  # as it will be asked, and not as it was computed
+    margins = (below / lengths[who]).astype(np.float16)
+    visits = margins <= _limit(limits)  # as it will be asked, and not as it was computed
     visits[homes] = False
     counts = np.bincount(who[visits], minlength=len(lengths))
     return Routes(
         lists[homes].astype(np.int32),
         bounds_of(counts),
         lists[visits].astype(np.int32),
-        gaps[visits],
+        margins[visits],
     )

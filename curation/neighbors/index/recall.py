@@ -1,9 +1,9 @@
 """How many pairs the lists would miss: measured on a sample of rows against all others.
 
 Every pair above the threshold of a sampled row is found by exhaustive comparison; then it is
-known how far a row must go visiting for the join to meet it. The gap within which lists are
+known how far a row must go visiting for the join to meet it. The margin within which lists are
 visited is chosen to reach the recall asked for, and what would still be missed is reported.
-Q sampled rows, N rows, S steps of the gap.
+Q sampled rows, N rows, S steps of the margin.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ _STEPS = 256
 class Recall:
     """What a sample says about a join by lists."""
 
-    gap: float
+    margin: float
     """How far a visited list may be."""
     lists_met: float
     """Lists that a row meets on average, its own included."""
@@ -50,7 +50,7 @@ class Recall:
         """What the report says."""
         missed = None if self.expected is None else (1 - self.expected) * self.estimated_pairs
         return {
-            "gap": self.gap,
+            "probe_margin": self.margin,
             "lists_met": round(self.lists_met, 2),
             "measured_recall": self.expected,
             "recall_error": self.error,
@@ -68,22 +68,22 @@ def measure_recall(
     folder: str,
     engine: Engine,
     *,
-    reach: float,
+    limits: float,
     seed: int,
     threads: int,
     apart: str | None = None,
 ) -> Recall:
-    """Choose the smallest gap whose recall on a sample is what was asked, 19 times in 20.
+    """Choose the smallest margin whose recall on a sample is what was asked, 19 times in 20.
 
-    reach: the largest gap of a visit. apart: file of the rows not compared with each other; none
-    of them is sampled.
+    limits: the largest margin of a probe. apart: file of the rows not compared with each other;
+    none of them is sampled.
     """
     num_rows = files.num_rows
     if apart is not None:
         num_rows -= int(map_array(apart, "bool", 0, (files.num_rows,)).sum())
     pick = _Pick(files, folder, seed, num_rows, apart)
     run_steps(engine, pick, files.num_partitions, f"{folder}/picked", "pick a sample")
-    compare = _Compare(pick, threshold, products, reach, threads)
+    compare = _Compare(pick, threshold, products, limits, threads)
     compared = f"{folder}/compared"
     facts = run_steps(engine, compare, files.num_partitions, compared, "compare the sample")
     picked = pick.read()
@@ -91,22 +91,22 @@ def measure_recall(
     pairs, sampled = int(needed.sum()), len(needed)
     both_sampled = pairs - sum(fact["with_rows_apart"] for fact in facts)
     estimated = (pairs - both_sampled / 2) * num_rows / max(1, sampled)
-    routes, gaps = picked.routes, gap_steps(reach)
+    routes, margins = picked.routes, margin_steps(limits)
     if pairs < _FEWEST_PAIRS:
-        return Recall(reach, lists_within(routes, reach), None, 0.0, pairs, estimated)
+        return Recall(limits, lists_within(routes, limits), None, 0.0, pairs, estimated)
     step, met, error = first_enough(needed, target)
-    gap = float(gaps[step])
-    return Recall(gap, lists_within(routes, gap), met, error, pairs, estimated)
+    margin = float(margins[step])
+    return Recall(margin, lists_within(routes, margin), met, error, pairs, estimated)
 
 
-def gap_steps(reach: float) -> np.ndarray:
-    """(S + 1,) float16: gaps that a visit may be allowed, from none to the largest."""
-    return np.linspace(0, reach, _STEPS + 1).astype(np.float16)
+def margin_steps(limits: float) -> np.ndarray:
+    """(S + 1,) float16: margins that a visit may be allowed, from none to the largest."""
+    return np.linspace(0, limits, _STEPS + 1).astype(np.float16)
 
 
-def lists_within(routes: Routes, gap: float) -> float:
+def lists_within(routes: Routes, margin: float) -> float:
     """Lists that a row meets on average, its own included."""
-    return 1 + len(routes.within(gap)[0]) / max(1, len(routes))
+    return 1 + len(routes.within(margin)[0]) / max(1, len(routes))
 
 
 def first_enough(needed: np.ndarray, target: float) -> tuple[int, float, float]:
@@ -121,9 +121,9 @@ def first_enough(needed: np.ndarray, target: float) -> tuple[int, float, float]:
 
 
 def shares_met(needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the pairs met with each gap, and its standard error: (S + 1,) both.
+    """Share of the pairs met with each margin, and its standard error: (S + 1,) both.
 
-    needed: (Q, S + 2) pairs of each sampled row by the step of the gap that they need; the last
+    needed: (Q, S + 2) pairs of each sampled row by the step of the margin that they need; the last
     column counts those that no visit meets. Rows are drawn, not pairs: the error is that of a
     ratio of sums over rows.
     """
@@ -199,7 +199,7 @@ class _Pick(Work):
 
 @dataclass(frozen=True)
 class _Compare(Work):
-    """Sampled rows against all rows of one partition: the gap that each pair needs.
+    """Sampled rows against all rows of one partition: the margin that each pair needs.
 
     Of identical rows, which share their lists, one is compared and all are counted.
     """
@@ -207,7 +207,7 @@ class _Compare(Work):
     pick: _Pick
     threshold: float
     products: Products
-    reach: float
+    limits: float
     threads: int
 
     def open(self) -> tuple[_Picked, Any]:
@@ -219,7 +219,7 @@ class _Compare(Work):
         picked, prepared = opened
         files, queries, of_queries = self.pick.files, picked.positions, picked.routes
         routes = Routes.read(files.path("routes", item), files.size(item))
-        gaps = gap_steps(self.reach)
+        margins = margin_steps(self.limits)
         first = np.asarray(files.rows(item)["first"])
         uniques = np.flatnonzero(first == np.arange(len(first)))
         copies = np.bincount(first, minlength=len(first))
@@ -236,9 +236,9 @@ class _Compare(Work):
         blocks = range(0, len(uniques), _TILE)
         for a, b in in_threads(of_block, blocks, self.threads):
             with_apart += int(copies_apart[b].sum())
-            there = of_queries.gaps_to(a, routes.own[b])
-            back = routes.gaps_to(b, of_queries.own[a])
-            steps = np.searchsorted(gaps, np.minimum(there, back))  # S + 1 where neither visits
+            there = of_queries.margins_to(a, routes.home[b])
+            back = routes.margins_to(b, of_queries.home[a])
+            steps = np.searchsorted(margins, np.minimum(there, back))  # S + 1 where neither visits
             pairs = copies[b] - (themselves[a] == b)  # no row is a pair with itself
             np.add.at(needed, (a, steps), pairs.astype(np.int32))
         write_array(self.path(item), needed)
@@ -248,7 +248,7 @@ class _Compare(Work):
         return storage.join(self.pick.folder, "compared", f"needed-{item:06d}.bin")
 
     def total(self, num_queries: int) -> np.ndarray:
-        """(Q, S + 2): pairs of each sampled row by the step of the gap that they need."""
+        """(Q, S + 2): pairs of each sampled row by the step of the margin that they need."""
         files = self.pick.files
         total = np.zeros((num_queries, _STEPS + 2), np.int64)
         for partition in range(files.num_partitions):

@@ -47,7 +47,7 @@ _Edges = tuple[np.ndarray, np.ndarray]
 """(E,) int64 each: rows, and rows alike to them."""
 
 
-def alike_groups(
+def sample_duplicate_groups(
     rows: np.ndarray, cosine: float, rng: np.random.Generator, threads: int = 1
 ) -> np.ndarray:
     """(S,) int64: the row that leads the group of each; -1 of those in no group.

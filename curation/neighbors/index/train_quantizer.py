@@ -12,9 +12,9 @@ import numpy as np
 
 from curation import storage
 from curation.neighbors.index.coarse_training import FLAT, lists_of
-from curation.neighbors.index.quantizer import FIRST_GROUPS, Coarse, CoarseRouter
-from curation.neighbors.index.routes import Reach
-from curation.neighbors.index.seed_groups import alike_groups
+from curation.neighbors.index.quantizer import FIRST_GROUPS, CoarseQuantizer, QuantizerRouter
+from curation.neighbors.index.routes import ProbeLimits
+from curation.neighbors.index.seed_groups import sample_duplicate_groups
 from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.quantized import integer_products, lengths_of, quantize_rows
 from curation.neighbors.kernels.threads import in_threads
@@ -30,7 +30,7 @@ _LONGEST = 2048
 """Rows a list up to which there is one level of them."""
 _MOST_LISTS = 1 << 18
 _ROWS_ASKED = 1 << 12
-"""Sampled rows, held out from training, that say how many lists lie within a gap."""
+"""Sampled rows, held out from training, that say how many lists lie within a margin."""
 _COUNTED, _COUNTED_PER_LIST = 1 << 16, 64
 """Sampled rows that say how many rows each list will hold, at most."""
 _NEAR = 0.8
@@ -52,10 +52,10 @@ class Budget:
 
     memory: int = 4 * 10**9
     """Bytes that all tasks of a machine may hold at once."""
-    mean_visits: int = 16
-    """Visits of a row that are written down, on average; a join uses those its recall needs."""
-    most_visits: int = 128
-    """Visits of one row, and those as near as the last of them."""
+    mean_probes: int = 16
+    """Probes of a row that are written down, on average; a join uses those its recall needs."""
+    most_probes: int = 128
+    """Probes of one row, and those as near as the last of them."""
     rows_per_list: int = 96
     """Sampled rows a list that it is trained on."""
     recall: float = 0.99
@@ -108,7 +108,7 @@ def train_router(
     seed: int,
     budget: Budget,
     threads: int,
-) -> tuple[CoarseRouter, list[int]] | None:
+) -> tuple[QuantizerRouter, list[int]] | None:
     """Train coarse centroids; give the router and the first list of each partition.
 
     Gives None where no row has a direction, so that there is nothing to be trained on.
@@ -133,12 +133,14 @@ def train_router(
     if facts is None:
         return None
     found = facts[0]
-    router = CoarseRouter(
+    router = QuantizerRouter(
         training.coarse_path,
         found["width"],
         found["groups"],
         found["lists"],
-        Reach(found["gap"], budget.most_visits, found["groups_met"], budget.near, found["least"]),
+        ProbeLimits(
+            found["margin"], budget.most_probes, found["groups_met"], budget.near, found["least"]
+        ),
         threads,
     )
     return router, found["list_starts"]
@@ -224,40 +226,47 @@ class _TrainCoarse(Work):
         # The other workers wait for the lists, so that their cores are free where they are here.
         threads = min(all_cpus(), self.training.workers * self.training.threads)
         budget = self.training.budget
-        groups = None if budget.alike is None else alike_groups(rows, budget.alike, rng, threads)
-        coarse = Coarse.of(
+        groups = (
+            None
+            if budget.alike is None
+            else sample_duplicate_groups(rows, budget.alike, rng, threads)
+        )
+        coarse = CoarseQuantizer.of(
             *lists_of(rows, self.training.num_lists, rng, threads, groups), rng, threads
         )
         coarse.write(self.training.coarse_path)
-        reach = self._reach(coarse, asked, rows, threads)
+        limits = self._reach(coarse, asked, rows, threads)
         few = rows[: min(_COUNTED, _COUNTED_PER_LIST * coarse.num_lists)]
-        homes = coarse.route(few, replace(reach, gap=0.0, most=0), threads).own
+        homes = coarse.route(few, replace(limits, margin=0.0, most=0), threads).home
         counts = np.bincount(homes, minlength=coarse.num_lists)
         expected = counts * (self.training.num_rows / max(1, len(few)))
         facts = {
             "width": self.width,
             "groups": len(coarse.groups),
-            "groups_met": reach.groups,
-            "least": reach.least,
+            "groups_met": limits.groups,
+            "least": limits.least,
             "lists": coarse.num_lists,
-            "gap": reach.gap,
+            "margin": limits.margin,
             "list_starts": split_evenly(expected, self._rows_per_partition()),
         }
         return Done([self.training.coarse_path], facts)
 
-    def _reach(self, coarse: Coarse, asked: np.ndarray, rows: np.ndarray, threads: int) -> Reach:
+    def _reach(
+        self, coarse: CoarseQuantizer, asked: np.ndarray, rows: np.ndarray, threads: int
+    ) -> ProbeLimits:
         """How far rows are to look for lists, by what those held out need."""
         budget = self.training.budget
-        reach = Reach(np.inf, budget.most_visits, near=budget.near)
+        limits = ProbeLimits(np.inf, budget.most_probes, near=budget.near)
         if budget.alike is not None and coarse.has_loose:
             least = coarse.least_of_sketches(asked)
-            reach = replace(reach, groups=FIRST_GROUPS, least=least)
+            limits = replace(limits, groups=FIRST_GROUPS, least=least)
         else:
-            reach = replace(reach, groups=coarse.groups_to_meet(asked, budget.recall))
-        gap = coarse.gap_of_visits(asked, budget.mean_visits, reach, threads)
-        reach = replace(reach, gap=gap)
+            limits = replace(limits, groups=coarse.groups_to_meet(asked, budget.recall))
+        margin = coarse.margin_of_probes(asked, budget.mean_probes, limits, threads)
+        limits = replace(limits, margin=margin)
         return replace(
-            reach, gap=min(gap, gap_of_pairs(coarse, asked, rows, budget, reach, threads))
+            limits,
+            margin=min(margin, margin_of_pairs(coarse, asked, rows, budget, limits, threads)),
         )
 
     def _rows_per_partition(self) -> int:
@@ -295,15 +304,15 @@ class _TrainCoarse(Work):
         return hashes, map_array(path, "int8", 8 * count, (count, self.width))
 
 
-def gap_of_pairs(
-    coarse: Coarse,
+def margin_of_pairs(
+    coarse: CoarseQuantizer,
     asked: np.ndarray,
     rows: np.ndarray,
     budget: Budget,
-    every: Reach,
+    every: ProbeLimits,
     threads: int,
 ) -> float:
-    """The gap within which asked rows visit nearly all lists of alike rows that any visit finds.
+    """The margin within which asked rows visit nearly all lists of alike rows that any visit finds.
 
     Infinite where too few pairs are known. Pairs of a pool need less: either may visit the other.
     asked: (Q, D) int8, not trained on; rows: (S, D) int8.
@@ -315,11 +324,11 @@ def gap_of_pairs(
     if len(left) < _FEWEST_PAIRS:
         return np.inf
     others, number = np.unique(right, return_inverse=True)
-    homes = coarse.route(rows[others], replace(every, gap=0.0, most=0), threads).own
-    gaps = coarse.route(asked, every, threads).gaps_to(left, homes[number])
-    gaps = np.sort(gaps[np.isfinite(gaps)])
-    beyond = int((1 - budget.recall) / _SPARE * len(gaps))
-    return float(gaps[-1 - beyond]) if beyond else np.inf
+    homes = coarse.route(rows[others], replace(every, margin=0.0, most=0), threads).home
+    margins = coarse.route(asked, every, threads).margins_to(left, homes[number])
+    margins = np.sort(margins[np.isfinite(margins)])
+    beyond = int((1 - budget.recall) / _SPARE * len(margins))
+    return float(margins[-1 - beyond]) if beyond else np.inf
 
 
 def _pairs_above(

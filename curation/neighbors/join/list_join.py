@@ -15,7 +15,7 @@ import numpy as np
 
 from curation import storage
 from curation.neighbors.dedup.components import spanning_edges
-from curation.neighbors.index.probes import Visits, invert
+from curation.neighbors.index.probes import Probes, invert
 from curation.neighbors.join.join import Join, Joined, finish_join, write_found
 from curation.neighbors.join.pairs import Candidates, PairCollector
 from curation.neighbors.kernels.threads import in_threads
@@ -29,13 +29,13 @@ _ROWS_TOGETHER = 1 << 8
 """Rows of short lists that are multiplied at once: small products cost their call."""
 
 
-def join_by_lists(join: Join, gap: float, engine: Engine, threads: int = 0) -> Joined:
+def join_by_lists(join: Join, margin: float, engine: Engine, threads: int = 0) -> Joined:
     """Compare rows that share a list, or one of which visits the list of the other.
 
-    gap: how far a visited list may be.
+    margin: how far a visited list may be.
     """
     folder = storage.join(join.folder, "visits")
-    visits = invert(join.files, join.unique_rows, gap, folder, engine)
+    visits = invert(join.files, join.unique_rows, margin, folder, engine)
     meet = _MeetLists(join, visits, threads)
     return finish_join(join, meet, join.files.num_partitions, engine)
 
@@ -62,7 +62,7 @@ class _MeetLists(Work):
     """All pairs of a resident with a resident or a visitor, in the lists of one partition."""
 
     join: Join
-    visits: Visits
+    probes: Probes
     threads: int
 
     def open(self) -> RowReader:
@@ -161,7 +161,7 @@ class _MeetLists(Work):
         numbers = np.arange(files.list_starts[item], files.list_starts[item + 1] + 1)
         rows = self.join.unique_rows(item)
         lists = np.asarray(files.rows(item)["list"])[rows]
-        visited, visitors = self.visits.of(item)
+        visited, visitors = self.probes.of(item)
         return (
             np.searchsorted(lists, numbers),
             rows + files.starts[item],

@@ -17,7 +17,7 @@ from curation.dataset import ShardInfo, commit, write_shard
 from curation.exchange import Exchange
 from curation.neighbors.clusters.centroids import Centroids, copy_centroids, train_centroids
 from curation.neighbors.dedup.judge_components import id_bytes, ids_array
-from curation.neighbors.index.build_index import Layout, search_in
+from curation.neighbors.index.vector_index import VectorIndex, search_in
 from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.kernels.k_means import assign_exactly
 from curation.neighbors.kernels.selection import ranks_within
@@ -61,7 +61,7 @@ class Retrieval:
     """The search for hits of some seed sets in an arranged pool."""
 
     rules: tuple[SeedRule, ...]
-    layout: Layout
+    index: VectorIndex
     """The pool."""
     queries: tuple[RowFiles, ...]
     """The seeds of each rule's set, in the order of their ids."""
@@ -75,7 +75,7 @@ class Retrieval:
     @property
     def pool(self) -> RowFiles:
         """The arranged rows of the pool."""
-        return self.layout.files
+        return self.index.files
 
     @property
     def num_buckets(self) -> int:
@@ -109,7 +109,7 @@ class Retrieval:
     def _sample(self, number: int, hits: "HitFiles", engine: Engine) -> dict[str, Any]:
         rule, folder = self.rules[number], storage.join(self.scratch, f"search-{number}")
         k = self.candidates_of(number)
-        search, figures = search_in(self.layout, self.queries[number], k, folder, engine)
+        search, figures = search_in(self.index, self.queries[number], k, folder, engine)
         if self.on_collision == "next":
             figures |= Matching(search, rule.k).run(engine)
         work = _SampleHits(self, search, hits, number)

@@ -1,6 +1,6 @@
 """Arranging rows into partitions: one pass over the shards, one over the partitions.
 
-The first pass (`Split`) finds the list of every row, and the lists that it visits, and writes its
+The first pass (`Split`) finds the list of every row, and the lists that it probes, and writes its
 rows grouped by partition; the second (`Arrange`) sorts each partition by list and id. Rows are
 thus rewritten twice, and the copies of the first pass may go once the second has finished.
 N rows, D width, P partitions.
@@ -39,7 +39,7 @@ _ATTRIBUTES = ("original_width", "original_height", "num_bytes")
 
 
 class Router(ABC):
-    """Says in which list a row lives and which lists it visits."""
+    """Says in which list a row lives and which lists it probes."""
 
     num_lists: int
 
@@ -49,7 +49,7 @@ class Router(ABC):
 
     @abstractmethod
     def route(self, ids: np.ndarray, vectors: np.ndarray, opened: Any) -> Routes:
-        """Where rows live and which lists they visit. ids: (N, 16) uint8, vectors: (N, D)."""
+        """Where rows live and which lists they probe. ids: (N, 16) uint8, vectors: (N, D)."""
 
 
 @dataclass(frozen=True)
@@ -258,13 +258,13 @@ class _Split(Work):
             )
             routes = self.plan.router.route(ids, vectors, opened)
         found = {
-            "list": pa.array(routes.own),
-            "visits": _as_lists(routes.bounds, routes.lists),
-            "gaps": _as_lists(routes.bounds, routes.gaps),
+            "list": pa.array(routes.home),
+            "probes": _as_lists(routes.bounds, routes.probes),
+            "margins": _as_lists(routes.bounds, routes.margins),
         }
         for name, column in found.items():
             rows = rows.append_column(name, column)
-        return rows, routes.own
+        return rows, routes.home
 
     def _read(self, number: int, shard: int) -> tuple[pa.Table, np.ndarray, int]:
         """Good rows of one shard as a table, the numbers of the bad ones, and the width."""
@@ -390,13 +390,13 @@ def _as_lists(bounds: np.ndarray, values: np.ndarray) -> pa.Array:
 
 def _routes_of(rows: pa.Table) -> Routes:
     """What `_as_lists` packed."""
-    visits, gaps = (_one_chunk(rows[name]) for name in ("visits", "gaps"))
-    offsets = np.asarray(visits.offsets)
+    probes, margins = (_one_chunk(rows[name]) for name in ("probes", "margins"))
+    offsets = np.asarray(probes.offsets)
     return Routes(
         np.asarray(rows["list"]),
         offsets - offsets[0],
-        np.asarray(visits.flatten()),
-        np.asarray(gaps.flatten()),
+        np.asarray(probes.flatten()),
+        np.asarray(margins.flatten()),
     )
 
 

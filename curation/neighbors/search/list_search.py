@@ -4,7 +4,7 @@
 what each query surely reaches in the few lists nearest to it, and the neighbours of some queries
 in all rows or half of them; `_Measure` says how far these must go visiting for the recall.
 `_Look` tasks then compare all queries with the lists so near, and keep few candidates.
-Q queries, N rows, K neighbours, S steps of the gap, H candidates.
+Q queries, N rows, K neighbours, S steps of the margin, H candidates.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from curation import storage
-from curation.neighbors.index.probes import Visits
-from curation.neighbors.index.quantizer import CoarseRouter
-from curation.neighbors.index.recall import first_enough, gap_steps, lists_within
-from curation.neighbors.index.routes import Reach, Routes
+from curation.neighbors.index.probes import Probes
+from curation.neighbors.index.quantizer import QuantizerRouter
+from curation.neighbors.index.recall import first_enough, lists_within, margin_steps
+from curation.neighbors.index.routes import ProbeLimits, Routes
 from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.file_tasks import Done, Work, run_steps
@@ -46,37 +46,39 @@ class ListSearch:
     """A search in rows that are arranged by lists."""
 
     search: Search
-    router: CoarseRouter
+    router: QuantizerRouter
     recall: float
     seed: int
     threads: int
 
-    def reach(self, gap: float) -> Reach:
+    def limits(self, margin: float) -> ProbeLimits:
         """How far queries go visiting."""
-        return Reach(gap, _MOST_LISTS, self.router.reach.groups)
+        return ProbeLimits(margin, _MOST_LISTS, self.router.limits.groups)
 
     def run(self, engine: Engine) -> dict[str, Any]:
         """Search; give the figures of the report."""
         search = self.search
         partitions, items = search.queries.num_partitions, search.rows.num_partitions
-        few = Reach(np.inf, _SURVEYED - 1, self.router.reach.groups)
+        few = ProbeLimits(np.inf, _SURVEYED - 1, self.router.limits.groups)
         survey = _Survey(self, self._visits("near", few, engine))
         surveyed, measured = survey.folder, storage.join(search.folder, "measured")
         run_steps(engine, survey, items, surveyed, "compare sampled queries")
         figures = run_steps(engine, _Measure(survey), 1, measured, "measure the recall")[0]
-        look = _Look(self, self._visits("visits", self.reach(figures["gap"]), engine), survey)
+        look = _Look(
+            self, self._visits("visits", self.limits(figures["probe_margin"]), engine), survey
+        )
         looked = storage.join(search.folder, "looked")
         run_steps(engine, look, items, looked, "look for neighbours")
         finish_search(search, tuple(tuple(range(items)) for _ in range(partitions)), engine)
         return figures
 
-    def _visits(self, name: str, reach: Reach, engine: Engine) -> Visits:
-        """The lists within reach of every query, turned around."""
+    def _visits(self, name: str, limits: ProbeLimits, engine: Engine) -> Probes:
+        """The probes of every query, turned around."""
         partitions = self.search.queries.num_partitions
         folder = storage.join(self.search.folder, name)
-        route = _Route(self, reach, storage.join(folder, "routes"))
+        route = _Route(self, limits, storage.join(folder, "routes"))
         run_steps(engine, route, partitions, route.folder, "find the lists of queries")
-        visits = Visits(self.search.rows, folder, partitions)
+        visits = Probes(self.search.rows, folder, partitions)
         run_steps(engine, _Invert(route, visits), partitions, folder, "turn visits around")
         return visits
 
@@ -86,7 +88,7 @@ class _Route(Work):
     """The lists of the queries of one partition."""
 
     of: ListSearch
-    reach: Reach
+    limits: ProbeLimits
     folder: str
 
     def path(self, partition: int) -> str:
@@ -100,7 +102,7 @@ class _Route(Work):
 
     def __call__(self, item: int, opened: Any) -> Done:
         vectors = self.of.search.queries.vectors(item)
-        opened.route(vectors, self.reach, self.of.threads).write(self.path(item))
+        opened.route(vectors, self.limits, self.of.threads).write(self.path(item))
         return Done([self.path(item)])
 
 
@@ -109,12 +111,12 @@ class _Invert(Work):
     """The visits of the queries of one partition, by list; their nearest list is one."""
 
     route: _Route
-    visits: Visits
+    visits: Probes
 
     def __call__(self, item: int, opened: Any) -> Done:
         routes, start = self.route.routes(item), self.route.of.search.queries.starts[item]
-        lists = np.concatenate([routes.own, routes.lists])
-        queries = np.concatenate([np.arange(len(routes)), routes.visitors])
+        lists = np.concatenate([routes.home, routes.probes])
+        queries = np.concatenate([np.arange(len(routes)), routes.probing_rows])
         self.visits.write(item, lists, queries + start)
         return Done([self.visits.path(item)])
 
@@ -146,7 +148,7 @@ class _ThroughLists(Work):
     """What tasks share that go through the lists of one partition of the rows."""
 
     of: ListSearch
-    visits: Visits
+    visits: Probes
 
     def lists(self, item: int) -> _Lists:
         files = self.of.search.rows
@@ -290,7 +292,7 @@ class _Survey(_ThroughLists):
 
 @dataclass(frozen=True)
 class _Measure(Work):
-    """The gap that the recall needs on sampled queries, and what it gives."""
+    """The margin that the recall needs on sampled queries, and what it gives."""
 
     survey: "_Survey"
 
@@ -301,21 +303,21 @@ class _Measure(Work):
         of = self.survey.of
         queries, lists = self.survey.nearest()
         if not len(queries):
-            return Done([], {"gap": 0.0, "measured_recall": None, "sampled_neighbours": 0})
+            return Done([], {"probe_margin": 0.0, "measured_recall": None, "sampled_neighbours": 0})
         known, numbers = np.unique(queries, return_inverse=True)
         vectors = of.search.queries.gather("vectors", known)
-        routes = opened.route(vectors, of.reach(np.inf), of.threads)
+        routes = opened.route(vectors, of.limits(np.inf), of.threads)
         most = min(_MEAN_LISTS, 16 + of.router.num_lists // 4) * len(known)
-        gaps = gap_steps(routes.gap_at(most - 1))
-        steps = np.searchsorted(gaps, routes.gaps_to(numbers, lists))
+        margins = margin_steps(routes.margin_at(most - 1))
+        steps = np.searchsorted(margins, routes.margins_to(numbers, lists))
         cells = np.bincount(
-            numbers * (len(gaps) + 1) + steps, minlength=len(known) * (len(gaps) + 1)
+            numbers * (len(margins) + 1) + steps, minlength=len(known) * (len(margins) + 1)
         )
         step, met, error = first_enough(cells.reshape(len(known), -1), of.recall)
-        gap = float(gaps[step])
+        margin = float(margins[step])
         facts = {
-            "gap": gap,
-            "lists_met": round(lists_within(routes, gap), 2),
+            "probe_margin": margin,
+            "lists_met": round(lists_within(routes, margin), 2),
             "measured_recall": met,
             "recall_error": error,
             "sampled_neighbours": len(queries),

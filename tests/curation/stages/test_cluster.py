@@ -110,7 +110,7 @@ def test_cluster__content_does_not_depend_on_shards_order_or_workers(
     _, rows = groups(1, [70, 50, 30])
     digests = set()
     for i, pool in enumerate(shuffled_pools(embed, rows, 60)):
-        monkeypatch.setattr("curation.neighbors.index.build_index._ROWS_PER_PARTITION", 60)
+        monkeypatch.setattr("curation.neighbors.index.vector_index._ROWS_PER_PARTITION", 60)
         monkeypatch.setattr("curation.neighbors.clusters.split._ROWS_PER_BUCKET", [1 << 18, 40][i])
         _, outputs, _ = cluster(pool, name=f"{i}", workers=i + 1, levels=levels, resamplings=0)
         digests.add(digest_of(outputs))

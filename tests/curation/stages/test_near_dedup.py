@@ -11,7 +11,7 @@ from curation.errors import (
     StageError,
 )
 from curation.neighbors.dedup.judge_components import Reviewed
-from curation.neighbors.index.build_index import Comparison
+from curation.neighbors.index.vector_index import Comparison
 from curation.neighbors.rows import shard_batches as runs_module
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs

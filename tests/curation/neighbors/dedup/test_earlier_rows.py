@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.neighbors.index.build_index import Comparison
+from curation.neighbors.index.vector_index import Comparison
 from curation.neighbors.kernels.products import Products
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs

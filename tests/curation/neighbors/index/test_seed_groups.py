@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curation.neighbors.index.coarse_training import lists_of
-from curation.neighbors.index.seed_groups import _neighbours, alike_groups
+from curation.neighbors.index.seed_groups import _neighbours, sample_duplicate_groups
 from curation.neighbors.kernels.quantized import quantize_rows
 from curation.neighbors.kernels.selection import columns_near
 from curation.neighbors.kernels.sketches import least_product, sketches_of
@@ -72,7 +72,7 @@ def grouped_rows(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_alike_groups__are_the_planted_ones(threads):
     rows, owner = grouped_rows(np.random.default_rng(2))
-    groups = alike_groups(quantize_rows(rows), 0.6, np.random.default_rng(0), threads)
+    groups = sample_duplicate_groups(quantize_rows(rows), 0.6, np.random.default_rng(0), threads)
     assert (groups[owner < 0] < 0).mean() > 0.99
     inside = owner >= 0
     assert (groups[inside] >= 0).mean() > 0.99
@@ -84,7 +84,7 @@ def test_alike_groups__are_the_planted_ones(threads):
 
 def test_alike_groups__do_not_depend_on_threads():
     rows = quantize_rows(grouped_rows(np.random.default_rng(3))[0])
-    one, three = (alike_groups(rows, 0.6, np.random.default_rng(0), n) for n in (1, 3))
+    one, three = (sample_duplicate_groups(rows, 0.6, np.random.default_rng(0), n) for n in (1, 3))
     assert (one == three).all()
 
 
@@ -96,7 +96,7 @@ def test_alike_groups__identical_rows_follow_their_first_and_crowds_stay_small()
     rows = quantize_rows(np.concatenate([strangers, same, crowd]))
     order = rng.permutation(len(rows))
     found = np.empty(len(rows), np.int64)
-    found[order] = alike_groups(rows[order], 0.8, np.random.default_rng(0), 2)
+    found[order] = sample_duplicate_groups(rows[order], 0.8, np.random.default_rng(0), 2)
     assert (found[:3000] < 0).all()
     assert len(np.unique(found[3000:6000])) == 1
     assert (found[6000:] >= 0).all()
@@ -115,9 +115,9 @@ def test_neighbours__of_a_crowd_are_few_for_each_row():
 
 def test_alike_groups__of_few_rows_and_of_none_alike():
     rows = quantize_rows(np.eye(5, 64))
-    assert alike_groups(rows, 0.5, np.random.default_rng(0)).tolist() == [-1] * 5
+    assert sample_duplicate_groups(rows, 0.5, np.random.default_rng(0)).tolist() == [-1] * 5
     twice = np.concatenate([rows, rows[:1]])
-    found = alike_groups(twice, 0.5, np.random.default_rng(0))
+    found = sample_duplicate_groups(twice, 0.5, np.random.default_rng(0))
     assert found.tolist() in ([-1] * 6, [0, -1, -1, -1, -1, 0])
 
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from curation.neighbors.index.build_index import Comparison
 from curation.neighbors.index.recall import shares_met
-from curation.neighbors.join.join import list_join
+from curation.neighbors.index.vector_index import Comparison
+from curation.neighbors.join import list_join
 from curation.neighbors.join.list_join import pieces, short_together
 from curation.neighbors.rows.row_files import RowFiles, RowReader, write_array
 from curation.schema import make_id

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from curation.dataset import Dataset
-from curation.neighbors.index.build_index import Comparison
+from curation.neighbors.index.vector_index import Comparison
 from curation.stage import StageFolder, StageInputs
 from curation.stages.near_dedup import NearDedup
 from pipelines.engines.local_engine import LocalEngine

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from curation.errors import SchemaError, SpaceError
-from curation.neighbors.index.build_index import Comparison
+from curation.neighbors.index.vector_index import Comparison
 from curation.neighbors.rows.vectors import bad_rows, vectors_of
 from curation.stage import StageFolder, StageInputs
 from curation.stages.cluster import Cluster

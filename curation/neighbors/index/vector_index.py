@@ -14,7 +14,7 @@ from pydantic import Field
 from curation import storage
 from curation.config import Settings
 from curation.errors import ConfigError
-from curation.neighbors.index.quantizer import CoarseRouter
+from curation.neighbors.index.quantizer import QuantizerRouter
 from curation.neighbors.index.recall import measure_recall
 from curation.neighbors.index.seed_groups import LEAST_COSINE
 from curation.neighbors.index.train_quantizer import Budget, train_router
@@ -68,8 +68,8 @@ class Comparison(Settings):
         """What the coarse part may cost."""
         return Budget(
             memory=self.memory,
-            mean_visits=self.visits,
-            most_visits=8 * self.visits,
+            mean_probes=self.visits,
+            most_probes=8 * self.visits,
             rows_per_list=rows_per_list,
             recall=self.recall,
             alike=alike if alike is not None and alike >= LEAST_COSINE else None,
@@ -77,13 +77,13 @@ class Comparison(Settings):
 
 
 @dataclass(frozen=True)
-class Layout:
+class VectorIndex:
     """Arranged rows, and how they are to be compared."""
 
     files: RowFiles
     comparison: Comparison
     seed: int
-    router: CoarseRouter | None = None
+    router: QuantizerRouter | None = None
     """How lists are found; None where all are compared with all."""
     threads: int = 0
 
@@ -108,7 +108,7 @@ def sources_of(
     return sources
 
 
-def lay_out(
+def build_index(
     sources: Sequence[VectorSource],
     folder: str,
     engine: Engine,
@@ -117,7 +117,7 @@ def lay_out(
     seed: int,
     rows_per_list: int = Budget.rows_per_list,
     alike: float | None = None,
-) -> Layout:
+) -> VectorIndex:
     """Arrange the rows of all sources: by lists, or scattered where all are compared with all.
 
     rows_per_list: sampled rows a list that it is trained on. alike: cosine above which rows will
@@ -138,13 +138,13 @@ def lay_out(
     if trained is None:
         count = _partitions_of(num_rows)
         files = arrange(sources, Scattered(count), range(count + 1), folder, engine, share)
-        return Layout(files, comparison, seed, None, threads)
+        return VectorIndex(files, comparison, seed, None, threads)
     router, list_starts = trained
     files = arrange(sources, router, list_starts, folder, engine, share)
-    return Layout(files, comparison, seed, router, threads)
+    return VectorIndex(files, comparison, seed, router, threads)
 
 
-def lay_out_queries(source: VectorSource, rows: RowFiles, folder: str, engine: Engine) -> RowFiles:
+def arrange_queries(source: VectorSource, rows: RowFiles, folder: str, engine: Engine) -> RowFiles:
     """Arrange queries in the order of their ids.
 
     Raises:
@@ -157,7 +157,7 @@ def lay_out_queries(source: VectorSource, rows: RowFiles, folder: str, engine: E
 
 
 def self_join(
-    layout: Layout,
+    index: VectorIndex,
     threshold: float,
     folder: str,
     engine: Engine,
@@ -170,41 +170,39 @@ def self_join(
     active: file of the rows that take part. apart: file of those not compared with each other.
     neighbors: how many of the most similar other rows are listed for each row.
     """
-    files = layout.files
+    files = index.files
     products = Products.best_for(files.num_rows)
     join = Join(files, threshold, folder, products, active, apart, neighbors)
-    if layout.router is None:
+    if index.router is None:
         joined = join_exhaustively(join, engine)
         return joined, {"compared": "all", "measured_recall": 1.0, "estimated_missed_pairs": 0}
     recall = measure_recall(
         files,
         threshold,
-        layout.comparison.recall,
+        index.comparison.recall,
         products,
         storage.join(folder, "recall"),
         engine,
-        reach=layout.router.reach.gap,
-        seed=layout.seed,
-        threads=layout.threads,
+        limits=index.router.limits.margin,
+        seed=index.seed,
+        threads=index.threads,
         apart=apart,
     )
-    joined = join_by_lists(join, recall.gap, engine, layout.threads)
-    _warn_of_recall(recall.expected, layout.comparison)
-    return joined, _by_lists(layout.comparison, recall.figures())
+    joined = join_by_lists(join, recall.margin, engine, index.threads)
+    _warn_of_recall(recall.expected, index.comparison)
+    return joined, _by_lists(index.comparison, recall.figures())
 
 
 def search_in(
-    layout: Layout, queries: RowFiles, k: int, folder: str, engine: Engine
+    index: VectorIndex, queries: RowFiles, k: int, folder: str, engine: Engine
 ) -> tuple[Search, dict[str, Any]]:
     """The k nearest arranged rows of every query, and figures."""
-    search = Search(layout.files, queries, k, folder, Products.best_for(layout.files.num_rows))
-    if layout.router is None:
+    search = Search(index.files, queries, k, folder, Products.best_for(index.files.num_rows))
+    if index.router is None:
         search_exhaustively(search, engine)
         return search, {"compared": "all", "measured_recall": 1.0}
-    by_lists = ListSearch(
-        search, layout.router, layout.comparison.recall, layout.seed, layout.threads
-    )
-    return search, _by_lists(layout.comparison, by_lists.run(engine))
+    by_lists = ListSearch(search, index.router, index.comparison.recall, index.seed, index.threads)
+    return search, _by_lists(index.comparison, by_lists.run(engine))
 
 
 def _by_lists(comparison: Comparison, figures: dict[str, Any]) -> dict[str, Any]:
