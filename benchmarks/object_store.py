@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a worker's share of the cores, read when torch is loaded
 
@@ -33,7 +32,7 @@ from curation.dataset import Dataset, write_dataset
 from curation.neighbors.index.vector_index import Comparison
 from curation.pool import Pool
 from curation.schema import make_id
-from curation.stage import Engine, Item, Result, StageFolder, StageInputs, Task
+from curation.stage import Engine, Item, Opened, Result, StageFolder, StageInputs, Task
 from curation.stages.near_dedup import NearDedup
 from pipelines.engines.observed_engine import ObservedEngine, Usage, forget_peak, peak_bytes
 from pipelines.engines.ray_engine import RayEngine
@@ -136,7 +135,7 @@ class Steps(Engine):
         return self._engine.workers_per_node
 
     def map(
-        self, task: Task[Item, Result], items: Sequence[Item], label: str
+        self, task: Task[Item, Opened, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:
         """Run it there."""
         observed, began = ObservedEngine(self._engine, lambda *_: None), time.perf_counter()
@@ -146,7 +145,7 @@ class Steps(Engine):
         forget_peak()
 
 
-def row(label: str, seconds: float, usage: Usage, task: Task[Any, Any]) -> str:
+def row(label: str, seconds: float, usage: Usage, task: Task[Item, Opened, Result]) -> str:
     asked = f"{task.resources.memory / 1e9:.2f}"
     took = f"{seconds:.1f} | {usage.cpu_s:.1f} | {asked} | {usage.peak_bytes / 1e9:.2f}"
     return f"| {label} | {usage.items} | {took} | {peak_bytes() / 1e9:.2f} |"

@@ -2,7 +2,7 @@
 
 A mapper writes one file: where each bucket begins, then an Arrow stream for each that has rows; a
 reducer reads two numbers and its stream from each file, by range, however many buckets there are.
-Both halves resume by finished files, so what a killed run did is kept. Nothing passes through the
+Both halves are file tasks, so what a killed run did is kept. Nothing passes through the
 driver but small results.
 """
 
@@ -10,19 +10,21 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from curation import storage
 from curation.neighbors.kernels.grouping import by_group
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.schema import ids_to_bytes
-from curation.stage import Engine, Resources, Task
+from curation.stage import Engine, Resources
 
 _NUMBER = np.dtype("<i8")
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Mapper(ABC, Generic[Item]):
@@ -33,11 +35,11 @@ class Mapper(ABC, Generic[Item]):
         """Give the rows and the bucket of each, (N,) integers."""
 
 
-class Reducer(ABC):
+class Reducer(ABC, Generic[Result]):
     """Works on all rows of one bucket."""
 
     @abstractmethod
-    def __call__(self, bucket: int, rows: pa.Table) -> Any:
+    def __call__(self, bucket: int, rows: pa.Table) -> Result:
         """Do the work; the result is small and can be written as JSON.
 
         Rows lie in the order of the items, then in the mapper's order.
@@ -53,32 +55,19 @@ class Exchange:
     resources: Resources = Resources()
 
     def run(
-        self, engine: Engine, mapper: Mapper[Item], items: Sequence[Item], reducer: Reducer
-    ) -> list[Any]:
+        self, engine: Engine, mapper: Mapper[Item], items: Sequence[Item], reducer: Reducer[Result]
+    ) -> list[Result]:
         """Map every item, reduce every bucket; give the reducers' results in bucket order."""
-        numbered = list(enumerate(items))
-        mapped = _finished(storage.join(self.folder, "mapped"), ".bin")
-        waiting = [pair for pair in numbered if pair[0] not in mapped]
-        for _ in engine.map(_Map(self, mapper), waiting, f"{self._label} (split)"):
-            pass
-        reduced = _finished(storage.join(self.folder, "reduced"), ".json")
-        buckets = [bucket for bucket in range(self.num_buckets) if bucket not in reduced]
-        for _ in engine.map(_Reduce(self, reducer, len(items)), buckets, f"{self._label} (join)"):
-            pass
-        paths = map(self.result_path, range(self.num_buckets))
-        return storage.gather(storage.read_json, paths, self.folder)
-
-    @property
-    def _label(self) -> str:
-        return self.folder.rstrip("/").rpartition("/")[2]
+        label = self.folder.rstrip("/").rpartition("/")[2]
+        mapped, reduced = (storage.join(self.folder, name) for name in ("mapped", "reduced"))
+        map_items = _Map(self, mapper, tuple(items))
+        run_file_tasks(engine, map_items, len(items), mapped, f"{label} (split)")
+        reduce = _Reduce(self, reducer, len(items))
+        return run_file_tasks(engine, reduce, self.num_buckets, reduced, f"{label} (join)")
 
     def mapped_path(self, item: int) -> str:
         """File of one mapped item."""
         return storage.join(self.folder, "mapped", f"{item:06d}.bin")
-
-    def result_path(self, bucket: int) -> str:
-        """File of one bucket's result: the commit of its reduction."""
-        return storage.join(self.folder, "reduced", f"{bucket:06d}.json")
 
     def write(self, item: int, rows: pa.Table, buckets: np.ndarray) -> None:
         """Write one item's rows, grouped by bucket. buckets: (N,) integers below `num_buckets`."""
@@ -128,33 +117,37 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class _Map(Task[tuple[int, Any], int]):
+class _Map(FileTask[None, int], Generic[Item]):
+    """The rows of one item, by bucket."""
+
     exchange: Exchange
-    mapper: Mapper[Any]
+    mapper: Mapper[Item]
+    items: tuple[Item, ...]
 
     @property
-    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+    def resources(self) -> Resources:
         return self.exchange.resources
 
-    def __call__(self, item: tuple[int, Any], opened: Any) -> int:
-        rows, buckets = self.mapper(item[1])
-        self.exchange.write(item[0], rows, buckets)
-        return int(rows.num_rows)
+    def __call__(self, item: int, opened: None) -> TaskResult[int]:
+        rows, buckets = self.mapper(self.items[item])
+        self.exchange.write(item, rows, buckets)
+        return TaskResult([self.exchange.mapped_path(item)], rows.num_rows)
 
 
 @dataclass(frozen=True)
-class _Reduce(Task[int, None]):
+class _Reduce(FileTask[None, Result]):
+    """What is made of the rows of one bucket."""
+
     exchange: Exchange
-    reducer: Reducer
+    reducer: Reducer[Result]
     num_items: int
 
     @property
-    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+    def resources(self) -> Resources:
         return self.exchange.resources
 
-    def __call__(self, item: int, opened: Any) -> None:
-        result = self.reducer(item, self.exchange.read(item, self.num_items))
-        storage.write_json(self.exchange.result_path(item), result)
+    def __call__(self, item: int, opened: None) -> TaskResult[Result]:
+        return TaskResult([], self.reducer(item, self.exchange.read(item, self.num_items)))
 
 
 def bucket_of_ids(ids: pa.Array | pa.ChunkedArray, num_buckets: int) -> np.ndarray:
@@ -169,11 +162,6 @@ def bucket_of_ids(ids: pa.Array | pa.ChunkedArray, num_buckets: int) -> np.ndarr
 def bucket_of_id(row_id: str, num_buckets: int) -> int:
     """The same of a single id."""
     return (int(row_id[:8], 16) * num_buckets) >> 32
-
-
-def _finished(folder: str, suffix: str) -> set[int]:
-    names = storage.list_files(folder, suffix)
-    return {int(name.removesuffix(suffix)) for name in names if not name.startswith(".")}
 
 
 def _stream_size(rows: pa.Table, head: int) -> int:

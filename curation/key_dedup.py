@@ -1,13 +1,12 @@
 """Rows that repeat another in one column, found by exchange: once by that column, once by shard."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from curation import storage
-from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
+from curation.exchange import Exchange, Mapper, Reducer, Result, bucket_of_ids
 from curation.pool import Pool
 from curation.schema import ID
 from curation.stage import Engine
@@ -33,7 +32,7 @@ class KeyDuplicates:
     base_key: str = ""
     """Column of the base that is held against `key`; `key` itself where it is empty."""
 
-    def run(self, engine: Engine, scratch: str, writer: Reducer) -> list[Any]:
+    def run(self, engine: Engine, scratch: str, writer: Reducer[Result]) -> list[Result]:
         """Find the repeats and hand those of each shard to `writer`; give what it says.
 
         The writer's rows have id, twin (the first of the group), and each of `columns` and the
@@ -74,7 +73,7 @@ class _ByKey(Mapper[tuple[int, int]]):
 
 
 @dataclass(frozen=True)
-class _FindFirst(Reducer):
+class _FindFirst(Reducer[int]):
     """Writes the repeats of one bucket, each with the first of its group."""
 
     duplicates: KeyDuplicates

@@ -88,7 +88,7 @@ class SameIds:
 
 
 @dataclass(frozen=True)
-class _Compare(Reducer):
+class _Compare(Reducer[dict[str, Any]]):
     """Compares the rows of one shard with those of earlier ones under the same ids."""
 
     sets: SameIds

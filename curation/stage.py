@@ -9,7 +9,7 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from curation.pool import Pool
 from curation.schema import ID
 
 Item = TypeVar("Item")
+Opened = TypeVar("Opened")
 Result = TypeVar("Result")
 
 DECISIONS = "decisions"
@@ -44,20 +45,23 @@ class Resources:
     """Seconds after which one item is taken to hang: it is stopped, which counts as a failure."""
 
 
-class Task(ABC, Generic[Item, Result]):
+class Task(ABC, Generic[Item, Opened, Result]):
     """Work on one item, sent to workers by path and settings, never with data.
 
     Subclasses are frozen data classes that pickle small.
     """
 
-    resources: Resources = Resources()
+    @property
+    def resources(self) -> Resources:
+        """What one item needs while it is worked on."""
+        return Resources()
 
-    def open(self) -> Any:
+    def open(self) -> Opened:
         """Make what a worker needs for all of its items, such as a model. Called once a worker."""
-        return None
+        return cast(Opened, None)  # a task without this opens nothing: its `Opened` is None
 
     @abstractmethod
-    def __call__(self, item: Item, opened: Any) -> Result:
+    def __call__(self, item: Item, opened: Opened) -> Result:
         """Do the work on one item. The result is small: it travels to the driver."""
 
 
@@ -90,7 +94,7 @@ class Engine(ABC):
         """Whether all work is done on one, which has one set of files and libraries."""
         return True
 
-    def everywhere(self, task: Task[None, Result], label: str) -> list[tuple[str, Result]]:
+    def everywhere(self, task: Task[None, Opened, Result], label: str) -> list[tuple[str, Result]]:
         """Run a task once in every local worker, or on every node that meets its needs.
 
         Gives where, and the result. Nothing is retried: an error of one is the error of all.
@@ -99,7 +103,7 @@ class Engine(ABC):
 
     @abstractmethod
     def map(
-        self, task: Task[Item, Result], items: Sequence[Item], label: str
+        self, task: Task[Item, Opened, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:
         """Run a task on every item; give results as they finish, in any order.
 

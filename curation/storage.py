@@ -392,6 +392,14 @@ def digest_file(path: str) -> FileDigest:
     return {"size": size, "sha256": content.hexdigest()}
 
 
+def read_start(path: str, count: int) -> bytes:
+    """The first bytes of a file, or all where it has fewer, in one request."""
+    fs, inner = _resolve(path)
+    with storage_errors(path):
+        data: bytes = fs.cat_file(inner, start=0, end=count)
+    return data
+
+
 def write_json(path: str, value: Any) -> None:
     """Write JSON, whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -11,9 +11,14 @@ from curation import storage
 from curation.dataset import commit, write_shard
 from curation.exchange import Exchange
 from curation.neighbors.kernels.id_hashes import hash_ids
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
-from curation.neighbors.rows.row_files import map_array, write_array
-from curation.neighbors.rows.shard_batches import ByRun, DecideRun, decide_shards, of_shard
+from curation.neighbors.rows.column_file import ColumnFile, write_columns
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
+from curation.neighbors.rows.shard_batches import (
+    BatchExchange,
+    DecideBatch,
+    decide_shards,
+    of_shard,
+)
 from curation.pool import Pool
 from curation.sampling import (
     TREE_COLUMNS,
@@ -57,15 +62,15 @@ class Balance(DatasetStage):
         buckets = 1 + pool.num_rows // _ROWS_PER_BUCKET
         by_cluster = Exchange(storage.join(scratch, "by-cluster"), buckets)
         split = _Split(pool, by_cluster, inputs.seed)
-        run_steps(engine, split, pool.num_shards, by_cluster.folder, "count clusters")
+        run_file_tasks(engine, split, pool.num_shards, by_cluster.folder, "count clusters")
         tree = _tree_of(split)
         rng = np.random.default_rng([inputs.seed, 0xBA1A])
         targets = leaf_targets(tree, self.target, rng, multiplier=self.multiplier)
         target_path = storage.join(scratch, "targets.bin")
-        write_array(target_path, targets[0])
-        by_shard = ByRun.of(pool, storage.join(scratch, "by-shard"))
-        draw = _Draw(by_cluster, by_shard, pool.num_shards, target_path, len(targets[0]))
-        run_steps(engine, draw, buckets, by_shard.folder, "draw")
+        write_columns(target_path, {"target": targets[0]})
+        by_shard = BatchExchange.of(pool, storage.join(scratch, "by-shard"))
+        draw = _Draw(by_cluster, by_shard, pool.num_shards, target_path)
+        run_file_tasks(engine, draw, buckets, by_shard.folder, "draw")
         decide_shards(_DecideByDraws(self, inputs.pool, folder, by_shard, buckets), engine)
         levels = [
             write_shard(folder.output(TREE), level, tree_level(tree, targets, level))
@@ -81,7 +86,7 @@ class Balance(DatasetStage):
 
 
 @dataclass(frozen=True)
-class _Split(Work):
+class _Split(FileTask[None, None]):
     """Rows of one shard by cluster, and the paths of clusters that occur in it."""
 
     pool: Pool
@@ -91,11 +96,11 @@ class _Split(Work):
     def paths_path(self, item: int) -> str:
         return storage.join(self.by_cluster.folder, f"paths-{item:06d}.bin")
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         rows = self.pool.read(item, ["clusters"])
         paths = _paths(rows["clusters"])  # (N, levels)
         known, counts = np.unique(paths, axis=0, return_counts=True)
-        write_array(self.paths_path(item), np.concatenate([known, counts[:, None]], axis=1))
+        write_columns(self.paths_path(item), {"path": known, "rows": counts})
         columns = {
             "cluster": paths[:, 0],
             "lot": hash_ids(ids_to_bytes(rows[ID]), "balance", self.seed),
@@ -104,7 +109,7 @@ class _Split(Work):
         }
         self.by_cluster.write(item, pa.table(columns), paths[:, 0] % self.by_cluster.num_buckets)
         files = [self.paths_path(item), self.by_cluster.mapped_path(item)]
-        return Done(files, {"levels": int(paths.shape[1]), "rows": len(paths)})
+        return TaskResult(files, None)
 
 
 def _paths(column: pa.ChunkedArray) -> np.ndarray:
@@ -118,19 +123,15 @@ def _paths(column: pa.ChunkedArray) -> np.ndarray:
 
 def _tree_of(split: _Split) -> Tree:
     """The tree of all clusters that hold rows; a few numbers a cluster in the driver."""
-    parts = []
-    for item in range(split.pool.num_shards):
-        receipt = storage.join(split.by_cluster.folder, f"{item:06d}.json")
-        fact = storage.read_json(receipt)["facts"]
-        data = np.frombuffer(storage.read_bytes(split.paths_path(item)), np.int64)
-        if fact["rows"]:
-            parts.append(data.reshape(-1, fact["levels"] + 1))
-    if not parts:
+    files = [ColumnFile.open(split.paths_path(item)) for item in range(split.pool.num_shards)]
+    files = [file for file in files if file.num_rows("rows")]  # no row tells no levels
+    if not files:
         return Tree(np.zeros(0, np.int64))
-    found = np.concatenate(parts)
-    sizes = np.bincount(found[:, 0], weights=found[:, -1]).astype(np.int64)
+    found = np.concatenate([file["path"] for file in files])
+    counts = np.concatenate([file["rows"] for file in files])
+    sizes = np.bincount(found[:, 0], weights=counts).astype(np.int64)
     parents = []
-    for level in range(found.shape[1] - 2):
+    for level in range(found.shape[1] - 1):
         above = np.zeros(int(found[:, level].max()) + 1, np.int64)
         above[found[:, level]] = found[:, level + 1]
         parents.append(above)
@@ -138,38 +139,37 @@ def _tree_of(split: _Split) -> Tree:
 
 
 @dataclass(frozen=True)
-class _Draw(Work):
+class _Draw(FileTask[None, None]):
     """How often each row of some clusters is drawn."""
 
     by_cluster: Exchange
-    by_shard: ByRun
+    by_shard: BatchExchange
     num_items: int
     target_path: str
-    num_clusters: int
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         rows = self.by_cluster.read(item, self.num_items)
-        targets = map_array(self.target_path, "int64", 0, (self.num_clusters,))
+        targets = ColumnFile.open(self.target_path)["target"]
         own = np.asarray(rows["cluster"])
-        counts = draw_counts(np.asarray(rows["lot"]), own, np.asarray(targets))
+        counts = draw_counts(np.asarray(rows["lot"]), own, targets)
         told = rows.select(["shard", "row"]).append_column("draws", pa.array(counts))
         told = told.append_column("cluster", pa.array(own.astype(np.int32)))
         self.by_shard.send(item, told)
-        return Done([self.by_shard.mapped_path(item)])
+        return TaskResult([self.by_shard.mapped_path(item)], None)
 
 
 @dataclass(frozen=True)
-class _DecideByDraws(DecideRun):
+class _DecideByDraws(DecideBatch[Any, None]):
     """Rows are kept where drawn."""
 
-    by_shard: ByRun
+    by_shard: BatchExchange
     num_items: int
 
-    def read(self, run: int) -> pa.Table:
+    def read(self, batch: int) -> pa.Table:
         """How often rows were drawn."""
-        return self.by_shard.read(run, self.num_items)
+        return self.by_shard.read(batch, self.num_items)
 
-    def decide(self, shard: Shard, found: pa.Table, opened: Any) -> None:
+    def decide(self, shard: Shard, found: pa.Table, opened: None) -> None:
         """Drop what was not drawn; say of the rest how often, and from which cluster."""
         found = of_shard(found, shard.index)
         rows = np.asarray(found["row"])

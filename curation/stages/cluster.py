@@ -27,9 +27,14 @@ from curation.neighbors.index.vector_index import Comparison, build_index, sourc
 from curation.neighbors.kernels.quantized import quantize_rows
 from curation.neighbors.kernels.threads import limit_threads
 from curation.neighbors.rows.arrange import read_bad_rows
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import RowFiles
-from curation.neighbors.rows.shard_batches import ByRun, DecideRun, decide_shards, of_shard
+from curation.neighbors.rows.shard_batches import (
+    BatchExchange,
+    DecideBatch,
+    decide_shards,
+    of_shard,
+)
 from curation.neighbors.rows.vectors import exact_similarities
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, reject
@@ -138,7 +143,7 @@ class Cluster(DatasetStage):
         files = build_index(
             sources, rows_folder, engine, comparison=scattered, seed=inputs.seed
         ).files
-        by_shard = ByRun.of(inputs.pool, storage.join(folder.scratch, "by-shard"))
+        by_shard = BatchExchange.of(inputs.pool, storage.join(folder.scratch, "by-shard"))
         lowest, items, figures = self._lowest(files, folder, by_shard, engine, inputs.seed)
         levels: list[Level] = []
         if lowest is not None:
@@ -150,7 +155,12 @@ class Cluster(DatasetStage):
         return figures
 
     def _lowest(
-        self, files: RowFiles, folder: StageFolder, by_shard: ByRun, engine: Engine, seed: int
+        self,
+        files: RowFiles,
+        folder: StageFolder,
+        by_shard: BatchExchange,
+        engine: Engine,
+        seed: int,
     ) -> tuple[Level | None, int, dict[str, Any]]:
         """The lowest level, and how many items tell the shards of it."""
         if not files.num_rows:
@@ -171,7 +181,7 @@ class Cluster(DatasetStage):
             )
             return Level(rows), items, figures
         assign = _Assign(files, indexed, by_shard, fit.threads)
-        run_steps(engine, assign, files.num_partitions, by_shard.folder, "assign to clusters")
+        run_file_tasks(engine, assign, files.num_partitions, by_shard.folder, "assign to clusters")
         rows = centroid_rows(indexed.centroids, storage.join(root, "rows"), engine)
         return Level(rows), files.num_partitions, figures
 
@@ -237,14 +247,14 @@ def _write_centroids(
     )
     work = _WriteCentroids(tuple(levels), parts, folder.output(CENTROIDS))
     root = storage.join(folder.scratch, "centroids")
-    facts = run_steps(engine, work, len(parts), root, "write centroids")
+    facts = run_file_tasks(engine, work, len(parts), root, "write centroids")
     infos = [ShardInfo.model_validate_json(fact["info"]) for fact in facts]
     attributes = {"stage": folder.stage, "space": space}
     commit(work.output, work.table(0).schema, infos, attributes)
 
 
 @dataclass(frozen=True)
-class _WriteCentroids(Work):
+class _WriteCentroids(FileTask[None, dict[str, Any]]):
     """One shard of centroids."""
 
     levels: tuple[Level, ...]
@@ -252,8 +262,8 @@ class _WriteCentroids(Work):
     """(level from 0, file) of each shard."""
     output: str
 
-    def __call__(self, item: int, opened: Any) -> Done:
-        return Done(
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
+        return TaskResult(
             (), {"info": write_shard(self.output, item, self.table(item)).model_dump_json()}
         )
 
@@ -272,19 +282,19 @@ class _WriteCentroids(Work):
 
 
 @dataclass(frozen=True)
-class _Assign(Work):
+class _Assign(FileTask[Any, None]):
     """The cluster of each row of one partition, sent to its shard."""
 
     files: RowFiles
     indexed: IndexedCentroids
-    by_shard: ByRun
+    by_shard: BatchExchange
     threads: int
 
     def open(self) -> Any:
         limit_threads(self.threads)
         return np.asarray(self.indexed.centroids.load()), self.indexed.load()
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
         centroids, index = opened
         vectors = self.files.vectors(item)
         nearest, cosines = np.empty(len(vectors), np.int32), np.empty(len(vectors), np.float32)
@@ -296,23 +306,23 @@ class _Assign(Work):
         places = self.files.rows(item)
         told = places.select(["shard", "row"]).append_column("cluster", pa.array(nearest))
         self.by_shard.send(item, told.append_column("similarity", pa.array(cosines)))
-        return Done([self.by_shard.mapped_path(item)])
+        return TaskResult([self.by_shard.mapped_path(item)], None)
 
 
 @dataclass(frozen=True)
-class _TellShards(DecideRun):
+class _TellShards(DecideBatch[Any, Any]):
     """Rows are told their clusters of all levels."""
 
-    by_shard: ByRun
+    by_shard: BatchExchange
     num_items: int
     levels: tuple[Level, ...]
 
     def open(self) -> Any:
         return [level.owners() for level in self.levels[1:]]
 
-    def read(self, run: int) -> pa.Table | None:
+    def read(self, batch: int) -> pa.Table | None:
         """The lowest cluster of each row; None where there are no clusters."""
-        return self.by_shard.read(run, self.num_items) if self.levels else None
+        return self.by_shard.read(batch, self.num_items) if self.levels else None
 
     def decide(self, shard: Shard, found: pa.Table | None, opened: Any) -> None:
         """Drop rows without direction; give the rest its clusters."""

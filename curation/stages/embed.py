@@ -173,29 +173,33 @@ class Embed(ShardStage):
 
 
 @dataclass(frozen=True)
-class _FastestPrecision(Task[None, Precision]):
+class _FastestPrecision(Task[None, None, Precision]):
     """What `auto` is in this worker."""
 
     device: str
-    resources: Resources
+    needed: Resources
 
-    def __call__(self, item: None, opened: Any) -> Precision:
+    @property
+    def resources(self) -> Resources:
+        return self.needed
+
+    def __call__(self, item: None, opened: None) -> Precision:
         from embedder.encoders.torch_trunk import fastest_precision
 
         return fastest_precision(self.device)
 
 
 @dataclass(frozen=True)
-class _LookAtEncoders(Task[str, dict[str, EncoderFacts]]):
+class _LookAtEncoders(Task[str, None, dict[str, EncoderFacts]]):
     """What is true of the encoders of a stage."""
 
     stage: Embed
 
     @property
-    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+    def resources(self) -> Resources:
         return Resources(cpus=1, gpus=self.stage.gpus, memory=_LOADING_BYTES)
 
-    def __call__(self, item: str, opened: Any) -> dict[str, EncoderFacts]:
+    def __call__(self, item: str, opened: None) -> dict[str, EncoderFacts]:
         return self.stage.facts()
 
 

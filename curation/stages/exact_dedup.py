@@ -51,7 +51,7 @@ class ExactDedup(DatasetStage):
 
 
 @dataclass(frozen=True)
-class _WriteVerdicts(Reducer):
+class _WriteVerdicts(Reducer[int]):
     stage: ExactDedup
     pool: Pool
     folder: StageFolder

@@ -239,13 +239,13 @@ def _to_parquet(
 
 
 @dataclass(frozen=True)
-class _ToParquet(Task[tuple[int, str], None]):
+class _ToParquet(Task[tuple[int, str], None, None]):
     """Writes a file's rows as Parquet; the tally, written last, says that it is whole."""
 
     convert: _Convert
     folder: str
 
-    def __call__(self, item: tuple[int, str], opened: Any) -> None:
+    def __call__(self, item: tuple[int, str], opened: None) -> None:
         index, file = item
         tally = self.convert(file, storage.join(self.folder, f"{index:06d}.parquet"))
         storage.write_json(storage.join(self.folder, f"{index:06d}.json"), tally)
@@ -299,7 +299,7 @@ class _ByIdRange(Mapper[Piece]):
 
 
 @dataclass(frozen=True)
-class _WriteShard(Reducer):
+class _WriteShard(Reducer[int]):
     """Sorts a range of ids, drops repeated and known sources, and commits the shard."""
 
     stage: Ingest

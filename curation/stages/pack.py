@@ -73,12 +73,12 @@ def _kept_tars(folder: StageFolder, groups: Sequence[tuple[int, ...]]) -> dict[i
 
 
 @dataclass(frozen=True)
-class _PackGroup(Task[tuple[int, tuple[int, ...]], ShardInfo]):
+class _PackGroup(Task[tuple[int, tuple[int, ...]], None, ShardInfo]):
     stage: Pack
     pool: Pool
     folder: StageFolder
 
-    def __call__(self, item: tuple[int, tuple[int, ...]], opened: Any) -> ShardInfo:
+    def __call__(self, item: tuple[int, tuple[int, ...]], opened: None) -> ShardInfo:
         receipt = storage.join(self.folder.scratch, f"tar-{item[0]:05d}.json")
         if storage.exists(receipt):  # finished by a run that was killed later
             return parse_settings(ShardInfo, storage.read_json(receipt), receipt)

@@ -110,12 +110,15 @@ class Relevance(DatasetStage):
 
 
 @dataclass(frozen=True)
-class _JudgeShard(Task[int, int]):
+class _JudgeShard(Task[int, np.ndarray, int]):
     stage: Relevance
     inputs: StageInputs
     sources: tuple[VectorSource, ...]
     folder: StageFolder
-    resources = Resources(cpus=1, memory=2 << 30)
+
+    @property
+    def resources(self) -> Resources:
+        return Resources(memory=2 << 30)
 
     def open(self) -> np.ndarray:
         """(S, D) float32: the seeds, unit rows."""

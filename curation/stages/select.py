@@ -123,7 +123,7 @@ class Select(DatasetStage):
 
 
 @dataclass(frozen=True)
-class _WriteManifest(Reducer):
+class _WriteManifest(Reducer[int]):
     stage: Select
     pool: Pool
     once: Pool

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from curation import storage
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
 from curation.neighbors.kernels.products import Products
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import map_array, write_array
 from curation.neighbors.rows.vectors import VectorSource, bad_rows, exact_similarities
 from curation.neighbors.search.search import nearest_in
@@ -92,10 +92,12 @@ class Comparison:
         blocks, runs = self.blocks(), self.runs()
         pairs = tuple(np.ndindex(len(blocks), len(runs)))
         work = _Compare(self, tuple(blocks), tuple(runs), pairs, self._memory())
-        run_steps(engine, work, len(pairs), storage.join(self.folder, "compared"), "certificate")
+        run_file_tasks(
+            engine, work, len(pairs), storage.join(self.folder, "compared"), "certificate"
+        )
         reduce = _Reduce(self, tuple(blocks), len(runs))
         done = storage.join(self.folder, "reduced")
-        facts = run_steps(engine, reduce, len(blocks), done, "certificate: nearest of all")
+        facts = run_file_tasks(engine, reduce, len(blocks), done, "certificate: nearest of all")
         infos = [ShardInfo.model_validate(fact) for fact in facts]
         found = commit(storage.join(self.folder, "nearest"), SCHEMA, infos)
         for name in ("compared", "reduced"):
@@ -119,7 +121,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Compare(Work):
+class _Compare(FileTask[None, None]):
     """The nearest rows of one run of shards to the rows of one block."""
 
     comparison: Comparison
@@ -129,10 +131,10 @@ class _Compare(Work):
     memory: int
 
     @property
-    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+    def resources(self) -> Resources:
         return Resources(memory=self.memory)
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         block, run = self.pairs[item]
         _, vectors = self.comparison.read(self.blocks[block])
         rows = self.comparison.kept.pool.shard_rows()[list(self.runs[run])].sum()
@@ -141,18 +143,18 @@ class _Compare(Work):
             nearest.meet(*self.comparison.kept.read(shard))
         path = self.comparison.path(block, run)
         write_array(path, nearest.best.scores, nearest.best.ids)
-        return Done([path])
+        return TaskResult([path], None)
 
 
 @dataclass(frozen=True)
-class _Reduce(Work):
+class _Reduce(FileTask[None, dict[str, Any]]):
     """The nearest of all runs to the rows of one block, as a shard."""
 
     comparison: Comparison
     blocks: tuple[Slices, ...]
     num_runs: int
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         ids = self.comparison.read(self.blocks[item])[0]
         best = Best.none(len(ids))
         for run in range(self.num_runs):
@@ -165,7 +167,7 @@ class _Reduce(Work):
         table = pa.table([ids_from_bytes(ids), kept, scores], schema=SCHEMA)
         folder = storage.join(self.comparison.folder, "nearest")
         info = write_shard(folder, item, table)
-        return Done([storage.join(folder, info.name)], info.model_dump(mode="json"))
+        return TaskResult([storage.join(folder, info.name)], info.model_dump(mode="json"))
 
 
 class Nearest:

@@ -29,7 +29,7 @@ def about(images: Dataset, engine: Engine) -> str:
 
 
 @dataclass(frozen=True)
-class _DigestRows(Task[int, str]):
+class _DigestRows(Task[int, None, str]):
     images: Dataset
 
     def __call__(self, item: int, opened: None) -> str:
@@ -108,7 +108,7 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class _KeepAll(Task[int, _Kept]):
+class _KeepAll(Task[int, None, _Kept]):
     """Joins the verdicts on one shard: a row falls for the reason of the first that drops it."""
 
     pool: Pool

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.errors import EngineError
-from curation.stage import Engine, Item, Result, Task
+from curation.stage import Engine, Item, Opened, Result, Task
 from pipelines.engines.attempts import Attempts, Backlog
 from pipelines.engines.outcome import TimeLimitError, WorkerDiedError
 from pipelines.engines.worker_process import WorkerProcess
@@ -38,7 +38,7 @@ class LocalEngine(Engine):
         """Processes that run at once."""
         return max(1, self._workers)
 
-    def everywhere(self, task: Task[None, Result], label: str) -> list[tuple[str, Result]]:
+    def everywhere(self, task: Task[None, Opened, Result], label: str) -> list[tuple[str, Result]]:
         """Run a task once in each worker (see `Engine.everywhere`)."""
         if not self._workers:
             return super().everywhere(task, label)
@@ -47,7 +47,7 @@ class LocalEngine(Engine):
         return [(f"{platform.node()} worker {number + 1}", result) for number, result in found]
 
     def map(
-        self, task: Task[Item, Result], items: Sequence[Item], label: str
+        self, task: Task[Item, Opened, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:
         """Run a task on every item (see `Engine.map`)."""
         if not items:
@@ -61,7 +61,7 @@ class LocalEngine(Engine):
         attempts.raise_failures(len(items))
 
     def _map_in_processes(
-        self, task: Task[Item, Result], backlog: Backlog[Item], attempts: Attempts
+        self, task: Task[Item, Opened, Result], backlog: Backlog[Item], attempts: Attempts
     ) -> Iterator[tuple[Item, Result]]:
         pool = self._pool_for(len(backlog))
         with _written(task) as file:
@@ -76,7 +76,7 @@ class LocalEngine(Engine):
 
 
 @contextlib.contextmanager
-def _written(task: Task[Any, Any]) -> Iterator[str]:
+def _written(task: Task[Item, Opened, Result]) -> Iterator[str]:
     """A file with the task, under a name of its own."""
     with tempfile.TemporaryDirectory(prefix="curate-task-") as folder:
         file = Path(folder) / uuid.uuid4().hex
@@ -85,7 +85,7 @@ def _written(task: Task[Any, Any]) -> Iterator[str]:
 
 
 def _map_here(
-    task: Task[Item, Result], backlog: Backlog[Item], attempts: Attempts
+    task: Task[Item, Opened, Result], backlog: Backlog[Item], attempts: Attempts
 ) -> Iterator[tuple[Item, Result]]:
     opened = task.open()
     while len(backlog):
@@ -111,8 +111,8 @@ class _Pool:
         weakref.finalize(self, _end_all, self._workers)
 
     def run(
-        self, task_file: str, limit_s: float, backlog: Backlog[Any], attempts: Attempts
-    ) -> Iterator[tuple[Any, Any]]:
+        self, task_file: str, limit_s: float, backlog: Backlog[Item], attempts: Attempts
+    ) -> Iterator[tuple[Item, Any]]:
         """Give (item, result) as they finish."""
         try:
             while len(backlog) or self._busy():
@@ -149,7 +149,7 @@ class _Pool:
     def _busy(self) -> list[WorkerProcess]:
         return [worker for worker in self._workers if worker.busy]
 
-    def _hand_out(self, task_file: str, limit_s: float, backlog: Backlog[Any]) -> None:
+    def _hand_out(self, task_file: str, limit_s: float, backlog: Backlog[Item]) -> None:
         """Give each worker that waits an item, as long as one is due."""
         while (worker := self._waiting(len(backlog))) and (item := backlog.pop()) is not None:
             worker.send(task_file, limit_s, item)
@@ -166,7 +166,7 @@ class _Pool:
         taken = {worker.number for worker in self._workers}
         return [number for number in range(self._size) if number not in taken]
 
-    def _answering(self, backlog: Backlog[Any]) -> list[WorkerProcess]:
+    def _answering(self, backlog: Backlog[Item]) -> list[WorkerProcess]:
         """Workers that have answered or died; none if an item for one that waits is due before."""
         busy = self._busy()
         pause_s = backlog.pause_s() if len(busy) < self._size else None
@@ -174,8 +174,8 @@ class _Pool:
         return [worker for worker in busy if worker.connection in ready]
 
     def _collect(
-        self, worker: WorkerProcess, limit_s: float, backlog: Backlog[Any], attempts: Attempts
-    ) -> Iterator[tuple[Any, Any]]:
+        self, worker: WorkerProcess, limit_s: float, backlog: Backlog[Item], attempts: Attempts
+    ) -> Iterator[tuple[Item, Any]]:
         """Take an answer: give the result, or see to what went wrong."""
         try:
             outcome = worker.answer()

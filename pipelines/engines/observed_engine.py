@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Generic
 
-from curation.stage import Engine, Item, Resources, Result, Task
+from curation.stage import Engine, Item, Opened, Resources, Result, Task
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -77,12 +77,12 @@ class ObservedEngine(Engine):
         """Whether all work is done on one machine."""
         return self.engine.is_one_machine
 
-    def everywhere(self, task: Task[None, Result], label: str) -> list[tuple[str, Result]]:
+    def everywhere(self, task: Task[None, Opened, Result], label: str) -> list[tuple[str, Result]]:
         """Run a task once in every worker or node."""
         return self.engine.everywhere(task, label)
 
     def map(
-        self, task: Task[Item, Result], items: Sequence[Item], label: str
+        self, task: Task[Item, Opened, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:
         """Run a task on every item (see `Engine.map`)."""
         before = self.engine.retries
@@ -101,30 +101,39 @@ class ObservedEngine(Engine):
 
 
 @dataclass(frozen=True)
-class _Timed(Task[Any, tuple[Any, Usage]]):
+class _Timed(Task[Item, "_OpenedTask[Opened]", tuple[Result, Usage]]):
     """A task that also says what it took."""
 
-    task: Task[Any, Any]
+    task: Task[Item, Opened, Result]
 
     @property
-    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+    def resources(self) -> Resources:
         return self.task.resources
 
-    def open(self) -> list[Any]:
+    def open(self) -> "_OpenedTask[Opened]":
         began = time.perf_counter()
         opened = self.task.open()
-        return [opened, time.perf_counter() - began]
+        return _OpenedTask(opened, time.perf_counter() - began)
 
-    def __call__(self, item: Any, opened: list[Any]) -> tuple[Any, Usage]:
-        open_s, opened[1] = opened[1], 0.0  # once
+    def __call__(self, item: Item, opened: "_OpenedTask[Opened]") -> tuple[Result, Usage]:
+        open_s, opened.open_s = opened.open_s, 0.0  # once
         forget_peak()
         held = peak_bytes()
         began, cpu_began = time.perf_counter(), time.process_time()
-        result = self.task(item, opened[0])
+        result = self.task(item, opened.opened)
         item_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
         waited = max(0.0, item_s - cpu_s)
         peak = peak_bytes()
         return result, Usage(1, open_s, item_s, cpu_s, waited, peak, max(0, peak - held))
+
+
+@dataclass
+class _OpenedTask(Generic[Opened]):
+    """What a task opened."""
+
+    opened: Opened
+    open_s: float
+    """Seconds that it took, until an item has told them."""
 
 
 def peak_bytes() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.errors import ConfigError, EngineError
-from curation.stage import Engine, Item, Resources, Result, Task
+from curation.stage import Engine, Item, Opened, Resources, Result, Task
 from pipelines.engines.attempts import Attempts, Backlog, describe
 from pipelines.engines.memory_guard import MemoryGuard, MemoryLimitError, give_back, private_bytes
 from pipelines.engines.outcome import Outcome, TimeLimitError, WorkerDiedError
@@ -75,7 +75,7 @@ class RayEngine(Engine):
         return max(1, min(workers, int(max(cores, default=1))))
 
     def map(
-        self, task: Task[Item, Result], items: Sequence[Item], label: str
+        self, task: Task[Item, Opened, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:
         """Run a task on every item (see `Engine.map`)."""
         if not items:
@@ -95,7 +95,7 @@ class RayEngine(Engine):
         _connect(self._limit, self._address)
         return len([node for node in ray.nodes() if node["Alive"]]) < 2
 
-    def everywhere(self, task: Task[None, Result], label: str) -> list[tuple[str, Result]]:
+    def everywhere(self, task: Task[None, Opened, Result], label: str) -> list[tuple[str, Result]]:
         """Run a task once on each node that meets its needs (see `Engine.everywhere`).
 
         The workers of the last task go first, so that theirs is free.
@@ -219,10 +219,10 @@ class _Worker:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def run(self, call: "_Call", task: Task[Any, Any], item: Any) -> Outcome:
+    def run(self, call: "_Call", task: Task[Item, Opened, Result], item: Item) -> Outcome:
         return Outcome.of(lambda: self._work_on(call, task, item))
 
-    def _work_on(self, call: "_Call", task: Task[Any, Any], item: Any) -> Any:
+    def _work_on(self, call: "_Call", task: Task[Item, Opened, Result], item: Item) -> Result:
         with Path(os.devnull).open("w") as nowhere, MemoryGuard(call.limit_bytes).watching():
             if self._key != call.key:
                 with ending_after(max(call.limit_s, OPENING_S), nowhere):
@@ -230,7 +230,7 @@ class _Worker:
             with ending_after(call.limit_s, nowhere):
                 return task(item, self._opened)
 
-    def _open(self, call: "_Call", task: Task[Any, Any]) -> None:
+    def _open(self, call: "_Call", task: Task[Item, Opened, Result]) -> None:
         self._key, self._opened = "", None  # the last task's model goes first
         if private_bytes() > call.limit_bytes // 2:  # a tenth of a second, in every worker
             give_back()
@@ -326,8 +326,12 @@ class _ActorPool:
         self._warned = time.monotonic()
 
     def run(
-        self, task: Task[Item, Any], limit_s: float, backlog: Backlog[Item], attempts: Attempts
-    ) -> Iterator[tuple[Item, Any]]:
+        self,
+        task: Task[Item, Opened, Result],
+        limit_s: float,
+        backlog: Backlog[Item],
+        attempts: Attempts,
+    ) -> Iterator[tuple[Item, Result]]:
         """Give (item, result) as they finish."""
         import ray
 

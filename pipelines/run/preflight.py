@@ -146,7 +146,7 @@ def _look(checked: CheckedRecipe, work: str, engine: Engine) -> dict[str, NodeFa
 
 
 @dataclass(frozen=True)
-class _Look(Task[None, NodeFacts]):
+class _Look(Task[None, None, NodeFacts]):
     """What a node finds without opening any model."""
 
     pictures: dict[str, bytes]
@@ -154,7 +154,7 @@ class _Look(Task[None, NodeFacts]):
     folder: str
     token: str
 
-    def __call__(self, item: None, opened: Any) -> NodeFacts:
+    def __call__(self, item: None, opened: None) -> NodeFacts:
         facts = {"machine": f"{platform.system()} {platform.machine()}", **_versions()}
         facts |= {f"pixels of {name}": _pixels(data) for name, data in self.pictures.items()}
         facts |= {f"path {path}": _look_at(path) for path in self.paths}
@@ -176,14 +176,18 @@ class _Look(Task[None, NodeFacts]):
 
 
 @dataclass(frozen=True)
-class _Open(Task[None, NodeFacts]):
+class _Open(Task[None, None, NodeFacts]):
     """Opens stages on a node, one after the other."""
 
     stages: tuple[ShardStage, ...]
     pictures: dict[str, bytes]
-    resources: Resources
+    needed: Resources
 
-    def __call__(self, item: None, opened: Any) -> NodeFacts:
+    @property
+    def resources(self) -> Resources:
+        return self.needed
+
+    def __call__(self, item: None, opened: None) -> NodeFacts:
         found = NodeFacts()
         for stage in self.stages:
             try:

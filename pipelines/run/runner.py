@@ -251,13 +251,13 @@ class RecipeRun:
 
 
 @dataclass(frozen=True)
-class _CopyShard(Task[tuple[int, int], ShardInfo]):
+class _CopyShard(Task[tuple[int, int], None, ShardInfo]):
     """Copies one shard of the manifest; empty ones are left out."""
 
     source: Dataset
     target: str
 
-    def __call__(self, item: tuple[int, int], opened: Any) -> ShardInfo:
+    def __call__(self, item: tuple[int, int], opened: None) -> ShardInfo:
         number, index = item
         return write_shard(self.target, number, self.source.read_shard(index))
 

@@ -57,7 +57,7 @@ class Watcher(Protocol):
 
 
 @dataclass(frozen=True)
-class _ProcessShard(Task[int, Receipt]):
+class _ProcessShard(Task[int, Any, Receipt]):
     """One shard through a `ShardStage`."""
 
     stage: ShardStage
@@ -65,7 +65,7 @@ class _ProcessShard(Task[int, Receipt]):
     folder: StageFolder
 
     @property
-    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+    def resources(self) -> Resources:
         return self.stage.resources()
 
     def open(self) -> Any:

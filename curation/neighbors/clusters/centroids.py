@@ -14,7 +14,7 @@ from curation.dataset import Dataset
 from curation.errors import SchemaError, SpaceError
 from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.k_means import spherical_kmeans
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
 from curation.neighbors.rows.vectors import vectors_of
 from curation.stage import Engine
@@ -55,7 +55,7 @@ def train_centroids(
     fits = sample_bytes // (files.width * (np.dtype(files.dtype).itemsize + 1))
     size = max(2 * count, min(count * rows_per_centroid, fits))
     train = _Train(files, count, folder, seed, iterations, size)
-    facts = run_steps(engine, train, 1, storage.join(folder, "trained"), "train centroids")
+    facts = run_file_tasks(engine, train, 1, storage.join(folder, "trained"), "train centroids")
     return Centroids(train.path, facts[0]["count"], files.width)
 
 
@@ -106,7 +106,7 @@ def sample_positions(files: RowFiles, size: int, *salts: int | str) -> np.ndarra
 
 
 @dataclass(frozen=True)
-class _Train(Work):
+class _Train(FileTask[None, dict[str, Any]]):
     files: RowFiles
     count: int
     folder: str
@@ -118,9 +118,9 @@ class _Train(Work):
     def path(self) -> str:
         return storage.join(self.folder, "centroids.bin")
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         sample = sample_positions(self.files, self.size, "centroids", self.seed)
         rows = self.files.gather("vectors", sample)
         centroids = spherical_kmeans(rows, self.count, self.iterations, self.seed)
         write_array(self.path, centroids)
-        return Done([self.path], {"count": len(centroids)})
+        return TaskResult([self.path], {"count": len(centroids)})

@@ -20,7 +20,12 @@ from curation.neighbors.kernels.centroid_index import FLAT_UP_TO, CentroidIndex
 from curation.neighbors.kernels.k_means import cluster_sums, index_centroids, lloyd, means_of
 from curation.neighbors.kernels.quantized import quantize_rows
 from curation.neighbors.kernels.threads import limit_threads
-from curation.neighbors.rows.file_tasks import Done, Work, is_finished, run_steps
+from curation.neighbors.rows.file_tasks import (
+    FileTask,
+    TaskResult,
+    finished_summaries,
+    run_file_tasks,
+)
 from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
 from curation.neighbors.rows.vectors import exact_similarities
 from curation.stage import Engine
@@ -133,12 +138,14 @@ def index_on_files(
 ) -> IndexedCentroids:
     """Index centroids so that rows of these files find their nearest."""
     work = _Index(files, centroids, fit, folder)
-    fact = run_steps(engine, work, 1, storage.join(folder, "indexed"), "index the centroids")[0]
+    fact = run_file_tasks(engine, work, 1, storage.join(folder, "indexed"), "index the centroids")[
+        0
+    ]
     return IndexedCentroids(centroids, work.path, **fact)
 
 
 @dataclass(frozen=True)
-class _Index(Work):
+class _Index(FileTask[None, dict[str, Any]]):
     files: RowFiles
     centroids: Centroids
     fit: Fit
@@ -148,7 +155,7 @@ class _Index(Work):
     def path(self) -> str:
         return storage.join(self.folder, "index.bin")
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         index, agreement = index_centroids(
             np.asarray(self.centroids.load()),
             self._sample(),
@@ -161,7 +168,7 @@ class _Index(Work):
             "groups_met": index.groups_met,
             "agreement": round(agreement, 4),
         }
-        return Done([self.path], facts)
+        return TaskResult([self.path], facts)
 
     def _sample(self) -> np.ndarray:
         """(S, D) int8: rows to be asked, where there is something to ask."""
@@ -179,7 +186,7 @@ def refine(
     for number in range(fit.passes):
         root = storage.join(folder, f"iteration-{number:03d}")
         move = _pass(files, centroids, fit, root, number, engine)
-        fact = run_steps(engine, move, 1, move.folder, "move centroids")[0]
+        fact = run_file_tasks(engine, move, 1, move.folder, "move centroids")[0]
         cosines.append(fact["cosines"] / max(1, files.num_rows))
         centroids = Centroids(move.path, centroids.count, files.width)
         for item in range(move.num_tasks):  # a later run starts from the centroids
@@ -193,10 +200,10 @@ def _pass(
     """Sum the rows of each cluster, unless the centroids have moved already."""
     num_tasks = min(_MOST_TASKS, files.num_partitions)
     move = _Move(centroids, num_tasks, root, fit.seed + number)
-    if not is_finished(move.folder, 0):
+    if finished_summaries(move.folder, 1) is None:
         indexed = index_on_files(files, centroids, fit, root, engine)
         total = _Sum(files, indexed, root, num_tasks, fit.threads)
-        run_steps(engine, total, num_tasks, root, f"cluster, pass {number + 1}")
+        run_file_tasks(engine, total, num_tasks, root, f"cluster, pass {number + 1}")
     return move
 
 
@@ -205,7 +212,7 @@ def _sums_path(folder: str, item: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Sum(Work):
+class _Sum(FileTask[Any, None]):
     """Sums of the unit rows of each cluster, over some partitions."""
 
     files: RowFiles
@@ -218,7 +225,7 @@ class _Sum(Work):
         limit_threads(self.threads)
         return self.indexed.load()
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
         count = self.indexed.centroids.count
         sums, counts = np.zeros((count, self.files.width)), np.zeros(count, np.int64)
         for _, rows in blocks_of(self.files, item, self.num_tasks):
@@ -227,7 +234,7 @@ class _Sum(Work):
             counts += found[1]
         path = _sums_path(self.folder, item)
         write_array(path, counts, sums)
-        return Done([path])
+        return TaskResult([path], None)
 
 
 def blocks_of(files: RowFiles, item: int, num_tasks: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -240,7 +247,7 @@ def blocks_of(files: RowFiles, item: int, num_tasks: int) -> Iterator[tuple[int,
 
 
 @dataclass(frozen=True)
-class _Move(Work):
+class _Move(FileTask[None, dict[str, Any]]):
     """New centroids from the sums of all partitions."""
 
     before: Centroids
@@ -256,13 +263,13 @@ class _Move(Work):
     def path(self) -> str:
         return storage.join(self.root, "centroids.bin")
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         sums, counts = self._total()
         before, rng = self.before.load(), np.random.default_rng(self.seed)
         write_array(self.path, means_of(sums, counts, before, rng))
         # every row's cosine to its centroid, added up: sums meet centroids once a cluster
         cosines = float(np.einsum("cd,cd->", sums, before.astype(np.float64)))
-        return Done([self.path], {"empty": int((counts == 0).sum()), "cosines": cosines})
+        return TaskResult([self.path], {"empty": int((counts == 0).sum()), "cosines": cosines})
 
     def _total(self) -> tuple[np.ndarray, np.ndarray]:
         """(C, D) float64 sums and (C,) int64 counts over all partitions."""
@@ -280,11 +287,11 @@ def _resample(
 ) -> Centroids:
     """Start afresh on the rows nearest to each centroid; give the new centroids."""
     draw = _Resample(files, centroids, fit, number, folder)
-    if not is_finished(draw.folder, 0):
+    if finished_summaries(draw.folder, 1) is None:
         indexed = index_on_files(files, centroids, fit, folder, engine)
         near = _Nearest(files, indexed, fit, folder, draw.num_tasks)
-        run_steps(engine, near, draw.num_tasks, folder, f"resample {number + 1}, draw")
-    fact = run_steps(engine, draw, 1, draw.folder, f"resample {number + 1}")[0]
+        run_file_tasks(engine, near, draw.num_tasks, folder, f"resample {number + 1}, draw")
+    fact = run_file_tasks(engine, draw, 1, draw.folder, f"resample {number + 1}")[0]
     return Centroids(draw.path, fact["count"], files.width)
 
 
@@ -292,7 +299,7 @@ _DRAWN = np.dtype([("cluster", np.int32), ("cosine", np.float32), ("position", n
 
 
 @dataclass(frozen=True)
-class _Nearest(Work):
+class _Nearest(FileTask[Any, None]):
     """Of each cluster the rows nearest to its centroid, among some partitions."""
 
     files: RowFiles
@@ -305,7 +312,7 @@ class _Nearest(Work):
         limit_threads(self.fit.threads)
         return self.indexed.load(), np.asarray(self.indexed.centroids.load())
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
         index, centroids = opened
         drawn = np.empty(0, _DRAWN)
         for first, rows in blocks_of(self.files, item, self.num_tasks):
@@ -316,7 +323,7 @@ class _Nearest(Work):
             drawn = nearest_of_each(np.concatenate([drawn, found]), self.fit.per_cluster)
         path = _drawn_path(self.folder, item)
         write_array(path, drawn)
-        return Done([path])
+        return TaskResult([path], None)
 
 
 def nearest_of_each(drawn: np.ndarray, count: int) -> np.ndarray:
@@ -335,7 +342,7 @@ def _drawn_path(folder: str, item: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Resample(Work):
+class _Resample(FileTask[None, dict[str, Any]]):
     """k-means from a fresh start on the rows drawn by all tasks."""
 
     files: RowFiles
@@ -356,7 +363,7 @@ class _Resample(Work):
     def path(self) -> str:
         return storage.join(self.root, "centroids.bin")
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         positions = self._positions()
         centroids = np.asarray(self.before.load())
         if len(positions) >= self.before.count:  # fewer cannot make as many clusters
@@ -366,7 +373,7 @@ class _Resample(Work):
             quantized = quantize_rows(rows)
             centroids, _ = lloyd(rows, quantized, count, iterations, rng, assign=False)
         write_array(self.path, centroids)
-        return Done([self.path], {"count": len(centroids)})
+        return TaskResult([self.path], {"count": len(centroids)})
 
     def _positions(self) -> np.ndarray:
         """(M,) int64, ascending: the rows drawn, per_cluster of each cluster at most."""
@@ -383,7 +390,9 @@ def centroid_rows(centroids: Centroids, folder: str, engine: Engine) -> RowFiles
     bounds = (*range(0, centroids.count, _ROWS_AT_ONCE), centroids.count)
     files = rows_of_level(folder, centroids.width, bounds)
     work = _AsRows(centroids, files)
-    run_steps(engine, work, files.num_partitions, storage.join(folder, "written"), "write level")
+    run_file_tasks(
+        engine, work, files.num_partitions, storage.join(folder, "written"), "write level"
+    )
     return files
 
 
@@ -403,13 +412,15 @@ def write_level_part(files: RowFiles, item: int, centroids: np.ndarray) -> list[
 
 
 @dataclass(frozen=True)
-class _AsRows(Work):
+class _AsRows(FileTask[None, None]):
     centroids: Centroids
     files: RowFiles
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         first, stop = self.files.starts[item : item + 2]
-        return Done(write_level_part(self.files, item, self.centroids.load()[first:stop]))
+        return TaskResult(
+            write_level_part(self.files, item, self.centroids.load()[first:stop]), None
+        )
 
 
 def level_above(
@@ -419,13 +430,13 @@ def level_above(
     indexed, figures = find_clusters(below, fit, folder, engine)
     own = _Own(below, indexed, folder, fit.threads)
     items = below.num_partitions
-    run_steps(engine, own, items, storage.join(folder, "owned"), "assign the centroids")
+    run_file_tasks(engine, own, items, storage.join(folder, "owned"), "assign the centroids")
     rows = centroid_rows(indexed.centroids, storage.join(folder, "rows"), engine)
     return Level(rows, tuple(own.path(item) for item in range(items))), figures
 
 
 @dataclass(frozen=True)
-class _Own(Work):
+class _Own(FileTask[Any, None]):
     """The cluster of each row of one partition, in a file: (n,) int32."""
 
     files: RowFiles
@@ -440,8 +451,8 @@ class _Own(Work):
         limit_threads(self.threads)
         return self.indexed.load()
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
         blocks = blocks_of(self.files, item, self.files.num_partitions)
         owners = [opened.nearest(quantize_rows(rows)) for _, rows in blocks]
         write_array(self.path(item), np.concatenate([np.empty(0, np.int32), *owners]))
-        return Done([self.path(item)])
+        return TaskResult([self.path(item)], None)

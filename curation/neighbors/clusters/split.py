@@ -29,9 +29,9 @@ from curation.neighbors.kernels.quantized import (
     quantize_rows,
 )
 from curation.neighbors.kernels.threads import limit_threads
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
-from curation.neighbors.rows.shard_batches import ByRun
+from curation.neighbors.rows.shard_batches import BatchExchange
 from curation.neighbors.rows.vectors import exact_similarities
 from curation.stage import Engine
 
@@ -85,7 +85,7 @@ def split_clusters(
     split: int,
     fit: Fit,
     folder: str,
-    by_shard: ByRun,
+    by_shard: BatchExchange,
     engine: Engine,
 ) -> tuple[RowFiles, int]:
     """Split every cluster inside itself; give the leaves, and how many items told the shards.
@@ -93,19 +93,21 @@ def split_clusters(
     by_shard: receives shard, row, cluster (the leaf) and similarity of all rows.
     """
     count = _Count(files, indexed, storage.join(folder, "parents"), fit.threads)
-    run_steps(engine, count, files.num_partitions, count.folder, "assign to clusters")
+    run_file_tasks(engine, count, files.num_partitions, count.folder, "assign to clusters")
     plan = SplitPlan.written(storage.join(folder, "plan.bin"), count.total(), split)
     by_cluster = Exchange(storage.join(folder, "by-cluster"), plan.num_buckets)
     scatter = _Scatter(count, plan, by_cluster, _SAMPLE_PER_LEAF * split, fit.seed)
-    run_steps(engine, scatter, files.num_partitions, by_cluster.folder, "rows to their clusters")
+    run_file_tasks(
+        engine, scatter, files.num_partitions, by_cluster.folder, "rows to their clusters"
+    )
     leaves = rows_of_level(storage.join(folder, "leaves"), files.width, plan.leaf_starts)
     work = _Leaves(files, leaves, plan, by_cluster, by_shard, fit)
-    run_steps(engine, work, plan.num_buckets, by_shard.folder, "split the clusters")
+    run_file_tasks(engine, work, plan.num_buckets, by_shard.folder, "split the clusters")
     return leaves, plan.num_buckets
 
 
 @dataclass(frozen=True)
-class _Count(Work):
+class _Count(FileTask[Any, None]):
     """The cluster of each row of one partition (n,) int32, and the rows of each (C,) int64."""
 
     files: RowFiles
@@ -121,13 +123,13 @@ class _Count(Work):
         limit_threads(self.threads)
         return self.indexed.load()
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
         owners = opened.nearest(quantize_rows(self.files.vectors(item)))
         known, counts = np.unique(owners, return_counts=True)
         paths = [storage.join(self.folder, f"{kind}-{item:06d}.bin") for kind in _COUNTED]
         write_array(paths[0], owners)
         write_array(paths[1], np.stack([known.astype(np.int64), counts], axis=1))
-        return Done(paths)
+        return TaskResult(paths, None)
 
     def total(self) -> np.ndarray:
         """(C,) int64: rows of each cluster in all partitions."""
@@ -143,7 +145,7 @@ _COUNTED = ("owners", "counts")
 
 
 @dataclass(frozen=True)
-class _Scatter(Work):
+class _Scatter(FileTask[Any, None]):
     """Rows of one partition, sent to the bucket of their cluster."""
 
     count: _Count
@@ -156,7 +158,7 @@ class _Scatter(Work):
     def open(self) -> Any:
         return self.plan.load()
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
         rows_of, _, buckets = opened
         files, owners = self.count.files, self.count.owners(item)
         places = files.rows(item)
@@ -176,31 +178,31 @@ class _Scatter(Work):
             "vector": packed,
         }
         self.by_cluster.write(item, pa.table(columns), buckets[owners])
-        return Done([self.by_cluster.mapped_path(item)])
+        return TaskResult([self.by_cluster.mapped_path(item)], None)
 
 
 @dataclass(frozen=True)
-class _Leaves(Work):
+class _Leaves(FileTask[Any, None]):
     """The leaves of the clusters of one bucket, and the leaf of each of their rows."""
 
     files: RowFiles
     leaves: RowFiles
     plan: SplitPlan
     by_cluster: Exchange
-    by_shard: ByRun
+    by_shard: BatchExchange
     fit: Fit
 
     def open(self) -> Any:
         limit_threads(self.fit.threads)
         return self.plan.load()
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
         first_leaves = opened[1] - self.plan.leaf_starts[item]
         centroids = self._train(item, first_leaves)
         paths = write_level_part(self.leaves, item, centroids)
         told = [self._assign(rows, item, centroids, first_leaves) for rows in self._chunks(item)]
         self.by_shard.send(item, pa.concat_tables(told))
-        return Done([*paths, self.by_shard.mapped_path(item)])
+        return TaskResult([*paths, self.by_shard.mapped_path(item)], None)
 
     def _train(self, item: int, first_leaves: np.ndarray) -> np.ndarray:
         """(L, D) float32: leaves of the clusters of a bucket, in their order."""

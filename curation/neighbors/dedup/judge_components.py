@@ -17,9 +17,9 @@ from curation.errors import StageError
 from curation.exchange import Exchange
 from curation.neighbors.dedup.components import component_sizes, connected_components
 from curation.neighbors.join.join import Joined
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
-from curation.neighbors.rows.shard_batches import ByRun
+from curation.neighbors.rows.shard_batches import BatchExchange
 from curation.pool import Pool
 from curation.stage import Engine
 
@@ -111,9 +111,9 @@ class Reviewed:
     facts: tuple[dict[str, Any], ...]
     folder: str
 
-    def read(self, run: int) -> pa.Table:
-        """Verdicts on rows of one run of shards."""
-        return self.verdicts.read(run, self.num_buckets)
+    def read(self, batch: int) -> pa.Table:
+        """Verdicts on rows of one batch of shards."""
+        return self.verdicts.read(batch, self.num_buckets)
 
     def dropped(self) -> Iterator[np.ndarray]:
         """Positions of dropped rows, a bucket at a time: (B,) int64."""
@@ -128,10 +128,10 @@ def review(graph: Graph, judge: Judge, folder: str, pool: Pool, engine: Engine) 
     num_buckets = 1 + files.num_rows // int(np.clip(files.num_rows // _BUCKETS, *_ROWS_PER_BUCKET))
     members = Exchange(storage.join(folder, "members"), num_buckets)
     gather = _Gather(graph, members)
-    run_steps(engine, gather, files.num_partitions, members.folder, "gather components")
-    verdicts = ByRun.of(pool, storage.join(folder, "verdicts"))
+    run_file_tasks(engine, gather, files.num_partitions, members.folder, "gather components")
+    verdicts = BatchExchange.of(pool, storage.join(folder, "verdicts"))
     work = _Review(files, judge, members, verdicts, files.num_partitions)
-    facts = run_steps(engine, work, num_buckets, verdicts.folder, "judge components")
+    facts = run_file_tasks(engine, work, num_buckets, verdicts.folder, "judge components")
     return Reviewed(verdicts, num_buckets, tuple(facts), verdicts.folder)
 
 
@@ -141,13 +141,13 @@ def dropped_path(folder: str, bucket: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Gather(Work):
+class _Gather(FileTask[None, None]):
     """The members of components among one partition's rows, by component."""
 
     graph: Graph
     members: Exchange
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         files = self.graph.files
         twins, similarities = self.graph.joined.best(item)
         rows = np.flatnonzero(twins >= 0)
@@ -166,7 +166,7 @@ class _Gather(Work):
         # Those of neighbouring labels are judged together: their vectors lie near each other.
         buckets = labels * self.members.num_buckets // files.num_rows
         self.members.write(item, table, buckets)
-        return Done([self.members.mapped_path(item)])
+        return TaskResult([self.members.mapped_path(item)], None)
 
     def _sets_of(self, twins: np.ndarray) -> np.ndarray:
         """(M,) int16: the twins' sets, where rows of several are joined for duplicates; else 0."""
@@ -176,16 +176,16 @@ class _Gather(Work):
 
 
 @dataclass(frozen=True)
-class _Review(Work):
+class _Review(FileTask[None, dict[str, Any]]):
     """The judgement of the components of one bucket."""
 
     files: RowFiles
     judge: Judge
     members: Exchange
-    verdicts: ByRun
+    verdicts: BatchExchange
     num_items: int
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         members = self.members.read(item, self.num_items)
         order = rule_order(members, self.judge.is_published(members))
         members = members.take(pa.array(order)).combine_chunks()
@@ -195,7 +195,7 @@ class _Review(Work):
         path = dropped_path(self.verdicts.folder, item)
         write_array(path, np.asarray(of_pool["position"])[~keep])
         self.verdicts.send(item, of_pool.drop_columns(["set", "position"]))
-        return Done([path, self.verdicts.mapped_path(item)], facts)
+        return TaskResult([path, self.verdicts.mapped_path(item)], facts)
 
 
 def rule_order(members: pa.Table, published: np.ndarray) -> np.ndarray:

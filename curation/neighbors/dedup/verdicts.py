@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from curation.neighbors.dedup.judge_components import Reviewed, id_bytes
 from curation.neighbors.rows.arrange import read_bad_rows
-from curation.neighbors.rows.shard_batches import DecideRun, of_shard
+from curation.neighbors.rows.shard_batches import DecideBatch, of_shard
 from curation.schema import ids_from_bytes
 from curation.stage import Shard, reject
 
@@ -37,18 +37,18 @@ class Verdicts:
 
 
 @dataclass(frozen=True)
-class DecideByVerdicts(DecideRun):
+class DecideByVerdicts(DecideBatch[Any, None]):
     """Verdicts to decisions."""
 
     verdicts: Verdicts
 
-    def read(self, run: int) -> tuple[pa.Table | None, pa.Table | None]:
+    def read(self, batch: int) -> tuple[pa.Table | None, pa.Table | None]:
         """Verdicts on duplicates and on leaks."""
         duplicates, leaks = self.verdicts.duplicates, self.verdicts.leaks
-        return duplicates and duplicates.read(run), leaks and leaks.read(run)
+        return duplicates and duplicates.read(batch), leaks and leaks.read(batch)
 
     def decide(
-        self, shard: Shard, found: tuple[pa.Table | None, pa.Table | None], opened: Any
+        self, shard: Shard, found: tuple[pa.Table | None, pa.Table | None], opened: None
     ) -> None:
         """Drop rows without direction, duplicates and leaks; say of each what it is alike to."""
         duplicates, leaks = found

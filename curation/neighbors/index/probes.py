@@ -12,7 +12,7 @@ import numpy as np
 
 from curation import storage
 from curation.neighbors.index.routes import Routes
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
 from curation.stage import Engine
 
@@ -55,20 +55,20 @@ class Probes:
 
 
 @dataclass(frozen=True)
-class _Invert(Work):
+class _Invert(FileTask[None, None]):
     visits: Probes
     rows_of: Any
     """Gives the numbers of the rows of a partition that go visiting."""
     margin: float
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         files = self.visits.files
         rows = self.rows_of(item)
         who, lists = (
             Routes.read(files.path("routes", item), files.size(item)).take(rows).within(self.margin)
         )
         self.visits.write(item, lists, rows[who] + files.starts[item])
-        return Done([self.visits.path(item)])
+        return TaskResult([self.visits.path(item)], None)
 
 
 def invert(files: RowFiles, rows_of: Any, margin: float, folder: str, engine: Engine) -> Probes:
@@ -78,5 +78,5 @@ def invert(files: RowFiles, rows_of: Any, margin: float, folder: str, engine: En
     """
     visits = Probes(files, folder, files.num_partitions)
     work = _Invert(visits, rows_of, margin)
-    run_steps(engine, work, files.num_partitions, folder, "turn visits around")
+    run_file_tasks(engine, work, files.num_partitions, folder, "turn visits around")
     return visits

@@ -16,7 +16,7 @@ from curation.neighbors.index.routes import Routes
 from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.products import Products
 from curation.neighbors.kernels.threads import in_threads
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
 from curation.neighbors.rows.vectors import exact_similarities
 from curation.stage import Engine
@@ -82,10 +82,10 @@ def measure_recall(
     if apart is not None:
         num_rows -= int(map_array(apart, "bool", 0, (files.num_rows,)).sum())
     pick = _Pick(files, folder, seed, num_rows, apart)
-    run_steps(engine, pick, files.num_partitions, f"{folder}/picked", "pick a sample")
+    run_file_tasks(engine, pick, files.num_partitions, f"{folder}/picked", "pick a sample")
     compare = _Compare(pick, threshold, products, limits, threads)
     compared = f"{folder}/compared"
-    facts = run_steps(engine, compare, files.num_partitions, compared, "compare the sample")
+    facts = run_file_tasks(engine, compare, files.num_partitions, compared, "compare the sample")
     picked = pick.read()
     needed = compare.total(len(picked.positions))  # (Q, S + 2)
     pairs, sampled = int(needed.sum()), len(needed)
@@ -146,7 +146,7 @@ class _Picked:
 
 
 @dataclass(frozen=True)
-class _Pick(Work):
+class _Pick(FileTask[None, None]):
     """The sampled rows of one partition: those with the smallest hash of (seed, id)."""
 
     files: RowFiles
@@ -184,7 +184,7 @@ class _Pick(Work):
             return np.zeros(size, bool)
         return map_array(self.apart, "bool", start, (size,))
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         share = _QUERIES / max(1, self.num_rows)
         keys = hash_ids(self.files.ids(item), "recall", self.seed)
         rows = np.flatnonzero(keys <= share_bound(share))
@@ -194,11 +194,11 @@ class _Pick(Work):
         paths = [self.path(kind, item) for kind in ("rows", "routes")]
         write_array(paths[0], positions, self.files.gather("vectors", positions))
         routes.take(rows).write(paths[1])
-        return Done(paths)
+        return TaskResult(paths, None)
 
 
 @dataclass(frozen=True)
-class _Compare(Work):
+class _Compare(FileTask[Any, dict[str, Any]]):
     """Sampled rows against all rows of one partition: the margin that each pair needs.
 
     Of identical rows, which share their lists, one is compared and all are counted.
@@ -215,7 +215,7 @@ class _Compare(Work):
         picked = self.pick.read()
         return picked, self.products.prepare(picked.raw)
 
-    def __call__(self, item: int, opened: tuple[_Picked, Any]) -> Done:
+    def __call__(self, item: int, opened: tuple[_Picked, Any]) -> TaskResult[dict[str, Any]]:
         picked, prepared = opened
         files, queries, of_queries = self.pick.files, picked.positions, picked.routes
         routes = Routes.read(files.path("routes", item), files.size(item))
@@ -242,7 +242,7 @@ class _Compare(Work):
             pairs = copies[b] - (themselves[a] == b)  # no row is a pair with itself
             np.add.at(needed, (a, steps), pairs.astype(np.int32))
         write_array(self.path(item), needed)
-        return Done([self.path(item)], {"with_rows_apart": with_apart})
+        return TaskResult([self.path(item)], {"with_rows_apart": with_apart})
 
     def path(self, item: int) -> str:
         return storage.join(self.pick.folder, "compared", f"needed-{item:06d}.bin")

@@ -19,7 +19,12 @@ from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.quantized import integer_products, lengths_of, quantize_rows
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.arrange import groups_of_shards, rows_together
-from curation.neighbors.rows.file_tasks import Done, Work, finished_steps, run_steps
+from curation.neighbors.rows.file_tasks import (
+    FileTask,
+    TaskResult,
+    finished_summaries,
+    run_file_tasks,
+)
 from curation.neighbors.rows.row_files import map_array, write_array
 from curation.neighbors.rows.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine, Resources
@@ -129,7 +134,7 @@ def train_router(
         threads=threads,
         workers=engine.workers_per_node,
     )
-    facts = finished_steps(storage.join(folder, "trained"), 1) or _train(training, engine)
+    facts = finished_summaries(storage.join(folder, "trained"), 1) or _train(training, engine)
     if facts is None:
         return None
     found = facts[0]
@@ -159,12 +164,12 @@ def lists_for(num_rows: int) -> int:
 def _train(training: Training, engine: Engine) -> list[dict[str, Any]] | None:
     """Sample rows and train on them; the sample goes when that has finished."""
     sampled = storage.join(training.folder, "sampled")
-    facts = run_steps(engine, _Sample(training), len(training.groups), sampled, "sample rows")
+    facts = run_file_tasks(engine, _Sample(training), len(training.groups), sampled, "sample rows")
     width = check_widths([(fact["where"], fact["width"]) for fact in facts])
     if not width:
         return None
     train, folder = _TrainCoarse(training, width), storage.join(training.folder, "trained")
-    found = run_steps(engine, train, 1, folder, "train centroids")
+    found = run_file_tasks(engine, train, 1, folder, "train centroids")
     storage.remove(sampled)
     return found
 
@@ -174,12 +179,12 @@ _Sampled = tuple[np.ndarray, np.ndarray, tuple[str, int]]
 
 
 @dataclass(frozen=True)
-class _Sample(Work):
+class _Sample(FileTask[None, dict[str, Any]]):
     """The sampled rows of some shards: (S,) uint64 hashes, then (S, D) int8."""
 
     training: Training
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         number, first, end = self.training.groups[item]
         source, shards = self.training.sources[number], range(first, end)
         read = partial(self._read, source)
@@ -188,7 +193,7 @@ class _Sample(Work):
         width = check_widths(widths)
         write_array(self.training.sample_path(item), *hashes, *rows)
         where = source.dataset.path
-        return Done([self.training.sample_path(item)], {"where": where, "width": width})
+        return TaskResult([self.training.sample_path(item)], {"where": where, "width": width})
 
     def _read(self, source: VectorSource, shard: int) -> _Sampled | None:
         """The sampled rows of one shard; None where there are none."""
@@ -208,17 +213,17 @@ class _Sample(Work):
 
 
 @dataclass(frozen=True)
-class _TrainCoarse(Work):
+class _TrainCoarse(FileTask[None, dict[str, Any]]):
     """The centroids of lists and of their groups, and how many rows each list will hold."""
 
     training: Training
     width: int
 
     @property
-    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+    def resources(self) -> Resources:
         return Resources(memory=self.training.budget.memory, time_limit_s=24 * 3600)
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         sample = self._sample()
         held = min(_ROWS_ASKED, len(sample) // 8)
         asked, rows = sample[:held], sample[held:]  # those trained on lie too near their lists
@@ -249,7 +254,7 @@ class _TrainCoarse(Work):
             "margin": limits.margin,
             "list_starts": split_evenly(expected, self._rows_per_partition()),
         }
-        return Done([self.training.coarse_path], facts)
+        return TaskResult([self.training.coarse_path], facts)
 
     def _reach(
         self, coarse: CoarseQuantizer, asked: np.ndarray, rows: np.ndarray, threads: int

@@ -16,7 +16,7 @@ from curation.neighbors.join.pairs import Candidates, PairCollector
 from curation.neighbors.kernels.identical import first_among
 from curation.neighbors.kernels.products import FLOAT32, Products
 from curation.neighbors.kernels.threads import side_by_side
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import RowFiles, RowReader, map_array, write_array
 from curation.neighbors.rows.vectors import exact_similarities
 from curation.stage import Engine
@@ -113,23 +113,25 @@ def join_exhaustively(join: Join, engine: Engine) -> Joined:
     return finish_join(join, _MeetAll(join, pairs), len(pairs), engine)
 
 
-def finish_join(join: Join, meet: Work, num_met: int, engine: Engine) -> Joined:
+def finish_join(
+    join: Join, meet: FileTask[Any, dict[str, Any]], num_met: int, engine: Engine
+) -> Joined:
     """Run the `Meet` tasks of a join, then settle every partition."""
-    facts = run_steps(engine, meet, num_met, storage.join(join.folder, "met"), "compare")
+    facts = run_file_tasks(engine, meet, num_met, storage.join(join.folder, "met"), "compare")
     settle = _Settle(join, num_met)
     folder = storage.join(join.folder, "settled")
-    run_steps(engine, settle, join.files.num_partitions, folder, "settle the most similar")
+    run_file_tasks(engine, settle, join.files.num_partitions, folder, "settle the most similar")
     return Joined(join, num_met, sum(fact["pairs"] for fact in facts))
 
 
 @dataclass(frozen=True)
-class _MeetAll(Work):
+class _MeetAll(FileTask[None, dict[str, Any]]):
     """All pairs between two partitions, or inside one."""
 
     join: Join
     pairs: tuple[tuple[int, int], ...]
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         first, second = self.pairs[item]
         positions, raw, apart = _unique_vectors(self.join, first)
         blocks = [((0, apart), (0, len(raw)))]
@@ -182,7 +184,9 @@ def _unique_vectors(join: Join, partition: int) -> tuple[np.ndarray, np.ndarray,
     return rows + join.files.starts[partition], vectors, int((~apart).sum())
 
 
-def write_met(join: Join, item: int, positions: np.ndarray, collector: PairCollector) -> Done:
+def write_met(
+    join: Join, item: int, positions: np.ndarray, collector: PairCollector
+) -> TaskResult[dict[str, Any]]:
     """Write what a task found. positions: (M,) int64 of the rows that it held."""
     some = collector.candidates()
     found = Candidates(positions[some.rows], positions[some.twins], some.scores, some.bands)
@@ -191,7 +195,7 @@ def write_met(join: Join, item: int, positions: np.ndarray, collector: PairColle
 
 def write_found(
     join: Join, item: int, edges: np.ndarray, found: Candidates, num_pairs: int
-) -> Done:
+) -> TaskResult[dict[str, Any]]:
     """Write edges and candidates, candidates by the partition of their row; all are positions."""
     write_array(join.met_path("edges", item), edges)
     found = found.take(np.argsort(found.rows, kind="stable"))
@@ -201,7 +205,7 @@ def write_found(
         *(bounds, found.rows, found.twins, found.scores, found.bands),
     )
     paths = [join.met_path(kind, item) for kind in ("edges", "candidates")]
-    return Done(paths, {"pairs": num_pairs})
+    return TaskResult(paths, {"pairs": num_pairs})
 
 
 def read_candidates(join: Join, items: Sequence[int], partition: int) -> Candidates:
@@ -228,13 +232,13 @@ def read_candidates(join: Join, items: Sequence[int], partition: int) -> Candida
 
 
 @dataclass(frozen=True)
-class _Settle(Work):
+class _Settle(FileTask[None, None]):
     """The most similar other row of every row of one partition, scored exactly."""
 
     join: Join
     num_met: int
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         stand_ins = self.join.stand_ins(item)
         start = self.join.files.starts[item]
         best = self._best_strangers(item, len(stand_ins), start)
@@ -246,7 +250,7 @@ class _Settle(Work):
         write_array(self.join.settled_path("similarities", item), similarities)
         kinds = ["edges", "twins", "similarities"]
         kinds += ["strangers"] if self.join.neighbors else []
-        return Done([self.join.settled_path(kind, item) for kind in kinds])
+        return TaskResult([self.join.settled_path(kind, item) for kind in kinds], None)
 
     def _best_strangers(self, item: int, size: int, start: int) -> tuple[np.ndarray, np.ndarray]:
         """For each row the best candidate that is not its copy: (N,) int64 and (N,) float32."""

@@ -19,7 +19,7 @@ from curation.neighbors.index.probes import Probes, invert
 from curation.neighbors.join.join import Join, Joined, finish_join, write_found
 from curation.neighbors.join.pairs import Candidates, PairCollector
 from curation.neighbors.kernels.threads import in_threads
-from curation.neighbors.rows.file_tasks import Done, Work
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult
 from curation.neighbors.rows.row_files import RowReader
 from curation.stage import Engine
 
@@ -58,7 +58,7 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class _MeetLists(Work):
+class _MeetLists(FileTask[Any, dict[str, Any]]):
     """All pairs of a resident with a resident or a visitor, in the lists of one partition."""
 
     join: Join
@@ -68,7 +68,7 @@ class _MeetLists(Work):
     def open(self) -> RowReader:
         return RowReader(self.join.files)
 
-    def __call__(self, item: int, opened: RowReader) -> Done:
+    def __call__(self, item: int, opened: RowReader) -> TaskResult[dict[str, Any]]:
         edges, candidates = [np.empty((0, 2), np.int64)], [Candidates.empty()]
         num_pairs = 0
         work = partial(self._meet, opened)

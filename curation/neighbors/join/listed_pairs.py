@@ -16,7 +16,7 @@ from curation import storage
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.neighbors.join.join import Join, Joined
 from curation.neighbors.kernels.selection import ranks_within
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import map_array
 from curation.schema import ids_from_bytes, schema_of
 from curation.stage import Engine
@@ -37,7 +37,7 @@ def write_pairs(
     join = joined.join
     work = _List(join, folder, base_set)
     receipts = storage.join(join.folder, "listed")
-    facts = run_steps(engine, work, join.files.num_partitions, receipts, "list pairs")
+    facts = run_file_tasks(engine, work, join.files.num_partitions, receipts, "list pairs")
     infos = [ShardInfo.model_validate(fact) for fact in facts]
     commit(folder, schema_of(PAIR_COLUMNS), infos, attributes)
     return sum(info.num_rows for info in infos)
@@ -71,20 +71,20 @@ class _Pairs:
 
 
 @dataclass(frozen=True)
-class _List(Work):
+class _List(FileTask[None, dict[str, Any]]):
     """The pairs of one partition's rows: one shard."""
 
     join: Join
     folder: str
     base_set: str | None
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         sets = np.asarray(self.join.files.rows(item)["set"])
         of_pool = [some.take(sets[some.rows] == 0) for some in self._pairs(item)]
         tables = [self._table(item, some) for some in of_pool]
         empty = schema_of(PAIR_COLUMNS).empty_table()
         info = write_shard(self.folder, item, pa.concat_tables([empty, *tables]))
-        return Done([storage.join(self.folder, info.name)], info.model_dump(mode="json"))
+        return TaskResult([storage.join(self.folder, info.name)], info.model_dump(mode="json"))
 
     def _pairs(self, item: int) -> Iterator[_Pairs]:
         """Pairs of some rows at a time: with strangers, and with copies of themselves."""

@@ -21,9 +21,9 @@ from curation.neighbors.index.vector_index import VectorIndex, search_in
 from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.kernels.k_means import assign_exactly
 from curation.neighbors.kernels.selection import ranks_within
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import RowFiles, write_array
-from curation.neighbors.rows.shard_batches import ByRun, DecideRun, of_shard
+from curation.neighbors.rows.shard_batches import BatchExchange, DecideBatch, of_shard
 from curation.neighbors.search.matching import Matching
 from curation.neighbors.search.search import Search
 from curation.pool import Pool
@@ -113,7 +113,7 @@ class Retrieval:
         if self.on_collision == "next":
             figures |= Matching(search, rule.k).run(engine)
         work = _SampleHits(self, search, hits, number)
-        facts = run_steps(
+        facts = run_file_tasks(
             engine, work, search.queries.num_partitions, f"{search.folder}/hits", "write hits"
         )
         found = sum(fact["hits"] for fact in facts)
@@ -130,13 +130,15 @@ class Retrieval:
         write_array(hot_path, hot)
         clusters = Exchange(storage.join(folder, "by-cluster"), self.num_buckets)
         assign = _AssignRows(self.pool, centroids, hot_path, len(hot), clusters)
-        run_steps(engine, assign, self.pool.num_partitions, clusters.folder, "assign to clusters")
+        run_file_tasks(
+            engine, assign, self.pool.num_partitions, clusters.folder, "assign to clusters"
+        )
         figures = {}
         for line, number in enumerate(counts):
             choose = _Choose(self, number, line, hot_path, centroids.count, clusters)
             chosen = choose.run(engine)
             bound = cap_bound(choose, self.rules[number].cap)
-            facts = run_steps(
+            facts = run_file_tasks(
                 engine,
                 _ClusterHits(choose, hits, bound),
                 self.num_buckets,
@@ -160,7 +162,7 @@ class Retrieval:
         """(C,) int64: seeds of one set in each cluster."""
         work = _CountSeeds(self.queries[number], centroids, f"{folder}/seeds-{number}")
         items = self.queries[number].num_partitions
-        run_steps(engine, work, items, work.folder, "count seeds")
+        run_file_tasks(engine, work, items, work.folder, "count seeds")
         counts = [np.frombuffer(storage.read_bytes(work.path(i)), np.int64) for i in range(items)]
         return np.asarray(np.sum(counts, axis=0))
 
@@ -169,7 +171,7 @@ class Retrieval:
 class HitFiles:
     """Hits on their way to runs of the pool's shards, and to shards of their own by id."""
 
-    by_run: ByRun
+    by_run: BatchExchange
     by_id: Exchange
     first_items: tuple[int, ...]
     """Number of the first item of each set; at the end, that of all items."""
@@ -186,7 +188,7 @@ class HitFiles:
             expected += min(most, rule.k * queries.num_rows if sample else retrieval.pool.num_rows)
         folder = storage.join(retrieval.scratch, "hits")
         return cls(
-            ByRun.of(pool, storage.join(folder, "by-run")),
+            BatchExchange.of(pool, storage.join(folder, "by-run")),
             Exchange(storage.join(folder, "by-id"), 1 + expected // _HITS_PER_SHARD),
             tuple(int(first) for first in np.cumsum([0, *counts])),
             tuple(rule.set for rule in retrieval.rules),
@@ -210,23 +212,25 @@ def write_hits(hits: HitFiles, folder: str, engine: Engine, attributes: dict[str
     """Write the hits as a data set: sorted by id, set, seed and rank."""
     buckets = hits.by_id.num_buckets
     work = _WriteHits(hits, folder)
-    facts = run_steps(engine, work, buckets, f"{hits.by_id.folder}/written", "write hits by id")
+    facts = run_file_tasks(
+        engine, work, buckets, f"{hits.by_id.folder}/written", "write hits by id"
+    )
     infos = [ShardInfo.model_validate(fact) for fact in facts]
     commit(folder, schema_of(HIT_COLUMNS), infos, attributes)
 
 
 @dataclass(frozen=True)
-class _WriteHits(Work):
+class _WriteHits(FileTask[None, dict[str, Any]]):
     """One shard of the hits."""
 
     hits: HitFiles
     folder: str
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         rows = self.hits.by_id.read(item, self.hits.num_items)
         rows = rows.take(pa.array(_order_of(rows, self.hits.set_names)))
         info = write_shard(self.folder, item, readable_hits(rows, self.hits.set_names))
-        return Done([storage.join(self.folder, info.name)], info.model_dump(mode="json"))
+        return TaskResult([storage.join(self.folder, info.name)], info.model_dump(mode="json"))
 
 
 def _order_of(rows: pa.Table, set_names: Sequence[str]) -> np.ndarray:
@@ -300,7 +304,7 @@ def _no_hits() -> pa.Table:
 
 
 @dataclass(frozen=True)
-class _SampleHits(Work):
+class _SampleHits(FileTask[None, dict[str, Any]]):
     """The hits of the seeds of one partition."""
 
     retrieval: Retrieval
@@ -308,7 +312,7 @@ class _SampleHits(Work):
     hits: HitFiles
     number: int
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         search, k = self.search, self.retrieval.rules[self.number].k
         positions, similarities = search.nearest(item)
         if self.retrieval.on_collision == "next":
@@ -325,11 +329,11 @@ class _SampleHits(Work):
             seeds=search.queries.ids(item)[seeds],
         )
         files = self.hits.write(self.hits.first_items[self.number] + item, table)
-        return Done(files, {"hits": table.num_rows})
+        return TaskResult(files, {"hits": table.num_rows})
 
 
 @dataclass(frozen=True)
-class _CountSeeds(Work):
+class _CountSeeds(FileTask[None, None]):
     """Seeds of one partition in each cluster."""
 
     queries: RowFiles
@@ -339,14 +343,14 @@ class _CountSeeds(Work):
     def path(self, item: int) -> str:
         return storage.join(self.folder, f"counts-{item:06d}.bin")
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         nearest, _ = assign_exactly(self.queries.vectors(item), self.centroids.load())
         write_array(self.path(item), np.bincount(nearest, minlength=self.centroids.count))
-        return Done([self.path(item)])
+        return TaskResult([self.path(item)], None)
 
 
 @dataclass(frozen=True)
-class _AssignRows(Work):
+class _AssignRows(FileTask[None, None]):
     """Rows of one partition of the pool that lie in clusters which some set draws from."""
 
     pool: RowFiles
@@ -355,7 +359,7 @@ class _AssignRows(Work):
     num_sets: int
     clusters: Exchange
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         nearest, cosines = assign_exactly(self.pool.vectors(item), self.centroids.load())
         hot = np.logical_or.reduce(_read_hot(self.hot_path, self.num_sets), axis=0)
         rows = np.flatnonzero(hot[nearest])
@@ -365,7 +369,7 @@ class _AssignRows(Work):
             "similarity": cosines[rows],
         }
         self.clusters.write(item, pa.table(columns), nearest[rows] % self.clusters.num_buckets)
-        return Done([self.clusters.mapped_path(item)])
+        return TaskResult([self.clusters.mapped_path(item)], None)
 
 
 def _read_hot(path: str, num_sets: int) -> np.ndarray:
@@ -373,7 +377,7 @@ def _read_hot(path: str, num_sets: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Choose(Work):
+class _Choose(FileTask[None, dict[str, Any]]):
     """What one set takes from the clusters of one bucket: the rows with the smallest hash."""
 
     retrieval: Retrieval
@@ -391,7 +395,7 @@ class _Choose(Work):
     def run(self, engine: Engine) -> int:
         """Choose in every bucket; give the number chosen, before the cap."""
         buckets = self.retrieval.num_buckets
-        facts = run_steps(engine, self, buckets, self.folder, "draw from clusters")
+        facts = run_file_tasks(engine, self, buckets, self.folder, "draw from clusters")
         return sum(fact["rows"] for fact in facts)
 
     def path(self, bucket: int) -> str:
@@ -403,7 +407,7 @@ class _Choose(Work):
         with storage.open_read(self.path(bucket)) as file:
             return pa.ipc.open_file(file).read_all()
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         rows = self.clusters.read(item, self.retrieval.pool.num_partitions)
         hot = np.frombuffer(storage.read_bytes(self.hot_path), bool)
         hot = hot.reshape(-1, self.num_clusters)[self.line]
@@ -419,7 +423,7 @@ class _Choose(Work):
         rows = rows.append_column("lot", pa.array(lots))
         with storage.open_whole(self.path(item)) as file, pa.ipc.new_file(file, rows.schema) as out:
             out.write_table(rows)
-        return Done([self.path(item)], {"rows": rows.num_rows})
+        return TaskResult([self.path(item)], {"rows": rows.num_rows})
 
 
 def cap_bound(choose: _Choose, cap: int) -> int:
@@ -433,14 +437,14 @@ def cap_bound(choose: _Choose, cap: int) -> int:
 
 
 @dataclass(frozen=True)
-class _ClusterHits(Work):
+class _ClusterHits(FileTask[None, dict[str, Any]]):
     """The hits of one set in one bucket of clusters, after the cap."""
 
     choose: _Choose
     hits: HitFiles
     bound: int
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         rows = self.choose.read(item)
         rows = rows.filter(pa.array(np.asarray(rows["lot"]) <= np.uint64(self.bound)))
         table = hit_table(
@@ -452,20 +456,20 @@ class _ClusterHits(Work):
             clusters=np.asarray(rows["cluster"]),
         )
         files = self.hits.write(self.hits.first_items[self.choose.number] + item, table)
-        return Done(files, {"hits": table.num_rows})
+        return TaskResult(files, {"hits": table.num_rows})
 
 
 @dataclass(frozen=True)
-class DecideByHits(DecideRun):
+class DecideByHits(DecideBatch[Any, None]):
     """Images are kept where hit, with their best hit."""
 
     hits: HitFiles
 
-    def read(self, run: int) -> pa.Table:
+    def read(self, batch: int) -> pa.Table:
         """All hits."""
-        return self.hits.by_run.read(run, self.hits.num_items)
+        return self.hits.by_run.read(batch, self.hits.num_items)
 
-    def decide(self, shard: Shard, found: pa.Table, opened: Any) -> None:
+    def decide(self, shard: Shard, found: pa.Table, opened: None) -> None:
         """Drop what was not hit; say of the rest which hit was the best."""
         rows = of_shard(found, shard.index)
         self._count(shard, rows)

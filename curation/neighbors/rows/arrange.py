@@ -21,7 +21,12 @@ from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
 from curation.neighbors.index.routes import Routes
 from curation.neighbors.kernels.identical import fingerprints, first_identical
 from curation.neighbors.kernels.threads import in_threads
-from curation.neighbors.rows.file_tasks import Done, Work, finished_steps, run_steps
+from curation.neighbors.rows.file_tasks import (
+    FileTask,
+    TaskResult,
+    finished_summaries,
+    run_file_tasks,
+)
 from curation.neighbors.rows.row_files import RowFiles, write_array
 from curation.neighbors.rows.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine, Resources
@@ -158,7 +163,7 @@ def arrange(
         share=share,
     )
     arranged = _Arrange(plan, 0).folder
-    facts = finished_steps(arranged, plan.num_partitions)
+    facts = finished_summaries(arranged, plan.num_partitions)
     if facts is None or not all(storage.exists(path) for path in plan.bad_paths()):
         facts = _rewrite(plan, engine)
     starts = np.cumsum([0, *(fact["rows"] for fact in facts)])
@@ -169,10 +174,10 @@ def _rewrite(plan: Plan, engine: Engine) -> list[dict[str, Any]]:
     """Both passes; the copies of the first go when the second has finished."""
     _check_ids(plan, engine)
     split = storage.join(plan.folder, "split")
-    found = run_steps(engine, _Split(plan), len(plan.groups), split, "find the lists")
+    found = run_file_tasks(engine, _Split(plan), len(plan.groups), split, "find the lists")
     width = check_widths([(fact["where"], fact["width"]) for fact in found])
     work = _Arrange(plan, width)
-    facts = run_steps(engine, work, plan.num_partitions, work.folder, "sort the lists")
+    facts = run_file_tasks(engine, work, plan.num_partitions, work.folder, "sort the lists")
     storage.remove(split)
     return facts
 
@@ -215,13 +220,13 @@ def _groups(number: int, source: VectorSource, least: int) -> list[tuple[int, in
 
 
 @dataclass(frozen=True)
-class _Split(Work):
+class _Split(FileTask[Any, dict[str, Any]]):
     """First pass: rows of some shards, grouped by partition."""
 
     plan: Plan
 
     @property
-    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+    def resources(self) -> Resources:
         sources = self.plan.sources
         held = _COPIES * _rows_of_group(sources, self.plan.share.memory) * _row_bytes(sources)
         return Resources(memory=(1 << 30) + max(1 << 29, int(held)))
@@ -229,7 +234,7 @@ class _Split(Work):
     def open(self) -> Any:
         return self.plan.router.open()
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: Any) -> TaskResult[dict[str, Any]]:
         number, first, end = self.plan.groups[item]
         tables, files, widths = [], [], []
         shards = range(first, end)
@@ -246,7 +251,7 @@ class _Split(Work):
             item, rows, np.searchsorted(self.plan.list_starts[1:], lists, "right")
         )
         files.append(self.plan.split.mapped_path(item))
-        return Done(files, {"width": width, "where": widths[0][0], "rows": rows.num_rows})
+        return TaskResult(files, {"width": width, "where": widths[0][0], "rows": rows.num_rows})
 
     def _routed(self, rows: pa.Table, opened: Any) -> tuple[pa.Table, np.ndarray]:
         """The rows with their routes, all found at once: the more, the less each costs."""
@@ -298,14 +303,14 @@ class _Split(Work):
 
 
 @dataclass(frozen=True)
-class _Arrange(Work):
+class _Arrange(FileTask[None, dict[str, Any]]):
     """Second pass: one partition's rows sorted by list, id and set."""
 
     plan: Plan
     width: int
 
     @property
-    def resources(self) -> Resources:  # type: ignore[override]  # a constant elsewhere
+    def resources(self) -> Resources:
         rows = sum(source.pool.num_rows for source in self.plan.sources)
         held = 8 * self.width * np.dtype(self.plan.dtype).itemsize * rows
         return Resources(memory=max(1 << 30, held // self.plan.num_partitions))
@@ -323,7 +328,7 @@ class _Arrange(Work):
             self.plan.list_starts,
         )
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         rows = self._gathered(item)
         vectors = _from_binary(rows["vector"], self.plan.dtype)  # (N, D)
         ids = _from_binary(rows["id"], "uint8")  # (N, 16)
@@ -335,7 +340,7 @@ class _Arrange(Work):
         _routes_of(rows).write(files.path("routes", item))
         _write_arrow(files.path("rows", item), kept)
         paths = [files.path(kind, item) for kind in ("vectors", "ids", "routes", "rows")]
-        return Done(paths, {"rows": rows.num_rows, "width": self.width})
+        return TaskResult(paths, {"rows": rows.num_rows, "width": self.width})
 
     def _gathered(self, item: int) -> pa.Table:
         """Rows of one partition from all files of the first pass, sorted."""
@@ -374,7 +379,7 @@ class _IdsOf(Mapper[list[int]]):
         return pa.table({"id": ids}), bucket_of_ids(ids, self.num_buckets)
 
 
-class _FindTwice(Reducer):
+class _FindTwice(Reducer[str | None]):
     """Finds an id that occurs twice in its bucket."""
 
     def __call__(self, bucket: int, rows: pa.Table) -> str | None:

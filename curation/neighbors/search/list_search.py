@@ -20,7 +20,7 @@ from curation.neighbors.index.recall import first_enough, lists_within, margin_s
 from curation.neighbors.index.routes import ProbeLimits, Routes
 from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.kernels.threads import in_threads
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import write_array
 from curation.neighbors.search.search import Found, Search, finish_search, nearest_in
 from curation.stage import Engine
@@ -62,13 +62,13 @@ class ListSearch:
         few = ProbeLimits(np.inf, _SURVEYED - 1, self.router.limits.groups)
         survey = _Survey(self, self._visits("near", few, engine))
         surveyed, measured = survey.folder, storage.join(search.folder, "measured")
-        run_steps(engine, survey, items, surveyed, "compare sampled queries")
-        figures = run_steps(engine, _Measure(survey), 1, measured, "measure the recall")[0]
+        run_file_tasks(engine, survey, items, surveyed, "compare sampled queries")
+        figures = run_file_tasks(engine, _Measure(survey), 1, measured, "measure the recall")[0]
         look = _Look(
             self, self._visits("visits", self.limits(figures["probe_margin"]), engine), survey
         )
         looked = storage.join(search.folder, "looked")
-        run_steps(engine, look, items, looked, "look for neighbours")
+        run_file_tasks(engine, look, items, looked, "look for neighbours")
         finish_search(search, tuple(tuple(range(items)) for _ in range(partitions)), engine)
         return figures
 
@@ -77,14 +77,14 @@ class ListSearch:
         partitions = self.search.queries.num_partitions
         folder = storage.join(self.search.folder, name)
         route = _Route(self, limits, storage.join(folder, "routes"))
-        run_steps(engine, route, partitions, route.folder, "find the lists of queries")
+        run_file_tasks(engine, route, partitions, route.folder, "find the lists of queries")
         visits = Probes(self.search.rows, folder, partitions)
-        run_steps(engine, _Invert(route, visits), partitions, folder, "turn visits around")
+        run_file_tasks(engine, _Invert(route, visits), partitions, folder, "turn visits around")
         return visits
 
 
 @dataclass(frozen=True)
-class _Route(Work):
+class _Route(FileTask[Any, None]):
     """The lists of the queries of one partition."""
 
     of: ListSearch
@@ -100,25 +100,25 @@ class _Route(Work):
     def open(self) -> Any:
         return self.of.router.open()
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
         vectors = self.of.search.queries.vectors(item)
         opened.route(vectors, self.limits, self.of.threads).write(self.path(item))
-        return Done([self.path(item)])
+        return TaskResult([self.path(item)], None)
 
 
 @dataclass(frozen=True)
-class _Invert(Work):
+class _Invert(FileTask[None, None]):
     """The visits of the queries of one partition, by list; their nearest list is one."""
 
     route: _Route
     visits: Probes
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         routes, start = self.route.routes(item), self.route.of.search.queries.starts[item]
         lists = np.concatenate([routes.home, routes.probes])
         queries = np.concatenate([np.arange(len(routes)), routes.probing_rows])
         self.visits.write(item, lists, queries + start)
-        return Done([self.visits.path(item)])
+        return TaskResult([self.visits.path(item)], None)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class _Lists:
 
 
 @dataclass(frozen=True)
-class _ThroughLists(Work):
+class _ThroughLists(FileTask[Any, Any]):
     """What tasks share that go through the lists of one partition of the rows."""
 
     of: ListSearch
@@ -233,7 +233,9 @@ class _Survey(_ThroughLists):
         ]
         return np.sort(np.argsort(np.concatenate(hashes), kind="stable")[:_SAMPLED])
 
-    def __call__(self, item: int, opened: tuple[Any, np.ndarray, Any]) -> Done:
+    def __call__(
+        self, item: int, opened: tuple[Any, np.ndarray, Any]
+    ) -> TaskResult[dict[str, Any]]:
         prepared, sampled, questions = opened
         search, lists = self.of.search, self.lists(item)
         products, k, start = search.products, search.k, search.rows.starts[item]
@@ -258,7 +260,7 @@ class _Survey(_ThroughLists):
         write_array(self.path("floors", item), *near.surely(k))
         columns = (found.queries, found.positions, numbers, found.scores)
         write_array(self.path("sample", item), *columns)
-        return Done([self.path(kind, item) for kind in ("floors", "sample")])
+        return TaskResult([self.path(kind, item) for kind in ("floors", "sample")], {})
 
     def floors(self) -> np.ndarray:
         """(Q,) float32 of all queries, -inf where the nearest lists have fewer rows than k."""
@@ -291,7 +293,7 @@ class _Survey(_ThroughLists):
 
 
 @dataclass(frozen=True)
-class _Measure(Work):
+class _Measure(FileTask[Any, dict[str, Any]]):
     """The margin that the recall needs on sampled queries, and what it gives."""
 
     survey: "_Survey"
@@ -299,11 +301,13 @@ class _Measure(Work):
     def open(self) -> Any:
         return self.survey.of.router.open()
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: Any) -> TaskResult[dict[str, Any]]:
         of = self.survey.of
         queries, lists = self.survey.nearest()
         if not len(queries):
-            return Done([], {"probe_margin": 0.0, "measured_recall": None, "sampled_neighbours": 0})
+            return TaskResult(
+                [], {"probe_margin": 0.0, "measured_recall": None, "sampled_neighbours": 0}
+            )
         known, numbers = np.unique(queries, return_inverse=True)
         vectors = of.search.queries.gather("vectors", known)
         routes = opened.route(vectors, of.limits(np.inf), of.threads)
@@ -322,7 +326,7 @@ class _Measure(Work):
             "recall_error": error,
             "sampled_neighbours": len(queries),
         }
-        return Done([], facts)
+        return TaskResult([], facts)
 
 
 @dataclass(frozen=True)
@@ -334,7 +338,7 @@ class _Look(_ThroughLists):
     def open(self) -> tuple[np.ndarray, Any]:
         return self.survey.floors(), self.prepared_queries()
 
-    def __call__(self, item: int, opened: tuple[np.ndarray, Any]) -> Done:
+    def __call__(self, item: int, opened: tuple[np.ndarray, Any]) -> TaskResult[dict[str, Any]]:
         lists, search = self.lists(item), self.of.search
         surely, prepared = opened
 
@@ -353,4 +357,4 @@ class _Look(_ThroughLists):
             found = found.possible_of_any(search.k, search.products.band(search.rows.width))
         path = search.looked_path(item)
         found.write(path, search.queries)
-        return Done([path], {"candidates": len(found.queries)})
+        return TaskResult([path], {"candidates": len(found.queries)})

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from curation import storage
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import map_array, write_array
 from curation.neighbors.search.search import Search
 from curation.stage import Engine
@@ -61,9 +61,9 @@ class Matching:
     def run(self, engine: Engine) -> dict[str, int]:
         """Match seeds and images; give the number of collisions: requests for a taken image."""
         sort = _SortPairs(self)
-        facts = run_steps(engine, sort, self.num_runs, f"{self.folder}/sorted", "sort pairs")
+        facts = run_file_tasks(engine, sort, self.num_runs, f"{self.folder}/sorted", "sort pairs")
         serve = _Serve(self, tuple(fact["pairs"] for fact in facts))
-        (found,) = run_steps(engine, serve, 1, f"{self.folder}/served", "give images to seeds")
+        (found,) = run_file_tasks(engine, serve, 1, f"{self.folder}/served", "give images to seeds")
         return {"collisions": found["collisions"]}
 
     def chosen(self, partition: int) -> np.ndarray:
@@ -81,7 +81,7 @@ class Matching:
 
     def _num_files(self) -> int:
         receipt = storage.read_json(storage.join(self.folder, "served", "000000.json"))
-        return int(receipt["facts"]["files"])
+        return int(receipt["summary"]["files"])
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,12 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class _SortPairs(Work):
+class _SortPairs(FileTask[None, dict[str, Any]]):
     """The pairs of one partition of seeds, sorted."""
 
     matching: Matching
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         search = self.matching.search
         positions, similarities = search.nearest(item)
         seeds, ranks = np.nonzero(positions >= 0)
@@ -147,18 +147,18 @@ class _SortPairs(Work):
         )
         path = self.matching.run_path(item)
         pairs.sorted().write(path)
-        return Done([path], {"pairs": len(seeds)})
+        return TaskResult([path], {"pairs": len(seeds)})
 
 
 @dataclass(frozen=True)
-class _Serve(Work):
+class _Serve(FileTask[None, dict[str, Any]]):
     """All pairs in order: each is given if its image is free and its seed wants more."""
 
     matching: Matching
     lengths: tuple[int, ...]
     """Pairs of each run."""
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         desk = _Desk(self.matching.search, self.matching.k)
         paths: list[str] = []
         given: list[Pairs] = []
@@ -169,7 +169,7 @@ class _Serve(Work):
                 given = []
         if given:
             paths.append(self._write(len(paths), given))
-        return Done(paths, {"collisions": desk.collisions, "files": len(paths)})
+        return TaskResult(paths, {"collisions": desk.collisions, "files": len(paths)})
 
     def _merged(self) -> Iterator[Pairs]:
         """Pairs of all runs, block by block, in the order in which they are served.

@@ -14,7 +14,7 @@ from curation import storage
 from curation.neighbors.kernels.products import FLOAT32, Products
 from curation.neighbors.kernels.selection import ranks_within
 from curation.neighbors.kernels.threads import side_by_side
-from curation.neighbors.rows.file_tasks import Done, Work, run_steps
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
 from curation.neighbors.rows.vectors import exact_similarities
 from curation.stage import Engine
@@ -149,7 +149,7 @@ def search_exhaustively(search: Search, engine: Engine) -> None:
     shape = (search.queries.num_partitions, search.rows.num_partitions)
     pairs = tuple((int(a), int(b)) for a, b in np.ndindex(*shape))
     looked = storage.join(search.folder, "looked")
-    run_steps(engine, _Look(search, pairs), len(pairs), looked, "look for neighbours")
+    run_file_tasks(engine, _Look(search, pairs), len(pairs), looked, "look for neighbours")
     items = tuple(
         tuple(item for item, pair in enumerate(pairs) if pair[0] == partition)
         for partition in range(shape[0])
@@ -160,17 +160,17 @@ def search_exhaustively(search: Search, engine: Engine) -> None:
 def finish_search(search: Search, items: tuple[tuple[int, ...], ...], engine: Engine) -> None:
     """Choose the nearest of what `Look` tasks found. items: their numbers, by query partition."""
     ranked = storage.join(search.folder, "ranked")
-    run_steps(engine, _Rank(search, items), len(items), ranked, "rank neighbours")
+    run_file_tasks(engine, _Rank(search, items), len(items), ranked, "rank neighbours")
 
 
 @dataclass(frozen=True)
-class _Look(Work):
+class _Look(FileTask[None, dict[str, Any]]):
     """Candidates for the queries of one partition among the rows of another."""
 
     search: Search
     pairs: tuple[tuple[int, int], ...]
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
         of_queries, of_rows = self.pairs[item]
         search, products = self.search, self.search.products
         queries = products.prepare(search.queries.vectors(of_queries))
@@ -184,7 +184,7 @@ class _Look(Work):
         found = Found.joined(parts)
         path = search.looked_path(item)
         found.write(path, search.queries)
-        return Done([path], {"candidates": len(found.queries)})
+        return TaskResult([path], {"candidates": len(found.queries)})
 
 
 def nearest_in(
@@ -230,14 +230,14 @@ def thinned(search: Search, found: Found) -> Found:
 
 
 @dataclass(frozen=True)
-class _Rank(Work):
+class _Rank(FileTask[None, None]):
     """The k nearest rows of the queries of one partition."""
 
     search: Search
     items: tuple[tuple[int, ...], ...]
     """`Look` tasks that met each partition of queries."""
 
-    def __call__(self, item: int, opened: Any) -> Done:
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         search, start = self.search, self.search.queries.starts[item]
         paths = [search.looked_path(one) for one in self.items[item]]
         looked = [Found.read(path, item, search.queries) for path in paths]
@@ -255,7 +255,9 @@ class _Rank(Work):
         side_by_side(rank, range(start, start + shape[0], _QUERIES))
         write_array(search.ranked_path("positions", item), positions)
         write_array(search.ranked_path("similarities", item), similarities)
-        return Done([search.ranked_path(kind, item) for kind in ("positions", "similarities")])
+        return TaskResult(
+            [search.ranked_path(kind, item) for kind in ("positions", "similarities")], None
+        )
 
 
 def exactly_nearest(search: Search, found: Found) -> Found:

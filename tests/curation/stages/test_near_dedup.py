@@ -135,7 +135,7 @@ def test_near_dedup__content_is_the_same_where_verdicts_of_shards_travel_togethe
     assert alone.dropped.keys() == {"near_duplicate", "leak:bench"}
     runs, read = [], Reviewed.read
     monkeypatch.setattr(Reviewed, "read", lambda self, run: runs.append(run) or read(self, run))
-    monkeypatch.setattr(runs_module, "_FEWEST_RUNS", 5)
+    monkeypatch.setattr(runs_module, "_FEWEST_BATCHES", 5)
     together, others = dedup(pool, bench, name="together", against=("bench",))
     assert sorted(runs) == sorted([*range(6), *range(6)])  # 16 shards, three at a time
     assert together.dropped == alone.dropped

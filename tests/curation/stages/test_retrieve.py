@@ -161,8 +161,8 @@ def test_retrieve__content_is_the_same_where_hits_of_shards_travel_together(
     pool = embed(normal(0, 300, WIDTH), sizes=[20] * 15)
     seeds = {"seeds": embed(normal(1, 20, WIDTH), "seeds")}
     _, alone, _ = retrieve(pool, seeds, sample("seeds"), name="alone")
-    monkeypatch.setattr(runs, "_FEWEST_RUNS", 4)
-    assert (runs.shards_together(pool), runs.num_runs(pool)) == (3, 5)
+    monkeypatch.setattr(runs, "_FEWEST_BATCHES", 4)
+    assert (runs.shards_per_batch(pool), len(runs.batches_of(pool))) == (3, 5)
     _, together, _ = retrieve(pool, seeds, sample("seeds"), name="together")
     assert together.manifest.content_digest == alone.manifest.content_digest
 

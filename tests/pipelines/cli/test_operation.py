@@ -43,7 +43,7 @@ def recipe(tmp_path):
 
 
 @dataclass(frozen=True)
-class Works(Task[int, int]):
+class Works(Task[int, None, int]):
     """Computes, sleeps, and holds memory."""
 
     def open(self):

@@ -46,7 +46,7 @@ def test_workers_per_node__are_all_where_there_is_one(engine):
 
 
 @dataclass(frozen=True)
-class Square(Task[int, int]):
+class Square(Task[int, None, int]):
     def open(self):
         return 2
 
@@ -55,7 +55,7 @@ class Square(Task[int, int]):
 
 
 @dataclass(frozen=True)
-class FailsOnce(Task[int, int]):
+class FailsOnce(Task[int, None, int]):
     folder: str
     how: str
 
@@ -72,7 +72,7 @@ class FailsOnce(Task[int, int]):
 
 
 @dataclass(frozen=True)
-class Fails(Task[int, int]):
+class Fails(Task[int, None, int]):
     error: type[Exception]
 
     def __call__(self, item, opened):
@@ -149,7 +149,7 @@ def test_map__local_workers_share_the_gpus(tmp_path):
 
 
 @dataclass(frozen=True)
-class Holds(Task[int, int]):
+class Holds(Task[int, None, int]):
     """Takes memory in small pieces, and lets it go; gives the number of its process."""
 
     def __call__(self, item, opened):
@@ -159,7 +159,7 @@ class Holds(Task[int, int]):
 
 
 @dataclass(frozen=True)
-class Reads(Task[int, int]):
+class Reads(Task[int, None, int]):
     """Reads a table, which Arrow does in threads of its own; gives the number of its process."""
 
     file: str
@@ -194,7 +194,7 @@ def test_map__local_workers_that_wait_give_memory_back(what, tmp_path):
 
 
 @dataclass(frozen=True)
-class Poisonous(Task[int, int]):
+class Poisonous(Task[int, None, int]):
     """One item kills its worker every time; the others take a while."""
 
     def __call__(self, item, opened):
@@ -262,7 +262,7 @@ def test_exchange__finished_buckets_are_not_reduced_again(tmp_path):
     exchange = Exchange(str(tmp_path / "x"), 4)
     engine = LocalEngine()
     first = exchange.run(engine, Digits(), range(5), Sum(str(tmp_path)))
-    Path(exchange.result_path(2)).unlink()
+    (tmp_path / "x" / "reduced" / "000002.json").unlink()
     assert exchange.run(engine, Digits(), range(5), Sum(str(tmp_path))) == first
     assert [(tmp_path / str(k)).read_text() for k in range(4)] == ["x", "x", "xx", "x"]
 
@@ -280,7 +280,7 @@ class NoTextError(Exception):
 
 
 @dataclass(frozen=True)
-class Misbehaves(Task[int, int]):
+class Misbehaves(Task[int, None, int]):
     how: str
     resources = Resources(time_limit_s=1.0)
 
@@ -358,7 +358,7 @@ def test_map__an_error_that_stays_is_not_tried_again(engine, error, tmp_path):
 
 
 @dataclass(frozen=True)
-class FailsCounted(Task[int, int]):
+class FailsCounted(Task[int, None, int]):
     error: type[Exception]
     folder: str
 

@@ -70,8 +70,12 @@ def engine():
 
 
 @dataclass(frozen=True)
-class Needs(Task[int, int]):
-    resources: Resources = Resources()
+class Needs(Task[int, None, int]):
+    needed: Resources = Resources()
+
+    @property
+    def resources(self):
+        return self.needed
 
     def __call__(self, item, opened):
         return item
@@ -108,7 +112,7 @@ def test_map__a_stage_that_needs_more_or_less_memory_runs_in_the_same_processes(
 
 
 @dataclass(frozen=True)
-class Leaks(Task[int, int]):
+class Leaks(Task[int, None, int]):
     """One item holds ever more memory, which its worker never gives back."""
 
     resources = Resources(memory=1 << 20)
@@ -186,7 +190,7 @@ def _node(**options):
 
 
 @dataclass(frozen=True)
-class WhereAmI(Task[int, str]):
+class WhereAmI(Task[int, None, str]):
     def __call__(self, item, opened):
         time.sleep(0.2)
         return ray.get_runtime_context().get_node_id()

@@ -47,7 +47,7 @@ pool:
 
 
 @dataclass(frozen=True)
-class Process(Task[None, int]):
+class Process(Task[None, None, int]):
     def __call__(self, item, opened):
         return os.getpid()
 
