@@ -4,7 +4,8 @@ rule sample: the k nearest images of every seed. rule cluster: images of every c
 at least `min_hits` seeds. One row a hit goes to `hits`; rows of the pool without one are dropped.
 """
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -12,21 +13,20 @@ from pydantic import Field, model_validator
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import SpaceError
+from curation.neighbors.clusters.centroids import Centroids, copy_centroids, train_centroids
 from curation.neighbors.index.vector_index import (
     SEARCHED,
     Comparison,
+    VectorIndex,
     arrange_queries,
     build_index,
     sources_of,
 )
-from curation.neighbors.retrieval.hits import (
-    HITS,
-    DecideByHits,
-    HitFiles,
-    Retrieval,
-    SeedRule,
-    write_hits,
-)
+from curation.neighbors.retrieval.cluster_rule import ClusterRule
+from curation.neighbors.retrieval.hit_files import HITS, DecideByHits, HitFiles, write_hits
+from curation.neighbors.retrieval.sample_rule import Collision, SampleRule
+from curation.neighbors.retrieval.seed_rule import SeedRule
+from curation.neighbors.rows.row_files import RowFiles
 from curation.neighbors.rows.shard_batches import decide_shards
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
@@ -35,7 +35,7 @@ from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 class Retrieve(DatasetStage):
     """Keeps the images of the pool that seed sets retrieve."""
 
-    version = 4
+    version = 5
     reasons = ("not_retrieved",)
 
     embeddings: str
@@ -48,7 +48,7 @@ class Retrieve(DatasetStage):
     """Clusters of the pool for rule cluster; fewer where the pool has fewer rows."""
     centroids: str | None = None
     """The centroids of an earlier `cluster`, in place of training: its first level's serve."""
-    on_collision: Literal["keep", "next"] = "keep"
+    on_collision: Collision = "keep"
     """sample: keep: an image may be hit by several seeds. next: take the next nearest free one."""
     assume_same_space: bool = False
     """Compare embeddings whose spaces are unknown or differ."""
@@ -93,36 +93,59 @@ class Retrieve(DatasetStage):
         )
         if self.centroids is not None and not self.assume_same_space:
             _check_centroids(Dataset.open(self.centroids), sources[0].dataset)
-        rows = storage.join(folder.scratch, "rows")
         pool = build_index(
             sources[:1],
-            rows,
+            storage.join(folder.scratch, "rows"),
             engine,
             comparison=self.comparison,
             seed=inputs.seed,
             rows_per_list=SEARCHED,
         )
-        queries = tuple(
+        seeds = [
             arrange_queries(
                 source, pool.files, storage.join(folder.scratch, f"seeds-{name}"), engine
             )
             for name, source in zip(names, sources[1:], strict=True)
-        )
-        retrieval = Retrieval(
-            self.seeds,
-            pool,
-            queries,
-            self.clusters,
-            self.on_collision,
-            inputs.seed,
-            folder.scratch,
-            self.centroids,
-        )
-        hits = HitFiles.planned(retrieval, inputs.pool)
-        figures = retrieval.run(hits, engine)
+        ]
+        scratch = storage.join(folder.scratch, "hits")
+        hits = HitFiles.planned(self.seeds, seeds, pool.files, inputs.pool, scratch)
+        figures = self._find(pool, seeds, hits, folder.scratch, engine)
         write_hits(hits, folder.output(HITS), engine, {"stage": folder.stage})
         decide_shards(DecideByHits(self, inputs.pool, folder, hits), engine)
+        return {"sets": figures}
+
+    def _find(
+        self,
+        pool: VectorIndex,
+        seeds: Sequence[RowFiles],
+        hits: HitFiles,
+        folder: str,
+        engine: Engine,
+    ) -> dict[str, Any]:
+        """Find and write the hits of all sets; give the figures of each."""
+        if not pool.files.num_rows:
+            hits.write_none()
+            return {}
+        figures: dict[str, Any] = {}
+        clustered: dict[int, SeedRule] = {}
+        for number, rule in enumerate(self.seeds):
+            if rule.rule == "cluster":
+                clustered[number] = rule
+                continue
+            root = storage.join(folder, f"search-{number}")
+            search = SampleRule(pool, seeds[number], rule.k, self.on_collision, root)
+            figures[rule.set] = search.run(hits.writer(number), engine)
+        if clustered:
+            root = storage.join(folder, "clusters")
+            centroids = self._centroids(pool, root, engine)
+            draw = ClusterRule(pool.files, centroids, clustered, pool.seed, root)
+            figures |= draw.run(dict(enumerate(seeds)), hits, engine)
         return figures
+
+    def _centroids(self, pool: VectorIndex, folder: str, engine: Engine) -> Centroids:
+        if self.centroids is not None:
+            return copy_centroids(self.centroids, pool.files.width, folder)
+        return train_centroids(pool.files, self.clusters, folder, engine, seed=pool.seed)
 
 
 def _check_centroids(centroids: Dataset, pool: Dataset) -> None:

@@ -20,7 +20,7 @@ from curation.neighbors.kernels.products import Products
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import map_array, write_array
 from curation.neighbors.rows.vectors import VectorSource, bad_rows, exact_similarities
-from curation.neighbors.search.search import nearest_in
+from curation.neighbors.search.candidates import nearest_in
 from curation.schema import ID, ids_from_bytes
 from curation.stage import Engine, Resources
 

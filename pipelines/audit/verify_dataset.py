@@ -14,7 +14,7 @@ from curation import merkle, storage
 from curation.dataset import MANIFEST, Dataset, Manifest, ShardInfo, files_digest, leaf_of
 from curation.digest import Content
 from curation.errors import ConfigError, CurateError, StorageError
-from curation.neighbors.retrieval.hits import HIT_COLUMNS
+from curation.neighbors.retrieval.hit_files import HIT_COLUMNS
 from curation.schema import ID, KEEP
 from pipelines.audit.dataset_stats import open_any
 from pipelines.audit.tables import select

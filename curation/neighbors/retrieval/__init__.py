@@ -1,1 +1,1 @@
-"""Seed images and a pool in, hits by sample or by cluster out."""
+"""Seeds and an index of the pool in, hits out: a data set of them, and the best of each image."""

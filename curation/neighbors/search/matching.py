@@ -7,15 +7,19 @@ Q seeds, K candidates of each, H pairs, P partitions of seeds.
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from curation import storage
-from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
-from curation.neighbors.rows.row_files import map_array, write_array
+from curation.neighbors.rows.column_file import ColumnFile, write_columns
+from curation.neighbors.rows.file_tasks import (
+    FileTask,
+    TaskResult,
+    finished_summaries,
+    run_file_tasks,
+)
 from curation.neighbors.search.search import Search
 from curation.stage import Engine
 
@@ -24,6 +28,7 @@ _PAIRS_HELD = 1 << 18
 _FEWEST_OF_A_RUN = 1 << 8
 _SERVED_AT_ONCE = 1 << 16
 _PAIRS_PER_FILE = 1 << 19
+_COLUMNS = ("similarities", "seeds", "ranks", "images")
 
 
 @dataclass(frozen=True)
@@ -41,51 +46,41 @@ class Matching:
     pairs_per_file: int = _PAIRS_PER_FILE
 
     @property
-    def folder(self) -> str:
-        """Where runs and results lie."""
-        return storage.join(self.search.folder, "matched")
-
-    @property
     def num_runs(self) -> int:
         """Partitions of seeds."""
         return self.search.queries.num_partitions
 
-    def run_path(self, partition: int) -> str:
-        """File of the sorted pairs of one partition of seeds."""
-        return storage.join(self.folder, f"run-{partition:06d}.bin")
-
-    def served_path(self, number: int) -> str:
-        """File of some of the pairs that were given, by partition of their seeds."""
-        return storage.join(self.folder, f"served-{number:06d}.bin")
+    def path(self, kind: str, number: int) -> str:
+        """File of the sorted pairs of one partition of seeds ("run"), or of "served" pairs."""
+        return storage.join(self.search.folder, "matched", f"{kind}-{number:06d}.bin")
 
     def run(self, engine: Engine) -> dict[str, int]:
         """Match seeds and images; give the number of collisions: requests for a taken image."""
-        sort = _SortPairs(self)
-        facts = run_file_tasks(engine, sort, self.num_runs, f"{self.folder}/sorted", "sort pairs")
-        serve = _Serve(self, tuple(fact["pairs"] for fact in facts))
-        (found,) = run_file_tasks(engine, serve, 1, f"{self.folder}/served", "give images to seeds")
+        runs = storage.join(self.search.folder, "matched", "sorted")
+        lengths = run_file_tasks(engine, _SortPairs(self), self.num_runs, runs, "sort pairs")
+        serve = _Serve(self, tuple(lengths))
+        (found,) = run_file_tasks(engine, serve, 1, self._served_folder, "give images to seeds")
         return {"collisions": found["collisions"]}
 
     def chosen(self, partition: int) -> np.ndarray:
-        """(Q, K) bool: which candidates the seeds of one partition get."""
+        """(Q, K) bool: which candidates the seeds of one partition get, after `run`."""
+        (found,) = finished_summaries(self._served_folder, 1) or [{"files": 0}]
         start, size = self.search.queries.starts[partition], self.search.queries.size(partition)
         chosen = np.zeros((size, self.search.k), bool)
-        for number in range(self._num_files()):
-            path, head = self.served_path(number), 8 * (self.num_runs + 1)
-            bounds = map_array(path, "int64", 0, (head // 8,))
-            first, stop, total = (int(bounds[i]) for i in (partition, partition + 1, -1))
-            seeds = map_array(path, "int64", head + 8 * first, (stop - first,))
-            ranks = map_array(path, "int32", head + 8 * total + 4 * first, (stop - first,))
+        for number in range(found["files"]):
+            file = ColumnFile.open(self.path("served", number))
+            first, stop = map(int, file["bounds"][partition : partition + 2])
+            seeds, ranks = file.read(["seeds", "ranks"], first, stop)
             chosen[seeds - start, ranks] = True
         return chosen
 
-    def _num_files(self) -> int:
-        receipt = storage.read_json(storage.join(self.folder, "served", "000000.json"))
-        return int(receipt["summary"]["files"])
+    @property
+    def _served_folder(self) -> str:
+        return storage.join(self.search.folder, "matched", "served")
 
 
 @dataclass(frozen=True)
-class Pairs:
+class SeedPairs:
     """Seeds and candidates, in the order in which they are served."""
 
     similarities: np.ndarray
@@ -97,126 +92,116 @@ class Pairs:
     images: np.ndarray
     """(H,) int64: positions."""
 
-    def take(self, which: Any) -> "Pairs":
-        """Some of the pairs, by slice or number."""
-        return Pairs(
-            self.similarities[which], self.seeds[which], self.ranks[which], self.images[which]
-        )
+    def __len__(self) -> int:
+        return len(self.seeds)
 
-    def sorted(self) -> "Pairs":
+    def columns(self) -> dict[str, np.ndarray]:
+        """Its arrays by name."""
+        return {name: getattr(self, name) for name in _COLUMNS}
+
+    def take(self, which: np.ndarray | slice) -> "SeedPairs":
+        """Some of the pairs, by number or slice."""
+        return SeedPairs(*(column[which] for column in self.columns().values()))
+
+    def in_order(self) -> "SeedPairs":
         """The same pairs in the order in which they are served."""
         return self.take(np.lexsort((self.ranks, self.seeds, -self.similarities)))
 
     @classmethod
-    def joined(cls, parts: list["Pairs"]) -> "Pairs":
+    def joined(cls, parts: Sequence["SeedPairs"]) -> "SeedPairs":
         """All pairs of some parts."""
-        names = ("similarities", "seeds", "ranks", "images")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-
-    def write(self, path: str) -> None:
-        """Write a run."""
-        write_array(path, self.similarities, self.ranks, self.seeds, self.images)
-
-    @classmethod
-    def read(cls, path: str, total: int, start: int, count: int) -> "Pairs":
-        """Some pairs of a run of `total`, mapped where the file is local."""
-        shape = (max(0, min(count, total - start)),)
-        return cls(
-            map_array(path, "float32", 4 * start, shape),
-            map_array(path, "int64", 8 * total + 8 * start, shape),
-            map_array(path, "int32", 4 * total + 4 * start, shape),
-            map_array(path, "int64", 16 * total + 8 * start, shape),
-        )
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS))
 
 
 @dataclass(frozen=True)
-class _SortPairs(FileTask[None, dict[str, Any]]):
-    """The pairs of one partition of seeds, sorted."""
+class _SortPairs(FileTask[None, int]):
+    """The pairs of one partition of seeds, sorted; gives their number."""
 
     matching: Matching
 
-    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
+    def __call__(self, item: int, opened: None) -> TaskResult[int]:
         search = self.matching.search
         positions, similarities = search.nearest(item)
         seeds, ranks = np.nonzero(positions >= 0)
-        pairs = Pairs(
+        pairs = SeedPairs(
             similarities[seeds, ranks],
             seeds + search.queries.starts[item],
             ranks.astype(np.int32),
             positions[seeds, ranks],
         )
-        path = self.matching.run_path(item)
-        pairs.sorted().write(path)
-        return TaskResult([path], {"pairs": len(seeds)})
+        path = self.matching.path("run", item)
+        write_columns(path, pairs.in_order().columns())
+        return TaskResult([path], len(pairs))
 
 
 @dataclass(frozen=True)
-class _Serve(FileTask[None, dict[str, Any]]):
+class _Serve(FileTask[None, dict[str, int]]):
     """All pairs in order: each is given if its image is free and its seed wants more."""
 
     matching: Matching
     lengths: tuple[int, ...]
     """Pairs of each run."""
 
-    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
+    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, int]]:
         desk = _Desk(self.matching.search, self.matching.k)
         paths: list[str] = []
-        given: list[Pairs] = []
+        given: list[SeedPairs] = []
         for pairs in self._merged():
             given.append(desk.serve(pairs))
-            if sum(len(part.seeds) for part in given) >= self.matching.pairs_per_file:
+            if sum(map(len, given)) >= self.matching.pairs_per_file:
                 paths.append(self._write(len(paths), given))
                 given = []
         if given:
             paths.append(self._write(len(paths), given))
         return TaskResult(paths, {"collisions": desk.collisions, "files": len(paths)})
 
-    def _merged(self) -> Iterator[Pairs]:
+    def _merged(self) -> Iterator[SeedPairs]:
         """Pairs of all runs, block by block, in the order in which they are served.
 
         A block ends with the window of that run whose last pair comes first: what other runs
         hold before it lies in their windows, too. Equal similarities go by seed, hence by run.
         """
-        starts = np.zeros(len(self.lengths), np.int64)
-        size = max(_FEWEST_OF_A_RUN, self.matching.pairs_held // max(1, len(starts)))
-        while (starts < self.lengths).any():
-            windows = [self._window(run, int(starts[run]), size) for run in range(len(starts))]
-            goes_on = np.flatnonzero(starts + size < self.lengths)
-            counts = np.array([len(window.seeds) for window in windows])
+        starts, lengths = np.zeros(len(self.lengths), np.int64), np.array(self.lengths, np.int64)
+        size = max(_FEWEST_OF_A_RUN, self.matching.pairs_held // max(1, len(lengths)))
+        while (starts < lengths).any():
+            stops = np.minimum(starts + size, lengths)
+            bounds = zip(starts.tolist(), stops.tolist(), strict=True)
+            windows = [self._window(run, *some) for run, some in enumerate(bounds)]
+            counts = stops - starts
+            goes_on = np.flatnonzero(stops < lengths)
             if len(goes_on):
                 last = np.array([windows[run].similarities[-1] for run in goes_on])
                 bounding = int(goes_on[last.argmax()])  # of equals the first
                 counts = _before(windows, bounding, float(last.max()))
             parts = [window.take(slice(n)) for window, n in zip(windows, counts, strict=True)]
-            block = Pairs.joined(parts).sorted()
-            for first in range(0, len(block.seeds), _SERVED_AT_ONCE):
+            block = SeedPairs.joined(parts).in_order()
+            for first in range(0, len(block), _SERVED_AT_ONCE):
                 yield block.take(slice(first, first + _SERVED_AT_ONCE))
             starts += counts
 
-    def _window(self, run: int, start: int, size: int) -> Pairs:
-        return Pairs.read(self.matching.run_path(run), self.lengths[run], start, size)
+    def _window(self, run: int, start: int, stop: int) -> SeedPairs:
+        """Some pairs of a run, which is mapped no longer than they are held."""
+        file = ColumnFile.open(self.matching.path("run", run))
+        return SeedPairs(*file.read(_COLUMNS, start, stop))
 
-    def _write(self, number: int, given: list[Pairs]) -> str:
-        """Write pairs by the partition of their seed, with an offset table."""
-        pairs = Pairs.joined(given)
-        order = np.argsort(pairs.seeds, kind="stable")
-        seeds = pairs.seeds[order]
-        bounds = np.searchsorted(seeds, self.matching.search.queries.starts).astype(np.int64)
-        path = self.matching.served_path(number)
-        write_array(path, bounds, seeds, pairs.ranks[order])
+    def _write(self, number: int, given: list[SeedPairs]) -> str:
+        """Write pairs by the partition of their seed."""
+        pairs = SeedPairs.joined(given)
+        pairs = pairs.take(np.argsort(pairs.seeds, kind="stable"))
+        bounds = np.searchsorted(pairs.seeds, self.matching.search.queries.starts)
+        path = self.matching.path("served", number)
+        write_columns(path, {"bounds": bounds, "seeds": pairs.seeds, "ranks": pairs.ranks})
         return path
 
 
-def _before(windows: list[Pairs], bounding: int, similarity: float) -> np.ndarray:
+def _before(windows: Sequence[SeedPairs], bounding: int, similarity: float) -> np.ndarray:
     """(P,) int64: pairs of each window up to the last one of the bounding window."""
-    counts = np.empty(len(windows), np.int64)
+    counts = []
     for run, window in enumerate(windows):
-        falling = -window.similarities
-        if run <= bounding:
-            counts[run] = np.searchsorted(falling, np.float32(-similarity), "right")
-        else:
-            counts[run] = np.searchsorted(falling, np.float32(-similarity), "left")
-    return counts
+        falling, bound = -window.similarities, np.float32(-similarity)
+        after = np.searchsorted(falling, bound, "right")
+        counts.append(after if run <= bounding else np.searchsorted(falling, bound, "left"))
+    return np.array(counts, np.int64)
 
 
 class _Desk:
@@ -227,7 +212,7 @@ class _Desk:
         self._wanted = array("i", [k]) * search.queries.num_rows
         self.collisions = 0
 
-    def serve(self, pairs: Pairs) -> Pairs:
+    def serve(self, pairs: SeedPairs) -> SeedPairs:
         """Serve pairs in their order; give those that are given."""
         taken, wanted, given = self._taken, self._wanted, []
         hungry = np.flatnonzero(np.frombuffer(wanted, np.int32)[pairs.seeds] > 0)

@@ -19,7 +19,7 @@ WIDTH = 24
 
 @pytest.fixture
 def retrieve(tmp_path):
-    def run(pool, sets, *rules, name="out", workers=1, seed=0, engine=None, **settings):
+    def run(pool, sets, *rules, name="out", workers=0, seed=0, engine=None, **settings):
         folder = StageFolder(str(tmp_path / name), "retrieve")
         stage = Retrieve(embeddings="copy", seeds=rules, **settings)
         inputs = StageInputs(pool, sets, seed)

@@ -4,7 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-from curation.neighbors.rows.row_files import RowFiles, write_array
+from curation.neighbors.rows.column_file import write_columns
+from curation.neighbors.rows.row_files import RowFiles
 from curation.neighbors.search.matching import Matching
 from curation.neighbors.search.search import Search
 from pipelines.engines.local_engine import LocalEngine
@@ -16,8 +17,8 @@ def searched(folder, positions, similarities, bounds, num_rows):
     queries = RowFiles(str(folder), 8, "float16", tuple(bounds), tuple(range(len(bounds))))
     search = Search(rows, queries, positions.shape[1], str(folder))
     for number, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        write_array(search.ranked_path("positions", number), positions[start:stop])
-        write_array(search.ranked_path("similarities", number), similarities[start:stop])
+        columns = {"positions": positions[start:stop], "similarities": similarities[start:stop]}
+        write_columns(search.nearest_path(number), columns)
     return search
 
 
@@ -87,7 +88,8 @@ import resource, sys
 sys.path.insert(0, {str(sys.path[0])!r})
 import numpy as np
 from curation.neighbors.search.matching import Matching
-from curation.neighbors.rows.row_files import RowFiles, write_array
+from curation.neighbors.rows.column_file import write_columns
+from curation.neighbors.rows.row_files import RowFiles
 from curation.neighbors.search.search import Search
 from pipelines.engines.local_engine import LocalEngine
 
@@ -98,9 +100,9 @@ queries = RowFiles("{tmp_path}", 8, "float16", bounds, tuple(range(parts + 1)))
 search = Search(rows, queries, k, "{tmp_path}")
 rng = np.random.default_rng(0)
 for part in range(parts):
-    write_array(search.ranked_path("positions", part), rng.integers(0, num_rows, (seeds, k)))
     scores = -np.sort(-rng.random((seeds, k)).astype(np.float32), axis=1)
-    write_array(search.ranked_path("similarities", part), scores)
+    columns = {{"positions": rng.integers(0, num_rows, (seeds, k)), "similarities": scores}}
+    write_columns(search.nearest_path(part), columns)
 matching = Matching(search, 8)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
