@@ -33,8 +33,11 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _get_layout,
-    ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib", "WindowsPath"): PurePosixPath,
+    **{
+        (module, name): PurePosixPath
+        for module in ("pathlib", "pathlib._local")  # the second is Python 3.13's own name
+        for name in ("PosixPath", "WindowsPath")
+    },
 }
 
 
