@@ -330,8 +330,8 @@ def ask_explain(root: Path, text: str) -> tuple[float, float, dict[str, Any]]:
     """Seconds and peak gigabytes of `curate explain` in its own process, and the first life."""
     code = (
         "import resource, sys\n"
-        "from pipelines.cli.audit import print_explanation\n"
-        "print_explanation(sys.argv[1], sys.argv[2], True)\n"
+        "from pipelines.cli.audit import explain\n"
+        "explain(sys.argv[1], sys.argv[2], json=True)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
     command = [sys.executable, "-c", code, text, str(root)]

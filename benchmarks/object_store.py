@@ -34,7 +34,7 @@ from curation.pool import Pool
 from curation.schema import make_id
 from curation.stage import Engine, Item, Opened, Result, StageFolder, StageInputs, Task
 from curation.stages.near_dedup import NearDedup
-from pipelines.engines.observed_engine import ObservedEngine, Usage, forget_peak, peak_bytes
+from pipelines.engines.metered_engine import MeteredEngine, Usage, forget_peak, peak_bytes
 from pipelines.engines.ray_engine import RayEngine
 from pipelines.run.stage_runner import Silent, run_stage
 
@@ -138,9 +138,10 @@ class Steps(Engine):
         self, task: Task[Item, Opened, Result], items: Sequence[Item], label: str
     ) -> Iterator[tuple[Item, Result]]:
         """Run it there."""
-        observed, began = ObservedEngine(self._engine, lambda *_: None), time.perf_counter()
-        yield from observed.map(task, items, label)
-        print(row(label, time.perf_counter() - began, observed.take_usage(), task), flush=True)
+        usage, began = Usage(), time.perf_counter()
+        metered = MeteredEngine(self._engine, lambda _, __, one: usage.add(one))
+        yield from metered.map(task, items, label)
+        print(row(label, time.perf_counter() - began, usage, task), flush=True)
         self.driver_bytes = max(self.driver_bytes, peak_bytes())
         forget_peak()
 

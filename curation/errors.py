@@ -8,7 +8,8 @@ CurateError (embedder.errors)
 ├── LedgerError      rows that do not add up: a bug of ours, never of the user's
 ├── StageError       a stage that cannot go on with this data
 ├── LockError        a folder in which another process writes
-├── EngineError      shards that failed after their retries
+├── EngineError      items that failed after their retries
+│   └── FailedShardsError  shards of a stage, more than a run accepts
 └── StorageError     a path that cannot be read or written
 
 An engine tries an item again after the last three, and after errors that are not ours; the others
@@ -25,6 +26,7 @@ __all__ = [
     "CurateError",
     "DatasetError",
     "EngineError",
+    "FailedShardsError",
     "LedgerError",
     "LockError",
     "SchemaError",
@@ -65,15 +67,17 @@ class LockError(CurateError):
 
 
 class EngineError(CurateError):
-    """Shards that still failed after their retries: `failures` holds each with its cause."""
+    """Items that still failed after their retries: `failures` holds each with its cause."""
 
     is_final = False
-    can_be_accepted = False
-    """Whether the stage can go on without them: where shards do not depend on each other."""
 
     def __init__(self, text: str, failures: Sequence[tuple[Any, str]] = ()) -> None:
         super().__init__(text)
         self.failures = tuple(failures)
+
+
+class FailedShardsError(EngineError):
+    """Shards that do not depend on each other, so that `--max-failed-shards` can accept some."""
 
 
 class StorageError(CurateError):

@@ -68,8 +68,6 @@ class Task(ABC, Generic[Item, Opened, Result]):
 class Engine(ABC):
     """Runs tasks: in this process, or on a cluster."""
 
-    max_failed_shards: int = 0
-    """Shards of a stage that may keep failing: their rows are dropped, and the run goes on."""
     retries: int = 0
     """Failures so far that were tried again."""
     time_limit_s: float | None = None
@@ -254,7 +252,7 @@ class Stage(Settings, ABC):
     """Whether benchmarks and seed sets pass this stage too, with the same settings."""
     on_union: ClassVar[bool] = False
     """Whether the stage sees the pool together with the sets taken as they are."""
-    meets_base: ClassVar[bool] = False
+    compares_with_previous: ClassVar[bool] = False
     """Whether the stage compares its rows with what earlier deliveries kept."""
 
     @classmethod

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from curation.errors import StorageError
+from embedder.errors import one_line
 
 _ROWS_PER_GROUP = 1 << 13
 _LOOKED_UP = ("sha256", "pixel_hash", "seed_id")
@@ -591,7 +592,7 @@ def parquet_errors(path: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error)
         raise StorageError(f"{path}: not a readable Parquet file: {detail}") from error
 
 
@@ -618,7 +619,7 @@ def storage_errors(path: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in _CLIENTS:
             raise
-        detail = " ".join(str(error).split())[:300]
+        detail = one_line(error)
         raise StorageError(f"{path}: {type(error).__name__}: {detail}") from error
 
 

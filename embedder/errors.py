@@ -57,8 +57,16 @@ def foreign_weights(what: str, kind: type[CurateError]) -> Iterator[None]:
         raise kind(f"{what} ({reason_of(error)})") from error
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error as one line of at most 500 characters, even where its text fails."""
+    try:
+        return " ".join(str(error).split())[:500]
+    except Exception as other:  # noqa: BLE001  (foreign code)
+        return f"(its text cannot be told: {type(other).__name__})"
+
+
 def reason_of(error: Exception) -> str:
     """What another library's error about a file of weights says, in one short line."""
     if isinstance(error, pickle.UnpicklingError):  # torch then advises to run what is in it
         return "it holds no weights, or more than weights"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error) or type(error).__name__

@@ -33,7 +33,7 @@ class ExactDedup(DatasetStage):
     """
 
     reasons = ("duplicate_bytes", "duplicate_pixels")
-    meets_base = True
+    compares_with_previous = True
 
     def required_columns(self) -> tuple[str, ...]:
         """Hashes that canonicalize made, and what the choice of the kept one rests on."""

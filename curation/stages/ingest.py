@@ -98,7 +98,7 @@ class Ingest(DatasetStage):
         *("bad_source", "scheme", "url_list:NAME", "not_allowed"),
         *("duplicate_source", "in_base", "forgotten", *READ_REASONS),
     )
-    meets_base = True
+    compares_with_previous = True
 
     @model_validator(mode="after")
     def _one_source(self) -> "Ingest":

@@ -33,7 +33,7 @@ class NearDedup(DatasetStage):
 
     version = 4
     reasons = ("near_duplicate", "leak:NAME", "bad_vector")
-    meets_base = True
+    compares_with_previous = True
 
     embeddings: str
     """Name of the side-car with the vectors."""

@@ -64,7 +64,7 @@ class Select(DatasetStage):
 
     reasons = ("duplicate_in_union", "in_base")
     on_union = True
-    meets_base = True
+    compares_with_previous = True
 
     def required_columns(self) -> tuple[str, ...]:
         """What images must have."""

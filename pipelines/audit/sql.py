@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from curation.dataset import Dataset
 from curation.errors import ConfigError
+from embedder.errors import one_line
 from pipelines.audit.tables import Row, Tables, host_of, named, quoted
 from pipelines.audit.work_folder import FinishedStage, WorkFolder
 
@@ -80,7 +81,7 @@ def check_select(query: str) -> None:
     try:
         statements = duckdb.extract_statements(query)
     except duckdb.Error as error:
-        raise ConfigError(f"curate sql: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"curate sql: {one_line(error)}") from error
     kinds = [statement.type for statement in statements]
     if kinds != [duckdb.StatementType.SELECT]:
         raise ConfigError("curate sql: give one SELECT; data of a run is never changed")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import ConfigError, DatasetError, StorageError
+from embedder.errors import one_line
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -170,13 +171,13 @@ def duckdb_errors() -> Iterator[None]:
     try:
         yield
     except duckdb.IOException as error:
-        raise StorageError(_one_line(error)) from error
+        raise StorageError(one_line(error)) from error
     except duckdb.PermissionException as error:
         raise ConfigError(
-            f"{_one_line(error)}; `curate sql` reads the run alone: --allow-files lets it read more"
+            f"{one_line(error)}; `curate sql` reads the run alone: --allow-files lets it read more"
         ) from error
     except (duckdb.Error, UnicodeDecodeError) as error:
-        raise DatasetError(f"query failed: {_one_line(error)}") from error
+        raise DatasetError(f"query failed: {one_line(error)}") from error
 
 
 def quoted(text: Value) -> str:
@@ -218,7 +219,3 @@ def _files_of(dataset: Dataset, chosen: Sequence[int] | None = None) -> list[str
     if chosen is None:
         filled = filled or list(numbers)[:1]
     return [glob.escape(storage.full_path(dataset.shard_path(i))) for i in filled]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]

@@ -9,6 +9,7 @@ from curation import storage
 from curation.dataset import Dataset
 from curation.lock import LOCK_FILE
 from curation.schema import ID
+from embedder.errors import one_line
 from pipelines.audit.seal import (
     PRETRAIN,
     SEAL_FILE,
@@ -23,7 +24,6 @@ from pipelines.audit.verify_dataset import (
     Checked,
     check_form,
     check_unique,
-    one_line,
     verify_dataset,
     verify_foreign,
 )

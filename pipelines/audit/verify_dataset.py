@@ -16,6 +16,7 @@ from curation.digest import Content
 from curation.errors import ConfigError, CurateError, StorageError
 from curation.neighbors.retrieval.hit_files import HIT_COLUMNS
 from curation.schema import ID, KEEP
+from embedder.errors import one_line
 from pipelines.audit.dataset_stats import open_any
 from pipelines.audit.tables import select
 
@@ -241,8 +242,3 @@ def _difference_of_rows(table: pa.Table, content: str) -> str:
                 if Content.of(renamed).hex() == content:
                     return f"columns '{one}' and '{other}' were swapped"
     return "its rows are not those that were written"
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, shortened."""
-    return " ".join(str(error).split())[:300]

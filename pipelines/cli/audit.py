@@ -1,38 +1,31 @@
-"""What auditors ask: `curate stats`, `sql`, `explain`, `report`, `verify` and their like."""
+"""Commands of auditors: counts, questions, lives of images, proofs, and what is to be forgotten."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Annotated, ParamSpec
 
-from curation import storage
-from curation.errors import DatasetError
-from curation.lock import locked
-from pipelines.audit.seal import broken_seals
-from pipelines.audit.work_folder import WorkFolder
-from pipelines.operate import console
+import typer
 
-if TYPE_CHECKING:
-    from curation.stage import Engine
-
-Row = dict[str, Any]
+from pipelines.cli.options import Json, Out, RunFolder, StageOptions, Work
 
 P = ParamSpec("P")
-R = TypeVar("R")
-
-_SHOWN_QUANTILES = ("0.01", "0.5", "0.99")
-_HIDDEN = ("stage", "keep", "reason", "score", "threshold")
 
 
-def names_damage(verb: Callable[P, R]) -> Callable[P, R]:
-    """Where a verb stumbles over a run that is not what was sealed, say that in one line."""
+def names_damage(command: Callable[P, None]) -> Callable[P, None]:
+    """Where a command stumbles over a run that is not what was sealed, say that in one line."""
 
-    @functools.wraps(verb)
-    def asked(*args: P.args, **options: P.kwargs) -> R:
+    @functools.wraps(command)
+    def asked(*args: P.args, **options: P.kwargs) -> None:
         try:
-            return verb(*args, **options)
+            command(*args, **options)
         except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-            for work in (one for one in args if isinstance(one, str) and WorkFolder.is_one(one)):
+            from curation.errors import DatasetError
+            from pipelines.audit.seal import broken_seals
+            from pipelines.audit.work_folder import WorkFolder
+
+            given = (one for one in (*args, *options.values()) if isinstance(one, str))
+            for work in filter(WorkFolder.is_one, given):
                 broken = broken_seals(work, WorkFolder(work).record)
                 if broken:
                     raise DatasetError(
@@ -44,227 +37,280 @@ def names_damage(verb: Callable[P, R]) -> Callable[P, R]:
 
 
 @names_damage
-def print_stats(path: str, as_json: bool, by: str | None = None, csv: str | None = None) -> None:
-    """`curate stats`."""
+def stats(
+    path: Annotated[str, typer.Argument(help="A work folder, a manifest or any data set.")],
+    by: Annotated[
+        str | None,
+        typer.Option("--by", help="By host, source, seed_set, cluster, any column."),
+    ] = None,
+    csv: Annotated[str | None, typer.Option("--csv", help="Write the figures as CSV.")] = None,
+    json: Json = False,
+) -> None:
+    """Count rows, reasons, sizes and scores of a run or a data set.
+
+    Examples:
+
+        curate stats build/demo --json
+
+        curate stats build/demo/manifest --by host
+    """
     from pipelines.audit.stats import count_by_column, stats_of, write_csv
+    from pipelines.cli.tables import print_dataset, print_run, print_table
+    from pipelines.operate import console
 
     if by is not None:
         rows = count_by_column(path, by)
-        found: Any = {"path": path, "by": by, "values": rows}
+        found = {"path": path, "by": by, "values": rows}
     else:
         found = stats_of(path)
     if csv is not None:
         console.print_line(write_csv(found, csv))
-    elif as_json:
+    elif json:
         console.print_json(found)
     elif by is not None:
-        _print_table(found["values"], f"{path} by {by}")
+        print_table(rows, f"{path} by {by}")
     elif found["kind"] == "run":
-        _print_run(found)
+        print_run(found)
     else:
-        _print_dataset(found)
+        print_dataset(found)
 
 
 @names_damage
-def print_answer(
-    work: str, query: str | None, limit: int, as_json: bool, *, allow_files: bool = False
+def sql(
+    work: RunFolder,
+    query: Annotated[
+        str | None, typer.Argument(help="One SELECT in DuckDB's SQL; none: list the views.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Rows shown.")] = 100,
+    allow_files: Annotated[
+        bool, typer.Option("--allow-files", help="Let it read files outside the work folder.")
+    ] = False,
+    json: Json = False,
 ) -> None:
-    """`curate sql`."""
+    """Ask a run in SQL: decisions, rows, images, fetches, hits, manifest, packed, stages.
+
+    Examples:
+
+        curate sql build/demo
+
+        curate sql build/demo "select reason, count(*) from decisions where not keep group by 1"
+    """
     from pipelines.audit.sql import ask, views_of
+    from pipelines.cli.tables import print_table
+    from pipelines.operate import console
 
     if query is None:
         views = views_of(work)
-        if as_json:
+        if json:
             console.print_json(views)
         else:
-            console.print_pairs({n: ", ".join(c) for n, c in views.items()}, title="views")
+            shown = {name: ", ".join(columns) for name, columns in views.items()}
+            console.print_pairs(shown, title="views")
         return
     answer = ask(work, query, limit, allow_files=allow_files)
-    if as_json:
+    if json:
         console.print_json(answer.rows)
         return
-    _print_table(answer.rows, "")
+    print_table(answer.rows, "")
     if answer.more:
         console.print_line(f"the first {limit} rows; --limit shows more")
 
 
 @names_damage
-def print_explanation(image: str, work: str, as_json: bool) -> None:
-    """`curate explain`."""
-    from pipelines.audit.explain import explain
+def explain(
+    image: Annotated[str, typer.Argument(help="An id, a URL, or a file of your own.")],
+    work: Work,
+    json: Json = False,
+) -> None:
+    """Tell one image's whole life: every stage's verdict, its rule, score and threshold.
+
+    Of a file on this machine: whether the set holds it or a near copy of it.
+
+    Examples:
+
+        curate explain http://127.0.0.1:18700/bomb.png --work build/demo
+
+        curate explain my-photo.jpg --work build/demo
+    """
+    from pipelines.audit.explain import explain as explain_image
+    from pipelines.cli.tables import print_life, print_seen
+    from pipelines.operate import console
 
     if Path(image).is_file():
-        _print_file(image, work, as_json)
+        from pipelines.audit.seen import look_for
+
+        found = look_for(Path(image), work)
+        if json:
+            console.print_json(found)
+        else:
+            print_seen(found)
         return
-    lives = explain(image, work)
-    if as_json:
+    lives = explain_image(image, work)
+    if json:
         console.print_json(lives)
         return
     for life in lives:
-        _print_life(life)
+        print_life(life)
 
 
-@names_damage
-def write_report(work: str, out: str | None) -> None:
-    """`curate report`."""
-    from pipelines.audit.seal import REPORT, seal_again
-    from pipelines.web.report.page import write_page
-
-    page = storage.join(work, REPORT)
-    if out not in (None, page):
-        console.print_line(write_page(work, str(out)))
-        return
-    with locked(work):
-        console.print_line(write_page(work, page))
-        seal_again(work, REPORT)
-
-
-@names_damage
-def serve(
-    work: str, host: str, port: int, catalog: str | None, allowed: Sequence[str] = ()
+def verify(
+    path: Annotated[str, typer.Argument(help="A work folder or any data set.")],
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="Check this shard of a data set alone.")
+    ] = None,
+    json: Json = False,
 ) -> None:
-    """`curate serve`."""
-    from pipelines.web.serving.catalog_file import catalog_of
+    """Check every file's hash, the content digests, unique ids, and that rows add up.
 
-    server = server_module("serve")
-    work = work.rstrip("/")
-    names = server.names_of(host, allowed)
-    file = catalog_of(work, catalog)
-    with server.listening(host, port) as listener:
-        shown, chosen = listener.getsockname()[:2]
-        console.print_line(f"{work}: http://{shown}:{chosen} (Ctrl-C ends it)")
-        server.serve(server.make_app(work, file, names), listener)
+    --shard checks one, and shows the path of hashes that leads from it to `files_digest`.
 
+    Example:
 
-def server_module(verb: str) -> Any:
-    """The module of the server.
-
-    Raises:
-        ConfigError: it needs packages that are not installed.
+        curate verify build/demo
     """
-    from curation.errors import ConfigError
+    from pipelines.cli.tables import print_proof, print_verification
 
-    try:
-        from pipelines.web.serving import app
-    except ImportError as error:
-        raise ConfigError(
-            f"curate {verb}: {error.name} is missing; pip install 'lvd-curate[serve]'"
-        ) from error
-    return app
+    if shard is None:
+        from pipelines.audit.verify import verify as verify_all
 
+        checked = verify_all(path)
+        print_verification(path, checked, as_json=json)
+        is_sound = not any(one.defects for one in checked)
+    else:
+        from pipelines.audit.verify_dataset import prove_shard
 
-def print_verification(path: str, as_json: bool) -> bool:
-    """`curate verify`: whether everything is as it was written."""
-    from pipelines.audit.verify import verify
-
-    checked = verify(path)
-    defects = [f"{one.where}: {defect}" for one in checked for defect in one.defects]
-    if as_json:
-        console.print_json(
-            {
-                "path": path,
-                "ok": not defects,
-                "defects": defects,
-                "checked": [vars(c) for c in checked],
-            }
-        )
-        return not defects
-    console.print_rows(
-        ("checked", "files", "rows", "bytes", "verdict"),
-        [(one.where, one.files, one.rows, one.num_bytes, _verdict(one)) for one in checked],
-    )
-    for defect in defects:
-        console.print_line(f"DEFECT {defect}")
-    console.print_line(f"{len(defects)} defects" if defects else "everything is as it was written")
-    return not defects
-
-
-def print_proof(path: str, shard: str, as_json: bool) -> bool:
-    """`curate verify --shard`: whether one shard is what its data set says."""
-    from pipelines.audit.verify_dataset import prove_shard
-
-    proof = prove_shard(path.rstrip("/"), shard)
-    if as_json:
-        console.print_json({"path": path, "ok": not proof.defects, **vars(proof)})
-        return not proof.defects
-    pairs: Row = {"shard": f"{proof.shard}, number {proof.number} of {proof.shards}"}
-    pairs |= {"files": proof.leaf, "hashed with": proof.path}
-    console.print_pairs(pairs | {"files digest": proof.files_digest}, title="proof")
-    for defect in proof.defects:
-        console.print_line(f"DEFECT {path}: {defect}")
-    return not proof.defects
+        proof = prove_shard(path.rstrip("/"), shard)
+        print_proof(path, proof, as_json=json)
+        is_sound = not proof.defects
+    if not is_sound:
+        raise typer.Exit(1)
 
 
 @names_damage
-def print_diff(old: str, new: str, as_json: bool) -> None:
-    """`curate diff`."""
-    from pipelines.audit.diff import diff
+def diff(
+    old: Annotated[str, typer.Argument(help="Work folder of the earlier run.")],
+    new: Annotated[str, typer.Argument(help="Work folder of the later run.")],
+    json: Json = False,
+) -> None:
+    """Tell what changed between two builds, and why: settings, rows, images that left or came.
 
-    found = diff(old, new)
-    if as_json:
-        console.print_json(found)
-        return
-    _print_table(found["settings"], "settings that differ")
-    _print_table(found["versions"], "versions that differ")
-    _print_table(found["stages"], "rows dropped")
-    for name, title in (("left", "images that left"), ("came", "images that came")):
-        rows = [{**row, "examples": ", ".join(row["examples"])} for row in found[name]]
-        _print_table(rows, f"{title}, by what the other build did with them")
-    console.print_line(
-        f"{found['stayed']:,} images are in both, {found['changed']:,} of them with other figures"
-    )
-    if found["same"]:
-        console.print_line("the two sets have the same content")
+    Example:
 
-
-def print_certificate(
-    work: str, out: str | None, how: dict[str, Any], engine: "Engine", as_json: bool
-) -> bool:
-    """`curate certificate`: whether no benchmark image has an image of the set near it.
-
-    how: threshold, encoder and scratch, see `certify`.
+        curate diff build/monday build/tuesday
     """
-    from pipelines.audit.certificate import certify, markdown
+    from pipelines.audit.diff import diff as compare
+    from pipelines.cli.tables import print_diff
+    from pipelines.operate import console
 
-    found = certify(work, engine, **how)
+    found = compare(old, new)
+    if json:
+        console.print_json(found)
+    else:
+        print_diff(found)
+
+
+def certificate(
+    work: RunFolder,
+    out: Annotated[str | None, typer.Option("--out", help="Write it as Markdown.")] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option("--threshold", min=-1, max=1, help="Cosine of a leak; the run's by default."),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", help="Judge by another encoder than the run's own."),
+    ] = None,
+    scratch: Annotated[
+        str | None, typer.Option("--scratch", help="Where tables lie. [WORK/work/certificate]")
+    ] = None,
+    engine: StageOptions = StageOptions(),
+    json: Json = False,
+) -> None:
+    """Certify how near the finished set comes to every benchmark image; exit 1 if any leaks.
+
+    Example:
+
+        curate certificate build/demo --out certificate.md
+
+        curate certificate build/demo --encoder dinov2:vits14:FILE --threshold 0.8
+    """
+    from curation import storage
+    from pipelines.audit.certificate import certify, markdown
+    from pipelines.cli.tables import plain
+    from pipelines.operate import console
+
+    found = certify(work, engine.start(), threshold=threshold, encoder=encoder, scratch=scratch)
     if out is not None:
         storage.write_bytes(out, markdown(found).encode())
-    if as_json:
+    if json:
         console.print_json(found)
     else:
         names = ("benchmark", "images", "above", "nearest", "median")
-        console.print_rows(
-            names, [[_plain(one[name]) for name in names] for one in found["benchmarks"]]
-        )
+        rows = [[plain(one[name]) for name in names] for one in found["benchmarks"]]
+        console.print_rows(names, rows)
         for one in found["benchmarks"]:
             console.print_line(one["statement"])
-    return not any(one["above"] for one in found["benchmarks"])
+    if any(one["above"] for one in found["benchmarks"]):
+        raise typer.Exit(1)
 
 
 @names_damage
-def write_card(work: str, out: str) -> None:
-    """`curate card`."""
-    from pipelines.audit.card import write_card as write
+def card(
+    work: RunFolder,
+    out: Out,
+) -> None:
+    """Write the data card of a set: README.md for people, croissant.json for machines.
 
-    for path in write(work, out):
+    Example:
+
+        curate card build/demo --out build/demo/card
+    """
+    from pipelines.audit.card import write_card
+    from pipelines.operate import console
+
+    for path in write_card(work, out):
         console.print_line(path)
 
 
-def forget_images(work: str, lists: dict[str, str | None], near: bool, as_json: bool) -> None:
-    """`curate forget`."""
-    from curation.errors import ConfigError
-    from pipelines.audit.forget import forget
+def forget(
+    work: RunFolder,
+    ids: Annotated[str | None, typer.Option("--ids", help="File with an id a line.")] = None,
+    urls: Annotated[str | None, typer.Option("--urls", help="File with a URL a line.")] = None,
+    hashes: Annotated[
+        str | None, typer.Option("--hashes", help="File with a SHA-256 or pixel hash a line.")
+    ] = None,
+    near: Annotated[
+        bool, typer.Option("--near", help="Also remove near duplicates of them.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Take images out of every table, packed shard and report of a finished run.
 
+    Leaves tombstones in WORK/forgotten, which `blocklist` reads in later builds, and lists the
+    checkpoints that may have seen the images.
+
+    Example:
+
+        curate forget build/demo --urls requests.txt --near
+    """
+    from curation import storage
+    from curation.errors import ConfigError
+    from pipelines.audit.forget import Kind
+    from pipelines.audit.forget import forget as forget_images
+    from pipelines.cli.tables import print_table
+    from pipelines.operate import console
+
+    lists: dict[Kind, str | None] = {"ids": ids, "urls": urls, "hashes": hashes}
     given = [(kind, path) for kind, path in lists.items() if path is not None]
     if len(given) != 1:
         raise ConfigError("curate forget: give one of --ids, --urls and --hashes")
     kind, path = given[0]
     names = storage.read_bytes(path).decode("utf-8", "replace").splitlines()
-    done = forget(work, kind, names, near=near)  # type: ignore[arg-type]  # the keys above
-    if as_json:
+    done = forget_images(work, kind, names, near=near)
+    if json:
         console.print_json(vars(done))
         return
-    _print_table([{k: r[k] for k in ("flow", "id", "sha256")} for r in done.rows], "forgotten")
+    print_table([{k: r[k] for k in ("flow", "id", "sha256")} for r in done.rows], "forgotten")
     for text in done.not_found:
         console.print_line(f"never seen: {text}")
     for checkpoint in done.checkpoints:
@@ -275,149 +321,3 @@ def forget_images(work: str, lists: dict[str, str | None], near: bool, as_json: 
         console.print_line(
             f"later runs here or with this --base keep them out, others by 'forgotten: [{folder}]'"
         )
-
-
-def _verdict(one: Any) -> str:
-    if one.defects:
-        return f"{len(one.defects)} defects"
-    return "; ".join(one.notes) or "ok"
-
-
-def _print_run(found: Row) -> None:
-    from pipelines.audit.funnel import FunnelRow
-
-    rows = [FunnelRow(**row) for row in found["funnel"]]
-    console.print_funnel(rows, title=f"{found['recipe']}: rows through each stage")
-    _print_scores(found["scores"])
-    _print_table(found["fetches"], "downloads")
-    _print_table(found["duplicates"], "near duplicates by size of component")
-    _print_table(found["seed_sets"], "retrieval by seed set")
-    _print_table(found["parts"], "parts of the set")
-    _print_table(found["failed_shards"], "shards that failed")
-    _print_table(found["hosts"], "hosts")
-    _print_table(found["languages"], "languages of alternative texts")
-    if found["images"]:
-        _print_table(found["images"]["formats"], "formats of the pool's images")
-        _print_columns(found["images"]["sides"], "sizes of the pool's images")
-    if found["manifest"]:
-        _print_dataset(found["manifest"])
-
-
-def _print_dataset(found: Row) -> None:
-    names = ("path", "rows", "bytes", "shards", "content_digest")
-    console.print_pairs({n: found[n] for n in names if found[n] is not None}, title="data set")
-    _print_columns(found["columns"], "columns")
-    for column in found["columns"]:
-        if column.get("values"):
-            _print_table(column["values"], column["column"])
-    _print_table(found.get("balance", []), "balance: entropy 1 and Gini 0 where all are equal")
-    if found.get("hosts"):
-        _print_table(found["hosts"], "hosts")
-    _print_table(found.get("languages", []), "languages of alternative texts")
-
-
-def _print_scores(scores: list[Row]) -> None:
-    if scores:
-        console.print_rows(
-            ("score", "rows", *_SHOWN_QUANTILES, "thresholds"),
-            [
-                (
-                    f"{score['stage']}: {score['score']}",
-                    score["rows"],
-                    *(_number(score["quantiles"][q]) for q in _SHOWN_QUANTILES),
-                    ", ".join(_number(value) for value in score["thresholds"]),
-                )
-                for score in scores
-            ],
-            title="scores: quantiles, and what they are judged by",
-        )
-
-
-def _print_columns(columns: list[Row], title: str) -> None:
-    console.print_rows(
-        ("column", "values", "min", "median", "max"),
-        [
-            (
-                one["column"],
-                one.get("rows", ""),
-                _number(one.get("min")),
-                _number((one.get("quantiles") or {}).get("0.5")),
-                _number(one.get("max")),
-            )
-            for one in columns
-        ],
-        title=title,
-    )
-
-
-def _print_table(rows: list[Row], title: str) -> None:
-    """Rows that all have the same keys."""
-    if rows:
-        values = [[_plain(value) for value in row.values()] for row in rows]
-        console.print_rows(tuple(rows[0]), values, title=title)
-
-
-def _print_life(life: Row) -> None:
-    origin = life["origin"] or {}
-    pairs = {"id": life["id"], "flow": life["flow"], "fate": life["fate"]}
-    pairs |= {k: v for k, v in origin.items() if v is not None and k != "id"}
-    for part in ("fetch", "image"):
-        pairs |= {f"{part}: {k}": v for k, v in (life[part] or {}).items() if _worth(k, v)}
-    console.print_pairs(pairs, title="image")
-    console.print_rows(
-        ("stage", "verdict", "reason", "score", "threshold", "more"),
-        [_verdict_row(row) for row in life["verdicts"]],
-        title="verdicts",
-    )
-    if life["sources"]:
-        console.print_pairs(life["sources"], title="images named above")
-    own = "id" if life["flow"] == "pool" else "seed_id"
-    _print_table([{k: v for k, v in hit.items() if k != own} for hit in life["hits"]], "hits")
-    for part in ("manifest", "packed"):
-        if life.get(part):
-            shown = {k: v for k, v in life[part].items() if v is not None and k != "id"}
-            console.print_pairs(shown, title=part)
-
-
-def _print_file(image: str, work: str, as_json: bool) -> None:
-    """What the run holds of a photo that may never have been listed."""
-    from pipelines.audit.seen import look_for
-
-    found = look_for(Path(image), work)
-    if as_json:
-        console.print_json(found)
-        return
-    shown = {name: _plain(value) for name, value in found.items() if not isinstance(value, list)}
-    console.print_pairs(shown, title="photo")
-    _print_table(found["verdicts"], "what the run's filters say of it")
-    _print_table(found["equal"], "equal images in the run")
-    _print_table(found["nearest"], "nearest images of the set")
-    _print_table(found["nearest_benchmark"], "nearest benchmark images")
-
-
-def _worth(name: str, value: Any) -> bool:
-    return value is not None and name != "id"
-
-
-def _verdict_row(row: Row) -> tuple[str, ...]:
-    more = ", ".join(f"{k} {_plain(v)}" for k, v in row.items() if k not in _HIDDEN)
-    return (
-        row["stage"],
-        "keep" if row["keep"] else "DROP",
-        row["reason"] or "",
-        _number(row["score"]),
-        _number(row["threshold"]),
-        more,
-    )
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return f"{len(value):,} bytes"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "" if value is None else _number(value) if isinstance(value, float) else value

@@ -13,6 +13,7 @@ from curation.errors import SchemaError
 from curation.pool import Pool
 from curation.schema import ID, KEEP, REASON, schema_of
 from curation.stage import ABOUT, Engine, Task
+from pipelines.cli.inputs import images_of
 from pipelines.operate import console
 
 NO_VERDICT = "no_verdict"
@@ -37,18 +38,15 @@ class _DigestRows(Task[int, None, str]):
         return Content.of(self.images.read_shard(item, known)).hex()
 
 
-def kept_by(
-    pool: Pool, images: Dataset, decisions: Sequence[str], out: str, engine: Engine
-) -> Pool:
-    """The rows that every one of some decisions keeps, by a table in OUT/_keep-NAME.
-
-    images: the side-car that holds the images of the pool.
+def kept_by(pool: Pool, decisions: Sequence[str], out: str, engine: Engine) -> Pool:
+    """The images that every one of some decisions keeps, by a table in OUT/_keep-NAME.
 
     Raises:
         SchemaError: decisions that are no decisions, or not about these images.
     """
     if not decisions:
         return pool
+    images = images_of(pool)
     verdicts = tuple(Dataset.open(path) for path in decisions)
     for one in verdicts:
         check_about(one, pool, images, engine)
@@ -62,14 +60,11 @@ def kept_by(
         {"images": pool.num_rows, **{f"dropped: {why}": dropped[why] for why in sorted(dropped)}},
         title=f"--keep {', '.join(decisions)}",
     )
-    return pool.with_stage(_side_cars(verdicts), kept)
-
-
-def _side_cars(verdicts: Sequence[Dataset]) -> dict[str, Dataset]:
-    """What decisions bring along: the faces that their filter found, the best hit of an image."""
+    # What decisions bring along: the faces that their filter found, the best hit of an image.
     beside = (storage.join(one.path, "_faces") for one in verdicts)
-    faces = {path: Dataset.open(path) for path in beside if Dataset.is_finished(path)}
-    return {**faces, **{one.path: one for one in verdicts if "seed_set" in one.columns}}
+    side_cars = {path: Dataset.open(path) for path in beside if Dataset.is_finished(path)}
+    side_cars |= {one.path: one for one in verdicts if "seed_set" in one.columns}
+    return pool.with_stage(side_cars, kept)
 
 
 _ADVICE = "give decisions on these very rows"

@@ -27,7 +27,15 @@ class LocalEngine(Engine):
     others nothing. What runs in this process nothing can stop.
     """
 
-    def __init__(self, workers: int = 0, *, attempts: int = 3, first_pause_s: float = 0.5) -> None:
+    def __init__(
+        self,
+        workers: int = 0,
+        *,
+        attempts: int = 3,
+        first_pause_s: float = 0.5,
+        time_limit_s: float | None = None,
+    ) -> None:
+        self.time_limit_s = time_limit_s
         self._workers = workers
         self._attempts = attempts
         self._first_pause_s = first_pause_s

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from curation.errors import StageError
+from embedder.errors import one_line
 
 _MOST_BYTES = 1 << 20
 """Of an error: one that holds more, such as a batch of images, is told by its text alone."""
@@ -70,16 +71,8 @@ class Outcome:
 
 def named(error: BaseException) -> str:
     """Name and message of an error in one line."""
-    text = text_of(error)
+    text = one_line(error)
     return text if isinstance(error, ItemError) else f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-def text_of(error: BaseException) -> str:
-    """The message of an error in one line, even of one whose own text fails."""
-    try:
-        return " ".join(str(error).split())[:500]
-    except Exception as other:  # noqa: BLE001  (foreign code)
-        return f"(its text cannot be told: {type(other).__name__})"
 
 
 def _pickled(error: BaseException) -> bytes:

@@ -14,6 +14,7 @@ from typing import Any
 
 from curation.errors import ConfigError, EngineError
 from curation.stage import Engine, Item, Opened, Resources, Result, Task
+from embedder.errors import one_line
 from pipelines.engines.attempts import Attempts, Backlog, describe
 from pipelines.engines.memory_guard import MemoryGuard, MemoryLimitError, give_back, private_bytes
 from pipelines.engines.outcome import Outcome, TimeLimitError, WorkerDiedError
@@ -49,7 +50,9 @@ class RayEngine(Engine):
         address: str | None = None,
         attempts: int = 3,
         first_pause_s: float = 0.5,
+        time_limit_s: float | None = None,
     ) -> None:
+        self.time_limit_s = time_limit_s
         self._attempts = attempts
         self._first_pause_s = first_pause_s
         self._limit = workers
@@ -282,8 +285,7 @@ def _answer_of(name: str, reference: Any, label: str) -> Any:
     try:
         outcome: Outcome = ray.get(reference, timeout=_SECONDS_TO_OPEN)
     except ray.exceptions.RayError as error:
-        text = " ".join(str(error).split())[:300]
-        raise EngineError(f"{label}: node {name} does not answer: {text}") from error
+        raise EngineError(f"{label}: node {name} does not answer: {one_line(error)}") from error
     return outcome.unwrap()
 
 
@@ -411,8 +413,7 @@ class _ActorPool:
             actor.node = ray.get(reference)
         except ray.exceptions.RayActorError as error:
             if getattr(error, "actor_init_failed", False):
-                text = " ".join(str(error).split())[:500]
-                raise EngineError(f"Ray workers cannot start: {text}") from error
+                raise EngineError(f"Ray workers cannot start: {one_line(error)}") from error
             self._replace(actor)
 
     def _submit(self, task: Any, backlog: Backlog[Any]) -> None:

@@ -7,7 +7,6 @@ and then. Nothing leaves the work folder.
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from curation import storage
 from curation.ledger import Receipt, StageRecord
-from curation.stage import DEVICE_BUSY_S
-from pipelines.engines.observed_engine import ObservedEngine, Usage
+from curation.stage import DEVICE_BUSY_S, Engine
+from pipelines.engines.metered_engine import Usage
+from pipelines.operate.disk_budget import DiskBudget
 from pipelines.run.stage_runner import Watcher
 
 EVENTS = "events"
@@ -60,33 +60,33 @@ class EventLog:
 
 
 class RunObserver:
-    """A watcher that logs what happens, checks the disk, and tells another watcher."""
+    """A watcher that logs what happens, checks the disk, and tells another watcher.
+
+    It is also what a `MeteredEngine` tells of every item (`heard`).
+    """
 
     def __init__(
         self,
         log: EventLog,
         watcher: Watcher,
+        engine: Engine,
         planned: dict[str, float],
-        check: Callable[[], object],
+        budget: DiskBudget | None = None,
     ) -> None:
-        """planned: seconds of each stage; check: raises where the disk budget is spent."""
-        self.engine: ObservedEngine | None = None
-        self._log, self._watcher, self._planned, self._check = log, watcher, planned, check
-        self._began = self._spoke = time.monotonic()
-        self._rows = self._bytes = 0
+        """planned: seconds of each stage."""
+        self._log, self._watcher, self._engine = log, watcher, engine
+        self._planned, self._budget = planned, budget
+        self._spoke = time.monotonic()
+        self._bytes = 0
         self._device_s = 0.0
+        self._usage = Usage()
         self._step, self._step_done = "", 0
-
-    def observe(self, engine: Any) -> ObservedEngine:
-        """Make the engine that the run is to use."""
-        self.engine = ObservedEngine(engine, self._heard)
-        return self.engine
 
     def started(self, stage: str, total: int, done: int) -> None:
         """A stage begins."""
-        self._check()
-        self._began = time.monotonic()
-        self._rows = self._bytes = 0
+        if self._budget is not None:
+            self._budget.check()
+        self._bytes = 0
         self._device_s = 0.0
         planned = {"planned_s": self._planned[stage]} if stage in self._planned else {}
         self._log.write("stage_started", stage=stage, total=total, done=done, **planned)
@@ -95,7 +95,6 @@ class RunObserver:
     def advanced(self, stage: str, receipt: Receipt) -> None:
         """A shard is finished."""
         num_bytes = sum(info.num_bytes for info in receipt.outputs.values())
-        self._rows += receipt.rows_in
         self._bytes += num_bytes
         self._device_s += receipt.counters.get(DEVICE_BUSY_S, 0.0)
         self._log.write(
@@ -111,7 +110,7 @@ class RunObserver:
 
     def finished(self, stage: str, record: StageRecord, reused: bool) -> None:
         """A stage is committed, or was found so."""
-        usage = self.engine.take_usage() if self.engine else Usage()
+        usage, self._usage = self._usage, Usage()
         if reused:
             self._log.write("stage_reused", stage=stage, rows=record.rows_in)
         else:
@@ -123,7 +122,7 @@ class RunObserver:
 
     def _summary(self, record: StageRecord, usage: Usage) -> dict[str, Any]:
         seconds = max(record.seconds, 1e-3)
-        workers = self.engine.workers if self.engine and usage.items else 1
+        workers = self._engine.workers if usage.items else 1
         device = {}
         if self._device_s:
             device["device_busy_share"] = _share(self._device_s, usage.item_s)
@@ -139,8 +138,9 @@ class RunObserver:
             **{name: _rounded(value) for name, value in asdict(usage).items()},
         }
 
-    def _heard(self, label: str, total: int, usage: Usage) -> None:
+    def heard(self, label: str, total: int, usage: Usage) -> None:
         """An item of a step is done: of a stage's shards, or of a step inside a stage."""
+        self._usage.add(usage)
         if label != self._step:
             self._step, self._step_done = label, 0
         self._step_done += usage.items
@@ -148,7 +148,8 @@ class RunObserver:
         if now - self._spoke < _SECONDS_BETWEEN_STEPS:
             return
         self._spoke = now
-        self._check()
+        if self._budget is not None:
+            self._budget.check()
         self._log.write("step", step=label, done=self._step_done, total=total)
 
 

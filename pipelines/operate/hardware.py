@@ -1,4 +1,4 @@
-"""A cluster as a plan sees it: how many cores and devices, and how fast against this machine."""
+"""A Ray cluster as a plan sees it: its cores and devices, and how fast they are."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ _STATED_GPU_SPEED = {"T4": 60.0, "V100": 120.0, "A100": 300.0, "H100": 600.0, "H
 _TEXT = re.compile(r"(?:(\d+)x)?(\d+)x([A-Za-z]+\d*)")
 
 
-class Cluster(Settings):
+class ClusterSpec(Settings):
     """Nodes that are alike. Speeds are against one core of the machine that measured the sample."""
 
     nodes: int = Field(default=1, ge=1)
@@ -41,7 +41,7 @@ class Cluster(Settings):
         return self.nodes * self.gpus
 
 
-def read_cluster(text: str, cores: int | None) -> Cluster:
+def read_cluster(text: str, cores: int | None) -> ClusterSpec:
     """Read a YAML file of rates, or NODESxDEVICESxKIND and rates: 20x8xV100,network_gb_s=3.
 
     cores: of a node, where the text does not say; else one.
@@ -50,7 +50,7 @@ def read_cluster(text: str, cores: int | None) -> Cluster:
         ConfigError: it is neither.
     """
     if Path(text).suffix in (".yaml", ".yml"):
-        return parse_settings(Cluster, read_yaml(Path(text)), text)
+        return parse_settings(ClusterSpec, read_yaml(Path(text)), text)
     shape, *rates = text.split(",")
     match = _TEXT.fullmatch(shape)
     kind = match.group(3).upper() if match else ""
@@ -65,7 +65,7 @@ def read_cluster(text: str, cores: int | None) -> Cluster:
     for rate in rates:
         key, _, value = rate.partition("=")
         values[key.strip()] = _number(value, text)
-    return parse_settings(Cluster, values, f"--cluster {text}")
+    return parse_settings(ClusterSpec, values, f"--cluster {text}")
 
 
 def _number(value: str, text: str) -> float | int:

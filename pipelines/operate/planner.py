@@ -7,15 +7,22 @@ compare rows with each other grow faster than their rows; how much, the two samp
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import ConfigError
+from pipelines.engines.local_engine import LocalEngine
+from pipelines.engines.metered_engine import MeteredEngine
+from pipelines.operate.events import EventLog, RunObserver, read_events
 from pipelines.operate.forecast import step_name
-from pipelines.operate.hardware import Cluster
+from pipelines.operate.hardware import ClusterSpec
+from pipelines.run.demo_site import site_of
+from pipelines.run.recipe import load_recipe
 from pipelines.run.run_record import RunRecord, StageEntry
+from pipelines.run.runner import RecipeRun
+from pipelines.run.stage_runner import Silent
 
 PLAN_FILE = "plan.json"
 """In a work folder: the report compares the run with it."""
@@ -110,8 +117,21 @@ class StagePlan:
     """Share by which `wall_s` may be wrong, up to a factor of 1 + this."""
 
 
+def measure_sample(recipe: str, work: str, rows: int, changes: Sequence[str]) -> Sample:
+    """Run a recipe on a sample with one worker."""
+    checked = load_recipe(recipe, {"work": work}, [*changes, f"max_rows={rows}"])
+    storage.make_folder(work)
+    engine = LocalEngine()
+    observer = RunObserver(EventLog(work), Silent(), engine, {})
+    metered = MeteredEngine(engine, observer.heard)
+    with site_of(checked.recipe.demo_site, work):
+        record = RecipeRun(checked, work, metered, observer).run()
+    finished = [one for one in read_events(work) if one["event"] == "stage_finished"]
+    return Sample(record, work, tuple(finished))
+
+
 def plan_stages(
-    small: Sample, large: Sample, images: float, cluster: Cluster | None
+    small: Sample, large: Sample, images: float, cluster: ClusterSpec | None
 ) -> list[StagePlan]:
     """Plans of each stage of the sets, which keep their size, and of the pool.
 
@@ -124,12 +144,36 @@ def plan_stages(
     return [_plan_step(less, more, scales[more.set_name], cluster) for less, more in pairs]
 
 
+def plan_of(
+    stages: Sequence[StagePlan], images: float, cluster: ClusterSpec | None
+) -> dict[str, Any]:
+    """The plan of all stages together, as `curate plan --out` writes it."""
+    wall_s = sum(one.wall_s for one in stages)
+    spread = sum(one.wall_s * one.uncertainty for one in stages)
+    slowest = max(stages, key=lambda one: one.wall_s)
+    return {
+        "images": images,
+        "cluster": cluster and cluster.model_dump(mode="json"),
+        "wall_s": wall_s,
+        "wall_low_s": sum(one.wall_s / (1 + one.uncertainty) for one in stages),
+        "wall_high_s": wall_s + spread,
+        "core_hours": sum(one.core_hours for one in stages),
+        "gpu_hours": sum(one.gpu_hours for one in stages),
+        "disk_bytes": sum(one.disk_bytes for one in stages),
+        "network_bytes": sum(one.network_bytes for one in stages),
+        "peak_bytes": max(one.peak_bytes for one in stages),
+        "bottleneck": slowest.stage,
+        "limited_by": slowest.limited_by,
+        "stages": [asdict(one) for one in stages],
+    }
+
+
 def _scale_of_set(entries: Sequence[StageEntry]) -> float:
     """Rows of a whole set for each that the sample read."""
     return 1 / max(float(entries[0].record.figures.get("share_read", 1.0)), 1e-12)
 
 
-def _plan_step(small: Step, large: Step, scale: float, cluster: Cluster | None) -> StagePlan:
+def _plan_step(small: Step, large: Step, scale: float, cluster: ClusterSpec | None) -> StagePlan:
     stage, usage = large.entry.stage, large.usage
     rows = large.entry.record.rows_in * scale
     once, work_s, doubt = _extrapolate(small.usage, usage, stage, rows)

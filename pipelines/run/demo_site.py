@@ -278,6 +278,18 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 @contextlib.contextmanager
+def site_of(site: DemoSite | None, work: str) -> Iterator[None]:
+    """Serve the site of a recipe, where it has one, from a folder of the work folder."""
+    if site is None:
+        yield
+        return
+    folder = Path(work) / "site"
+    build_site(site, folder)
+    with serve_site(site, folder):
+        yield
+
+
+@contextlib.contextmanager
 def serve_site(site: DemoSite, folder: Path) -> Iterator[None]:
     """Serve the built site on loopback.
 

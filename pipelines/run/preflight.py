@@ -26,8 +26,9 @@ from curation.stage import Engine, Resources, ShardStage, Stage, Task
 from curation.stages.embed import Embed
 from curation.stages.ingest import Ingest
 from embedder.encoder import embed_images
+from embedder.errors import one_line
 from embedder.images import canonicalize, decode
-from pipelines.run.previous_runs import BaseRuns
+from pipelines.run.previous_runs import PreviousRuns
 from pipelines.run.recipe import CheckedRecipe
 from pipelines.run.settling import Settling, settled_file
 
@@ -109,7 +110,7 @@ class Preflight:
 
 def preflight(checked: CheckedRecipe, work: str, engine: Engine, base: str | None) -> Preflight:
     """Open every stage of a recipe on every node, and compare all that matters."""
-    earlier = None if base is None else BaseRuns.open(base).settled
+    earlier = None if base is None else PreviousRuns.open(base).settled
     settling = Settling(engine, settled_file(work), earlier)
     known = (settling.recalled(stage) for stage in _stages_of(checked))
     stages = [stage for stage in known if isinstance(stage, ShardStage)]
@@ -171,7 +172,7 @@ class _Look(Task[None, None, NodeFacts]):
                 return [f"the work folder {work} is another folder here than the driver's"]
             storage.write_bytes(storage.join(self.folder, uuid.uuid4().hex), b"")
         except CurateError as error:
-            return [f"the work folder {work} cannot be written: {_one_line(error)}"]
+            return [f"the work folder {work} cannot be written: {one_line(error)}"]
         return []
 
 
@@ -194,7 +195,7 @@ class _Open(Task[None, None, NodeFacts]):
                 found = found.joined(NodeFacts(self._facts_of(stage)))
             except Exception as error:  # noqa: BLE001  (whatever it is, the node is named)
                 why = f"stage {stage.name()} does not open: {type(error).__name__}: "
-                found = found.joined(NodeFacts({}, (why + _one_line(error),)))
+                found = found.joined(NodeFacts({}, (why + one_line(error),)))
         return found
 
     def _facts_of(self, stage: ShardStage) -> dict[str, str]:
@@ -254,7 +255,7 @@ def _look_at(path: str) -> str:
             file.read(1)
         return f"is a file of {storage.size_of(path):,} bytes"
     except CurateError as error:
-        return f"cannot be read: {_one_line(error)}"
+        return f"cannot be read: {one_line(error)}"
 
 
 def _is_bad(path: str, facts: Mapping[str, str]) -> bool:
@@ -277,7 +278,7 @@ def _pixels(data: bytes) -> str:
     try:
         return _digest(decode(data), np.frombuffer(canonicalize(data).data, np.uint8))
     except CurateError as error:
-        return f"cannot be read: {_one_line(error)}"
+        return f"cannot be read: {one_line(error)}"
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -285,10 +286,6 @@ def _digest(*arrays: np.ndarray) -> str:
     for array in arrays:
         digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _pictures() -> dict[str, bytes]:

@@ -22,13 +22,13 @@ _INPUTS_FILE = "_inputs.json"
 
 
 @dataclass(frozen=True)
-class BaseRuns:
+class PreviousRuns:
     """Earlier runs of a recipe, the latest first."""
 
     works: tuple[WorkFolder, ...]
 
     @classmethod
-    def open(cls, path: str) -> "BaseRuns":
+    def open(cls, path: str) -> "PreviousRuns":
         """A run and those that it was compared with.
 
         Raises:
@@ -60,7 +60,7 @@ class BaseRuns:
         Raises:
             ConfigError: a run has no such stage.
         """
-        if not stage.meets_base:
+        if not stage.compares_with_previous:
             return ()
         return tuple(_pool_after(work, stage.name()) for work in self.works)
 

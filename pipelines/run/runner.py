@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from curation import storage
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
@@ -21,30 +21,14 @@ from curation.schema import schema_of
 from curation.stage import DECISIONS, Engine, Stage, StageFolder, StageInputs, Task
 from curation.stages.ingest import Ingest
 from curation.stages.select import MANIFEST_COLUMNS
+from pipelines.operate.forecast import step_name
+from pipelines.run.previous_runs import PreviousRuns
 from pipelines.run.recipe import CheckedRecipe
 from pipelines.run.run_record import POOL, RUN_FILE, RunRecord, StageEntry, read_run
 from pipelines.run.settling import Settling, settled_file
-from pipelines.run.stage_runner import OfSet, Watcher, run_stage, stage_key
+from pipelines.run.stage_runner import StageRunner, Watcher, stage_key
 
 logger = logging.getLogger(__name__)
-
-
-class Base(Protocol):
-    """What earlier runs kept."""
-
-    @property
-    def path(self) -> str:
-        """Work folder of the latest."""
-
-    @property
-    def digest(self) -> str:
-        """Digest of what they did."""
-
-    def kept_by(self, stage: Stage) -> tuple[Pool, ...]:
-        """The rows that each kept at a stage; none for a stage that meets no base."""
-
-    def settled(self, stage: Stage) -> Stage:
-        """The stage with what it leaves to the machine as the latest run had it."""
 
 
 @dataclass
@@ -52,9 +36,18 @@ class _Flow:
     """A pool on its way, and what has become of it so far."""
 
     pool: Pool
-    entries: list[StageEntry] = field(default_factory=list)
-    folders: list[StageFolder] = field(default_factory=list)
-    stages: list[Stage] = field(default_factory=list)
+    passed: list[tuple[Stage, StageFolder, StageRecord]] = field(default_factory=list)
+
+    def entries(self, work: str) -> tuple[StageEntry, ...]:
+        """The stages passed, with their folders relative to the work folder."""
+        return tuple(
+            StageEntry(
+                stage=stage.name(),
+                folder=folder.path.removeprefix(work).lstrip("/"),
+                record=record,
+            )
+            for stage, folder, record in self.passed
+        )
 
 
 class RecipeRun:
@@ -66,30 +59,31 @@ class RecipeRun:
         work: str,
         engine: Engine,
         watcher: Watcher,
-        base: Base | None = None,
+        previous: PreviousRuns | None = None,
+        max_failed_shards: int = 0,
     ) -> None:
         self._checked = checked
-        self._base = base
+        self._previous = previous
         self._recipe = checked.recipe
         self._work = work
-        self._engine = engine
-        self._watcher = watcher
+        self._runner = StageRunner(engine, watcher, max_failed_shards)
         self._sets: dict[str, _Flow] = {}
         self._as_is: tuple[str, ...] = ()
-        self._settling = Settling(engine, settled_file(work), base.settled if base else None)
+        self._settling = Settling(
+            engine, settled_file(work), previous.settled if previous else None
+        )
         self.published = False
         """Whether this run wrote a record; not so where everything was finished before."""
 
     def run(self) -> RunRecord:
         """Run all stages, or find them finished; publish the manifest; give the record."""
-        stamp = _stamp(self._checked, self._base.digest if self._base else "")
+        stamp = _stamp(self._checked, self._previous)
         found = _finished_before(self._work, stamp)
         if found is not None:
-            for name, flow in found.sets.items():
+            for name, flow in (*found.sets.items(), ("", found.pool)):
                 for entry in flow:
-                    OfSet(self._watcher, name).finished(entry.stage, entry.record, True)
-            for entry in found.pool:
-                self._watcher.finished(entry.stage, entry.record, True)
+                    step = step_name(name, entry.stage)
+                    self._runner.watcher.finished(step, entry.record, True)
             return found
         return self._publish(self._run_flows(), stamp)
 
@@ -111,39 +105,27 @@ class RecipeRun:
     def _advance(self, flow: _Flow, stage: Stage, where: str) -> None:
         """Run one stage of a flow and put its outputs on top of the pool."""
         stage = self._settling.settle(stage)
-        base = self._base.kept_by(stage) if self._base and where == POOL else ()
-        inputs = StageInputs(flow.pool, self._named_sets(stage), self._recipe.seed, base)
+        is_pool = where == POOL
+        kept_before = self._previous.kept_by(stage) if self._previous and is_pool else ()
+        inputs = StageInputs(flow.pool, self._named_sets(stage), self._recipe.seed, kept_before)
         key = stage_key(stage, inputs)
-        name = f"{len(flow.entries) + 1:02d}-{stage.name()}-{key[:8]}"
+        name = f"{len(flow.passed) + 1:02d}-{stage.name()}-{key[:8]}"
         folder = _folder_of(self._work, storage.join("work", where, name), stage.name())
         if "raw" in stage.required_columns() and self._fetch_again_if_deleted(flow, folder):
             self._advance(flow, stage, where)  # what was fetched may differ, and so may the key
             return
-        watcher = self._watcher if where == POOL else OfSet(self._watcher, flow.pool.name)
-        record, outputs = run_stage(stage, inputs, folder, self._engine, watcher, key=key)
-        self._settle(flow, stage, folder, record, outputs)
-
-    def _settle(
-        self,
-        flow: _Flow,
-        stage: Stage,
-        folder: StageFolder,
-        record: StageRecord,
-        outputs: dict[str, Dataset],
-    ) -> None:
-        decisions = outputs.pop(DECISIONS)
-        for name in stage.varying_outputs():
-            outputs.pop(name, None)
-        if stage.decision_columns().names:
-            outputs[f"{stage.name()} decisions"] = decisions
+        set_name = "" if is_pool else flow.pool.name
+        record, outputs = self._runner.run(stage, inputs, folder, key=key, set_name=set_name)
+        flow.passed.append((stage, folder, record))
         used_up = "raw" in stage.required_columns() and not record.failed_shards
         if used_up and not self._recipe.keep_raw:
-            self._delete_raw(flow)
+            _delete_raw(flow)
+        decisions = outputs.pop(DECISIONS)
+        for varying in stage.varying_outputs():
+            outputs.pop(varying, None)
+        if stage.decision_columns().names:  # later stages read them as those of a side-car
+            outputs[f"{stage.name()} decisions"] = decisions
         flow.pool = flow.pool.with_stage(outputs, decisions)
-        relative = folder.path.removeprefix(self._work).lstrip("/")
-        flow.entries.append(StageEntry(stage=stage.name(), folder=relative, record=record))
-        flow.folders.append(folder)
-        flow.stages.append(stage)
 
     def _named_sets(self, stage: Stage) -> dict[str, Pool]:
         if stage.on_union:
@@ -156,16 +138,6 @@ class RecipeRun:
         parts = (*(self._sets[name].pool for name in as_is), pool)
         return UnionPool("union", {}, None, parts)
 
-    def _delete_raw(self, flow: _Flow) -> None:
-        """Delete the fetched bytes of a flow; their manifest stays, for the keys."""
-        if "raw" not in flow.pool.layers:
-            return
-        raw = flow.pool.layers["raw"]
-        for index in range(raw.num_shards):
-            storage.remove(raw.shard_path(index))
-        layers = {name: layer for name, layer in flow.pool.layers.items() if name != "raw"}
-        flow.pool = Pool(flow.pool.name, layers, flow.pool.decisions)
-
     def _fetch_again_if_deleted(self, flow: _Flow, reader: StageFolder) -> bool:
         """Make raw bytes again that a stage has still to read, and that were deleted after use."""
         raw = flow.pool.layers.get("raw")
@@ -177,38 +149,32 @@ class RecipeRun:
             return False
         text = "%s: raw bytes of %d of %d shards were deleted after use; fetching them again"
         logger.warning(text, flow.pool.name, len(gone), raw.num_shards)
-        stage, folder = flow.stages.pop(), flow.folders.pop()
-        flow.entries.pop()
+        stage, folder, _ = flow.passed.pop()
         reopen(folder, gone)
-        flow.pool = self._pool_before(flow)
+        flow.pool = _pool_after(flow)
         where = folder.path.removeprefix(storage.join(self._work, "work")).strip("/")
         self._advance(flow, stage, where.rpartition("/")[0])
         return True
 
-    def _pool_before(self, flow: _Flow) -> Pool:
-        """The pool as it was after the stages that the flow still lists."""
-        pool = Pool(flow.pool.name, {})
-        for stage, folder in zip(flow.stages, flow.folders, strict=True):
-            names = [n for n in stage.outputs() if n not in stage.varying_outputs()]
-            outputs = {name: Dataset.open(folder.output(name)) for name in names}
-            pool = pool.with_stage(outputs, Dataset.open(folder.output(DECISIONS)))
-        return pool
-
     def _publish(self, flow: _Flow, stamp: str) -> RunRecord:
         """Write the manifest where people look for it, and the record of the run."""
+        previous = self._previous
+        entries = flow.entries(self._work)
+        packs = (entry.folder for entry in entries if entry.stage == "pack")
+        packed = next((storage.join(folder, "packed") for folder in packs), None)
         record = RunRecord(
             recipe=self._recipe.name,
             recipe_file=self._checked.where,
             seed=self._recipe.seed,
-            pool=tuple(flow.entries),
-            sets={name: tuple(done.entries) for name, done in self._sets.items()},
+            pool=entries,
+            sets={name: done.entries(self._work) for name, done in self._sets.items()},
             roles={name: tuple(sorted(used)) for name, used in self._checked.roles().items()},
             as_is=self._as_is,
-            manifest=self._publish_manifest(flow),
-            packed=self._packed_folder(flow),
+            manifest=self._publish_manifest(flow, packed),
+            packed=packed,
             versions=_versions(),
-            base=self._base.path if self._base else None,
-            base_digest=self._base.digest if self._base else "",
+            base=previous.path if previous else None,
+            base_digest=previous.digest if previous else "",
             stamp=stamp,
         )
         storage.remove_partials(self._work, deep=False)
@@ -216,7 +182,7 @@ class RecipeRun:
         self.published = True
         return record
 
-    def _publish_manifest(self, flow: _Flow) -> str | None:
+    def _publish_manifest(self, flow: _Flow, packed: str | None) -> str | None:
         selected = flow.pool.layers.get("manifest")
         if selected is None:
             return None
@@ -224,12 +190,12 @@ class RecipeRun:
         attributes: dict[str, Any] = {
             "recipe": self._recipe.name,
             "seed": self._recipe.seed,
-            "packed": self._packed_folder(flow),
+            "packed": packed,
         }
         failed = {
-            e.stage: {str(n): why for n, why in e.record.failed_shards.items()}
-            for e in flow.entries
-            if e.record.failed_shards
+            stage.name(): {str(number): why for number, why in record.failed_shards.items()}
+            for stage, _, record in flow.passed
+            if record.failed_shards
         }
         if failed:
             attributes["failed_shards"] = failed
@@ -238,16 +204,31 @@ class RecipeRun:
         storage.remove(target)
         filled = [i for i, shard in enumerate(selected.manifest.shards) if shard.num_rows]
         task = _CopyShard(selected, target)
-        infos = dict(self._engine.map(task, list(enumerate(filled)), "manifest"))
+        infos = dict(self._runner.engine.map(task, list(enumerate(filled)), "manifest"))
         ordered = [infos[item] for item in enumerate(filled)]
         commit(target, schema_of(MANIFEST_COLUMNS), ordered, attributes)
         return "manifest"
 
-    def _packed_folder(self, flow: _Flow) -> str | None:
-        for entry in flow.entries:
-            if entry.stage == "pack":
-                return storage.join(entry.folder, "packed")
-        return None
+
+def _delete_raw(flow: _Flow) -> None:
+    """Delete the fetched bytes of a flow; their manifest stays, for the keys."""
+    if "raw" not in flow.pool.layers:
+        return
+    raw = flow.pool.layers["raw"]
+    for index in range(raw.num_shards):
+        storage.remove(raw.shard_path(index))
+    layers = {name: layer for name, layer in flow.pool.layers.items() if name != "raw"}
+    flow.pool = Pool(flow.pool.name, layers, flow.pool.decisions)
+
+
+def _pool_after(flow: _Flow) -> Pool:
+    """The pool as it was after the stages that the flow lists as passed."""
+    pool = Pool(flow.pool.name, {})
+    for stage, folder, _ in flow.passed:
+        names = [n for n in stage.outputs() if n not in stage.varying_outputs()]
+        outputs = {name: Dataset.open(folder.output(name)) for name in names}
+        pool = pool.with_stage(outputs, Dataset.open(folder.output(DECISIONS)))
+    return pool
 
 
 @dataclass(frozen=True)
@@ -262,12 +243,11 @@ class _CopyShard(Task[tuple[int, int], None, ShardInfo]):
         return write_shard(self.target, number, self.source.read_shard(index))
 
 
-def is_finished(checked: CheckedRecipe, work: str, base: Base | None = None) -> bool:
+def is_finished(checked: CheckedRecipe, work: str, previous: PreviousRuns | None = None) -> bool:
     """Whether a run of this recipe has finished in a work folder, so that nothing is to do."""
     if not storage.exists(storage.join(work, RUN_FILE)):
         return False  # what it will read may not be there yet
-    stamp = _stamp(checked, base.digest if base else "")
-    return _finished_before(work, stamp) is not None
+    return _finished_before(work, _stamp(checked, previous)) is not None
 
 
 def _already_published(target: str, selected: Dataset, attributes: dict[str, Any]) -> bool:
@@ -278,7 +258,7 @@ def _already_published(target: str, selected: Dataset, attributes: dict[str, Any
     return same and published.attributes == attributes and not lost_of(published).paths
 
 
-def _stamp(checked: CheckedRecipe, base_digest: str) -> str:
+def _stamp(checked: CheckedRecipe, previous: PreviousRuns | None) -> str:
     """What changes when a run may have something to do, found without opening any model."""
     flows = {"pool": checked.stages, **{n: checked.set_stages(n) for n in checked.recipe.sets}}
     stamps = [
@@ -287,7 +267,7 @@ def _stamp(checked: CheckedRecipe, base_digest: str) -> str:
         for stage in stages
     ]
     parts = (checked.recipe.model_dump_json(), stamps, sorted(_versions().items()))
-    return digest_of(*parts, base_digest) if base_digest else digest_of(*parts)
+    return digest_of(*parts, previous.digest) if previous else digest_of(*parts)
 
 
 def _stamps_of_files(stage: Stage) -> list[str]:

@@ -3,14 +3,13 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
-from curation.errors import ConfigError, EngineError, StageError
+from curation.errors import ConfigError, EngineError, FailedShardsError, StageError
 from curation.ledger import (
     Receipt,
     StageRecord,
@@ -25,7 +24,6 @@ from curation.lock import LOCK_FILE, locked
 from curation.lost_files import lost_files, reopen, reopen_failed
 from curation.pool import Pool
 from curation.stage import (
-    DECISIONS,
     DatasetStage,
     Engine,
     Resources,
@@ -102,119 +100,119 @@ def stage_key(stage: Stage, inputs: StageInputs) -> str:
     )
 
 
-def run_stage(
-    stage: Stage,
-    inputs: StageInputs,
-    folder: StageFolder,
-    engine: Engine,
-    watcher: Watcher,
-    *,
-    key: str | None = None,
-) -> tuple[StageRecord, dict[str, Dataset]]:
-    """Run a stage, or find it finished; give its record and its outputs by name.
+@dataclass(frozen=True)
+class StageRunner:
+    """Runs stages on an engine, and tells a watcher how far they are."""
 
-    key: what `stage_key` gave for these inputs, where the caller has asked already.
+    engine: Engine
+    watcher: Watcher
+    max_failed_shards: int = 0
+    """Shards of a stage that may keep failing: their rows are dropped, and the run goes on."""
 
-    Raises:
-        LockError: another process writes there.
-        StageError: the folder holds another stage, or the same with other settings or inputs.
-        EngineError: shards failed; the finished ones are kept.
-    """
-    key = key or stage_key(stage, inputs)
-    with contextlib.ExitStack() as locks:
-        for path in (folder.path, *dict(folder.elsewhere).values()):
-            locks.enter_context(locked(path))
-        return _run_or_find(stage, inputs, folder, engine, watcher, key)
+    def run(
+        self,
+        stage: Stage,
+        inputs: StageInputs,
+        folder: StageFolder,
+        *,
+        key: str | None = None,
+        set_name: str = "",
+    ) -> tuple[StageRecord, dict[str, Dataset]]:
+        """Run a stage, or find it finished; give its record and its outputs by name.
 
+        key: what `stage_key` gave for these inputs, where the caller has asked already.
+        set_name: the set that passes the stage; empty for the pool.
 
-def _run_or_find(
-    stage: Stage,
-    inputs: StageInputs,
-    folder: StageFolder,
-    engine: Engine,
-    watcher: Watcher,
-    key: str,
-) -> tuple[StageRecord, dict[str, Dataset]]:
-    _check_same(folder, key)
-    _reopen_lost(folder)
-    record = read_stage(folder)
-    reopened = record is not None and reopen_failed(folder, record, engine.max_failed_shards)
-    if record is not None and not reopened:
+        Raises:
+            LockError: another process writes there.
+            StageError: the folder holds another stage, or the same with other settings or inputs.
+            EngineError: shards failed; the finished ones are kept.
+        """
+        key = key or stage_key(stage, inputs)
+        step = step_name(set_name, folder.stage)
+        with contextlib.ExitStack() as locks:
+            for path in (folder.path, *dict(folder.elsewhere).values()):
+                locks.enter_context(locked(path))
+            record = self._finished_before(folder, key)
+            reused = record is not None
+            if record is None:
+                record = self._finish(stage, inputs, folder, key, step)
+            self.watcher.finished(step, record, reused)
+            return record, open_outputs(stage, folder)
+
+    def _finished_before(self, folder: StageFolder, key: str) -> StageRecord | None:
+        """The record of a stage that is whole, and whose failed shards are accepted still."""
+        _check_same(folder, key)
+        lost = lost_files(folder)
+        if lost.paths:
+            logger.warning("%s: %s; made again, and nothing else of it", folder.stage, lost)
+            reopen(folder, lost.shards)
+        record = read_stage(folder)
+        if record is None or reopen_failed(folder, record, self.max_failed_shards):
+            return None
         storage.remove(folder.scratch)  # where the run that finished it was killed at that
-        watcher.finished(folder.stage, record, True)
-        return record, open_outputs(stage, folder)
-    storage.write_json(storage.join(folder.path, _KEY_FILE), {"key": key, "stage": folder.stage})
-    try:
-        record = _run_anew(stage, inputs, folder, engine, watcher, key)
-    except ConfigError:
-        _let_go(folder)
-        raise
-    watcher.finished(folder.stage, record, False)
-    return record, open_outputs(stage, folder)
+        return record
 
-
-def _reopen_lost(folder: StageFolder) -> None:
-    """Have shards made again whose files are no longer there."""
-    lost = lost_files(folder)
-    if lost.paths:
-        logger.warning("%s: %s; made again, and nothing else of it", folder.stage, lost)
-        reopen(folder, lost.shards)
-
-
-def _let_go(folder: StageFolder) -> None:
-    """Let a folder be used with other settings: these did not fit, and nothing was finished."""
-    if not finished_shards(folder):
-        storage.remove(folder.scratch)
-        storage.remove(storage.join(folder.path, _KEY_FILE))
-
-
-def _run_anew(
-    stage: Stage,
-    inputs: StageInputs,
-    folder: StageFolder,
-    engine: Engine,
-    watcher: Watcher,
-    key: str,
-) -> StageRecord:
-    began = time.monotonic()
-    figures: dict[str, Any] = {}
-    if isinstance(stage, ShardStage):
-        for receipt in _process_shards(stage, inputs.pool, folder, engine, watcher):
-            watcher.advanced(folder.stage, receipt)
-    elif isinstance(stage, DatasetStage):
-        watcher.started(folder.stage, 0, 0)
-        figures = stage.run(inputs, folder, engine)
-    expected = inputs.pool.num_rows if inputs.pool.has_rows else None
-    return finish_stage(
-        stage,
-        folder,
-        key,
-        finished_shards(folder).values(),
-        expected_rows=expected,
-        figures=figures,
-        seconds=time.monotonic() - began,
-    )
-
-
-def _process_shards(
-    stage: ShardStage, pool: Pool, folder: StageFolder, engine: Engine, watcher: Watcher
-) -> Iterator[Receipt]:
-    done = {index: one for index, one in finished_shards(folder).items() if not one.failure}
-    waiting = [index for index in range(pool.num_shards) if index not in done]
-    watcher.started(folder.stage, pool.num_shards, len(done))
-    if done:
-        logger.info("%s: %d of %d shards were finished", folder.stage, len(done), pool.num_shards)
-    task = _ProcessShard(stage, pool, folder)
-    try:
-        for _, receipt in engine.map(task, waiting, folder.stage):
-            yield receipt
-    except EngineError as error:
-        error.can_be_accepted = bool(error.failures)
-        if not 0 < len(error.failures) <= engine.max_failed_shards:
+    def _finish(
+        self, stage: Stage, inputs: StageInputs, folder: StageFolder, key: str, step: str
+    ) -> StageRecord:
+        """Do what is left of a stage, and commit it."""
+        began = time.monotonic()
+        key_file = storage.join(folder.path, _KEY_FILE)
+        storage.write_json(key_file, {"key": key, "stage": folder.stage})
+        figures: dict[str, Any] = {}
+        try:
+            if isinstance(stage, ShardStage):
+                self._process_shards(stage, inputs.pool, folder, step)
+            elif isinstance(stage, DatasetStage):
+                self.watcher.started(step, 0, 0)
+                figures = stage.run(inputs, folder, self.engine)
+        except ConfigError:
+            if not finished_shards(folder):  # the folder may be used with settings that fit
+                storage.remove(folder.scratch)
+                storage.remove(key_file)
             raise
-        logger.warning("%s: %s; accepted", folder.stage, error)
-        for index, cause in error.failures:
-            yield commit_failed_shard(stage, folder, index, pool.live_ids(index), cause)
+        return finish_stage(
+            stage,
+            folder,
+            key,
+            finished_shards(folder).values(),
+            expected_rows=inputs.pool.num_rows if inputs.pool.has_rows else None,
+            figures=figures,
+            seconds=time.monotonic() - began,
+        )
+
+    def _process_shards(
+        self, stage: ShardStage, pool: Pool, folder: StageFolder, step: str
+    ) -> None:
+        """Commit the shards that have no receipt yet."""
+        done = {index for index, one in finished_shards(folder).items() if not one.failure}
+        waiting = [index for index in range(pool.num_shards) if index not in done]
+        self.watcher.started(step, pool.num_shards, len(done))
+        if done:
+            text = "%s: %d of %d shards were finished"
+            logger.info(text, folder.stage, len(done), pool.num_shards)
+        task = _ProcessShard(stage, pool, folder)
+        try:
+            for _, receipt in self.engine.map(task, waiting, folder.stage):
+                self.watcher.advanced(step, receipt)
+        except EngineError as error:
+            if not error.failures:
+                raise
+            if len(error.failures) > self.max_failed_shards:
+                raise FailedShardsError(str(error), error.failures) from error
+            logger.warning("%s: %s; accepted", folder.stage, error)
+            for index, cause in error.failures:
+                rows = pool.live_ids(index)
+                receipt = commit_failed_shard(stage, folder, index, rows, cause)
+                self.watcher.advanced(step, receipt)
+
+
+def run_stage(
+    stage: Stage, inputs: StageInputs, folder: StageFolder, engine: Engine, watcher: Watcher
+) -> tuple[StageRecord, dict[str, Dataset]]:
+    """Run one stage by itself (see `StageRunner.run`)."""
+    return StageRunner(engine, watcher).run(stage, inputs, folder)
 
 
 def _check_same(folder: StageFolder, key: str) -> None:
@@ -233,26 +231,6 @@ def _check_same(folder: StageFolder, key: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class OfSet:
-    """Tells another watcher of the stages that a set passes, as `SET/STAGE`."""
-
-    watcher: Watcher
-    set_name: str
-
-    def started(self, stage: str, total: int, done: int) -> None:
-        """Tell of it under the set's name."""
-        self.watcher.started(step_name(self.set_name, stage), total, done)
-
-    def advanced(self, stage: str, receipt: Receipt) -> None:
-        """Tell of it under the set's name."""
-        self.watcher.advanced(step_name(self.set_name, stage), receipt)
-
-    def finished(self, stage: str, record: StageRecord, reused: bool) -> None:
-        """Tell of it under the set's name."""
-        self.watcher.finished(step_name(self.set_name, stage), record, reused)
-
-
 class Silent:
     """A watcher that says nothing."""
 
@@ -264,6 +242,3 @@ class Silent:
 
     def finished(self, stage: str, record: StageRecord, reused: bool) -> None:
         """Say nothing."""
-
-
-__all__ = ["DECISIONS", "OfSet", "Silent", "Watcher", "run_stage", "stage_key"]

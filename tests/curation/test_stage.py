@@ -11,7 +11,7 @@ from curation.pool import Pool
 from curation.schema import make_id, schema_of
 from curation.stage import Shard, ShardStage, StageFolder, StageInputs, reject
 from pipelines.engines.local_engine import LocalEngine
-from pipelines.run.stage_runner import Silent, run_stage
+from pipelines.run.stage_runner import Silent, StageRunner, run_stage
 
 SCHEMA = schema_of(["id", "width", "height"])
 
@@ -166,16 +166,15 @@ def test_run_stage__failed_shards_are_accepted_and_tried_again_later(tmp_path):
     with pytest.raises(EngineError, match=r"1 of 3 shards failed 3 times \(1\): OSError: no luck"):
         run_stage(stage, inputs, folder, engine, Silent())
 
-    engine.max_failed_shards = 1
-    record, outputs = run_stage(stage, inputs, folder, engine, Silent())
+    tolerant = StageRunner(engine, Silent(), max_failed_shards=1)
+    record, outputs = tolerant.run(stage, inputs, folder)
     assert record.failed_shards == {1: "OSError: no luck"}
     assert record.dropped == {"odd": 4, SHARD_FAILED: 3}
     assert (record.rows_in, record.rows_out) == (12, 5)
     assert outputs["squares"].attributes["failed_shards"] == {"1": "OSError: no luck"}
 
     flag.unlink()
-    assert run_stage(stage, inputs, folder, engine, Silent())[0] == record  # still accepted
-    engine.max_failed_shards = 0
+    assert tolerant.run(stage, inputs, folder)[0] == record  # still accepted
     record, outputs = run_stage(stage, inputs, folder, engine, Silent())
     assert (record.failed_shards, record.rows_out) == ({}, 6)
     whole, _ = run_stage(stage, inputs, StageFolder(str(tmp_path / "t"), "t"), engine, Silent())

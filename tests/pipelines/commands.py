@@ -2,6 +2,11 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
+
+from curation.stage import Engine
+from pipelines.cli.options import ShardOptions
+from pipelines.engines.local_engine import LocalEngine
 
 CURATE = [sys.executable, "-c", "from pipelines.cli.app import main; main()"]
 
@@ -24,3 +29,11 @@ def fails(code: int, *words: object) -> str:
     assert len(lines) == 1, done.stderr
     assert "Traceback" not in done.stderr
     return lines[0]
+
+
+@dataclass(frozen=True)
+class Here(ShardOptions):
+    """This process as the engine of a command, with all that a test has changed in it."""
+
+    def start(self) -> Engine:
+        return LocalEngine()

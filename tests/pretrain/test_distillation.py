@@ -9,7 +9,7 @@ from curation.config import find_config, parse_settings
 from curation.errors import ConfigError
 from embedder.checkpoint import load_backbone
 from embedder.errors import CheckpointError
-from pipelines.cli import training
+from pipelines.cli.train import distill
 from pretrain import checkpoint
 from pretrain.building import build_method
 from pretrain.collapse import Flatness
@@ -202,13 +202,13 @@ def test_load_distill_config__shipped_config_names_command_and_cost() -> None:
         load_distill_config("missing")
 
 
-def test_run_distill__verb(
+def test_distill__verb(
     images: str, teacher_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(yaml.safe_dump(distill_config(None).model_dump(mode="json")))
     out = tmp_path / "out"
-    training.run_distill(str(config), images, str(out), teacher_run, ["optim.steps=1"])
+    distill(str(config), images, str(out), teacher_run, ["optim.steps=1"])
     assert (out / "backbone.safetensors").is_file()
     assert "distill" in capsys.readouterr().out
 

@@ -22,9 +22,9 @@ from curation.sources.shards import images_below
 from curation.stage import StageFolder, StageInputs
 from curation.stages.ingest import Ingest
 from embedder.errors import ImageError
-from pipelines.cli.stages import images_pool
+from pipelines.cli.inputs import images_pool
 from pipelines.engines.local_engine import LocalEngine
-from pipelines.run.stage_runner import Silent, run_stage
+from pipelines.run.stage_runner import Silent, StageRunner, run_stage
 from pretrain.sources import open_source
 from tests.curation.sources.test_tars import tar_of
 from tests.pretrain.small_runs import jpeg, write_shards
@@ -108,7 +108,7 @@ def test_sources__all_see_the_same_images(tmp_path_factory, entries):
     assert [source.name(*place) for place in places] == [source.read(*p)[0] for p in places]
     evaluated = images_below(f"{root}//")
     assert {image.name: image.load() for image in evaluated} == ingested
-    pool = images_pool(str(root), str(tmp_path / "embed"), LocalEngine())
+    pool = images_pool(str(root), str(tmp_path / "embed"), StageRunner(LocalEngine(), Silent()))
     assert sum(pool.shard_rows()) == len(ingested)
 
 

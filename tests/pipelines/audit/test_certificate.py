@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 from curation.dataset import Dataset
 from curation.errors import ConfigError, DatasetError, SpaceError
@@ -13,9 +14,10 @@ from embedder.rows import unit_rows
 from pipelines.audit.certificate import certify, markdown
 from pipelines.audit.work_folder import WorkFolder
 from pipelines.cli import audit
-from pipelines.cli.run import run_recipe
+from pipelines.cli.operate import run
 from pipelines.engines.local_engine import LocalEngine
 from tests.pipelines.audited_run import copied_run, finished_run
+from tests.pipelines.commands import Here
 
 
 def vectors_by_id(work, flow):
@@ -77,12 +79,11 @@ def test_certify__no_run(tmp_path):
 
 def test_print_certificate__file_and_verdict(tmp_path, capsys):
     out = tmp_path / "certificate.md"
-    assert audit.print_certificate(str(finished_run()), str(out), {}, LocalEngine(), False)
+    audit.certificate(str(finished_run()), str(out), engine=Here())
     assert "none has an image above cosine" in out.read_text()
     assert "bench" in capsys.readouterr().out
-    assert not audit.print_certificate(
-        str(finished_run()), None, {"threshold": -1.0}, LocalEngine(), True
-    )
+    with pytest.raises(typer.Exit):
+        audit.certificate(str(finished_run()), threshold=-1.0, engine=Here(), json=True)
     assert json.loads(capsys.readouterr().out)["threshold"] == -1.0
 
 
@@ -131,9 +132,9 @@ def test_certify__a_run_that_ends_with_no_image_says_so(tmp_path, capsys):
     work = tmp_path / "work"
     recipe = tmp_path / "r.yaml"
     recipe.write_text(EMPTY.replace("IMAGES", str(finished_run() / "sets" / "bench")))
-    run_recipe(str(recipe), str(work), LocalEngine(), [], False)
+    run(str(recipe), str(work), Here())
     assert "no image is left: quality dropped the last of them" in capsys.readouterr().out
-    assert audit.print_certificate(str(work), str(tmp_path / "c.md"), {}, LocalEngine(), True)
+    audit.certificate(str(work), str(tmp_path / "c.md"), engine=Here(), json=True)
     (one,) = json.loads(capsys.readouterr().out)["benchmarks"]
     assert (one["nearest"], one["median"], one["scores"]) == (None, None, [])
     words = "Nothing was compared with the 4 images of 'bench': the set holds no image."
@@ -141,7 +142,7 @@ def test_certify__a_run_that_ends_with_no_image_says_so(tmp_path, capsys):
     page = (tmp_path / "c.md").read_text()
     assert words in page
     assert "-1.0" not in page
-    assert audit.print_certificate(str(work), None, {}, LocalEngine(), False)
+    audit.certificate(str(work), engine=Here())
     assert "-1.0" not in capsys.readouterr().out
 
 

@@ -62,7 +62,7 @@ def test_diff__no_run(tmp_path):
 
 
 def test_print_diff__tables_and_json(stricter, capsys):
-    audit.print_diff(str(finished_run()), str(stricter), False)
+    audit.diff(str(finished_run()), str(stricter))
     assert "not_retrieved" in capsys.readouterr().out
-    audit.print_diff(str(finished_run()), str(finished_run()), True)
+    audit.diff(str(finished_run()), str(finished_run()), json=True)
     assert json.loads(capsys.readouterr().out)["same"]

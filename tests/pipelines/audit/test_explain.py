@@ -90,7 +90,7 @@ def test_possible_ids__urls_are_normalised():
 
 
 def test_print_explanation__tables_and_json(capsys):
-    audit.print_explanation(id_of("leak.jpg"), str(finished_run()), False)
+    audit.explain(id_of("leak.jpg"), str(finished_run()))
     assert "leak:bench" in capsys.readouterr().out
-    audit.print_explanation(id_of("leak.jpg"), str(finished_run()), True)
+    audit.explain(id_of("leak.jpg"), str(finished_run()), json=True)
     assert json.loads(capsys.readouterr().out)[0]["verdicts"][0]["stage"] == "ingest"

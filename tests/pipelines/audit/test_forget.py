@@ -14,9 +14,9 @@ from pipelines.audit.forget import JOURNAL, forget
 from pipelines.audit.seal import write_seal
 from pipelines.audit.verify import verify
 from pipelines.cli import audit
-from pipelines.cli.run import run_recipe
 from pipelines.engines.local_engine import LocalEngine
 from pipelines.run.run_record import read_run
+from pipelines.run.whole_run import run_recipe
 from pipelines.web.report.page import write_page
 from pipelines.web.serving.catalog_file import catalog_of
 from tests.pipelines.audit.test_explain import id_of
@@ -130,18 +130,18 @@ def test_forget__report_is_written_anew_and_checkpoints_are_listed(work):
     assert done.checkpoints == [str(work / "pretrain" / "backbone.safetensors")]
 
 
-def test_forget_images__command(work, tmp_path, capsys):
+def test_forget__command(work, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(kept_id() + "\n\n")
-    lists = {"ids": str(tmp_path / "list.txt"), "urls": None, "hashes": None}
-    audit.forget_images(str(work), lists, False, False)
+    ids = str(tmp_path / "list.txt")
+    audit.forget(str(work), ids)
     assert "content digest now" in capsys.readouterr().out
-    audit.forget_images(str(work), lists, False, True)
+    audit.forget(str(work), ids, json=True)
     assert json.loads(capsys.readouterr().out)["rows"] == []
     with pytest.raises(ConfigError, match="give one of"):
-        audit.forget_images(str(work), {"ids": None, "urls": None, "hashes": None}, False, False)
+        audit.forget(str(work))
     (tmp_path / "list.txt").write_text("\n")
     with pytest.raises(ConfigError, match="names nothing"):
-        audit.forget_images(str(work), lists, False, False)
+        audit.forget(str(work), ids)
 
 
 def test_forget__sorted_lists_of_the_server_go_too(work):
@@ -165,7 +165,7 @@ def build(folder, work, base=None):
     """`curate run` in this process; reasons of the pool's dropped rows, and the sources kept."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(LATER.replace("${images}", str(folder / "images")))
-    run_recipe(str(recipe), str(work), LocalEngine(), [], True, base and str(base))
+    run_recipe(str(recipe), str(work), LocalEngine(), base=base and str(base), quiet=True)
     record = read_run(str(work))
     fallen = {reason for entry in record.pool for reason in entry.record.dropped}
     kept = Dataset.open(str(work / "manifest")).read(["source"])["source"].to_pylist()

@@ -81,7 +81,7 @@ def test_look_for__another_encoder_is_refused(monkeypatch):
 
 def test_print_explanation__of_a_file(capsys):
     file = str(finished_run() / "sets" / "taken" / "0.jpg")
-    audit.print_explanation(file, str(finished_run()), False)
+    audit.explain(file, str(finished_run()))
     assert "in the set" in capsys.readouterr().out
-    audit.print_explanation(file, str(finished_run()), True)
+    audit.explain(file, str(finished_run()), json=True)
     assert json.loads(capsys.readouterr().out)["threshold"] == pytest.approx(0.93)

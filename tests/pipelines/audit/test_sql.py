@@ -103,8 +103,8 @@ def test_ask__a_big_sort_spills_all_the_same():
     assert answer(query) == [{"n": 3_000_000}]
 
 
-def test_print_answer__views_and_rows(capsys):
-    audit.print_answer(str(finished_run()), None, 5, False)
+def test_sql__views_and_rows(capsys):
+    audit.sql(str(finished_run()))
     assert "decisions" in capsys.readouterr().out
-    audit.print_answer(str(finished_run()), "select image from images", 1, False)
+    audit.sql(str(finished_run()), "select image from images", 1)
     assert "bytes" in capsys.readouterr().out

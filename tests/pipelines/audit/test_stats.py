@@ -120,13 +120,13 @@ def test_write_csv__one_figure_a_line(tmp_path):
 
 
 def test_print_stats__json_and_tables(capsys):
-    audit.print_stats(str(finished_run()), True)
+    audit.stats(str(finished_run()), json=True)
     assert json.loads(capsys.readouterr().out)["recipe"] == "audited"
-    audit.print_stats(str(finished_run()), False)
+    audit.stats(str(finished_run()))
     shown = capsys.readouterr().out
     assert "near_duplicate" in shown
     assert "similarity" in shown
-    audit.print_stats(str(finished_run()), False, by="format")
+    audit.stats(str(finished_run()), by="format")
     assert "JPEG" in capsys.readouterr().out
 
 

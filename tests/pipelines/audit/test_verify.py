@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 
 from curation import merkle, storage
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
@@ -14,7 +15,7 @@ from curation.schema import schema_of
 from pipelines.audit.seal import is_sealed_whole, write_seal
 from pipelines.audit.verify import verify
 from pipelines.audit.verify_dataset import prove_shard
-from pipelines.cli import audit
+from pipelines.cli import audit, pages
 from pipelines.run.run_record import read_run
 from pretrain.digests import write_digests
 from tests.pipelines.audited_run import copied_run, finished_run
@@ -40,7 +41,7 @@ def rewrite(path, change):
 
 def test_verify__sound_run_has_no_defect(capsys):
     assert defects_of(finished_run()) == []
-    assert audit.print_verification(str(finished_run()), False)
+    audit.verify(str(finished_run()))
     shown = capsys.readouterr().out
     assert "everything is as it was written" in shown
     assert "deleted after use" in shown
@@ -205,9 +206,10 @@ def test_prove_shard__leads_to_the_files_digest_without_the_other_shards(tmp_pat
     assert first.with_suffix(".tar").name in proof.leaf
     found = merkle.root_of_path(proof.leaf, proof.number, proof.shards, proof.path)
     assert found == proof.files_digest == digest
-    assert audit.print_proof(str(packed), first.name, True)
+    audit.verify(str(packed), first.name, json=True)
     assert json.loads(capsys.readouterr().out)["path"] == proof.path
-    assert not audit.print_proof(str(packed), last.name, False)
+    with pytest.raises(typer.Exit):
+        audit.verify(str(packed), last.name)
     assert "is missing" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="has no shard 'x'; there are: shard-00000"):
         prove_shard(str(packed), "x")
@@ -236,7 +238,8 @@ def test_verify__nothing_there(tmp_path):
 def test_print_verification__json_says_not_ok(tmp_path, capsys):
     work = copied_run(tmp_path)
     filled_shard(work / "manifest").unlink()
-    assert not audit.print_verification(str(work), True)
+    with pytest.raises(typer.Exit):
+        audit.verify(str(work), json=True)
     found = json.loads(capsys.readouterr().out)
     assert not found["ok"]
     assert any("is missing" in one for one in found["defects"])
@@ -336,7 +339,7 @@ def test_write_seal__steps_are_sealed_when_all_is_done(tmp_path):
     assert defects_of(work) == []
     write_seal(str(work), read_run(str(work)))
     assert is_sealed_whole(str(work))
-    audit.write_report(str(work), None)
+    pages.report(str(work))
     assert defects_of(work) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 from curation.errors import ConfigError
 from embedder.images import encode_jpeg
 from pipelines.audit.work_folder import WorkFolder
-from pipelines.cli import calibrate as verb
+from pipelines.cli.pages import Calibrated, calibrate
 from pipelines.engines.local_engine import LocalEngine
 from pipelines.run.recipe import load_recipe
 from pipelines.run.runner import RecipeRun
@@ -186,7 +186,7 @@ def test_recall_by_edit__finds_easy_edits_and_names_each(monkeypatch):
 
 def test_print_truth__nsfw_has_none():
     with pytest.raises(ConfigError, match="judge a sample"):
-        verb.print_truth("nsfw", str(finished_run()), 5, 0, True)
+        calibrate(Calibrated.nsfw, str(finished_run()), truth=5, json=True)
 
 
 @pytest.fixture
@@ -298,8 +298,8 @@ def test_lab__nsfw_scores_of_the_real_stage(nsfw_run, tmp_path):
 
 
 def test_print_figures__are_json(tmp_path, capsys):
-    asked = verb.Asked("dedup", str(finished_run()), 4, 5, str(tmp_path / "none.parquet"), None, 0)
-    verb.print_figures(asked)
+    answers = str(tmp_path / "none.parquet")
+    calibrate(Calibrated.dedup, str(finished_run()), 4, 5, answers, json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["answered"] == 0
     assert found["curve"] == []

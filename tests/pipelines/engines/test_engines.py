@@ -18,7 +18,7 @@ from curation.exchange import Exchange, Mapper, Reducer
 from curation.stage import Resources, Task
 from embedder.errors import EncoderError
 from pipelines.engines.local_engine import LocalEngine
-from pipelines.engines.observed_engine import ObservedEngine
+from pipelines.engines.metered_engine import MeteredEngine
 from pipelines.engines.worker_process import gpu_of_worker
 
 
@@ -41,8 +41,8 @@ def is_this_process(engine):
 
 def test_workers_per_node__are_all_where_there_is_one(engine):
     list(engine.map(Square(), [1], "start"))
-    observed = ObservedEngine(engine, lambda *_: None)
-    assert observed.workers_per_node == engine.workers_per_node == engine.workers
+    metered = MeteredEngine(engine, lambda *_: None)
+    assert metered.workers_per_node == engine.workers_per_node == engine.workers
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,8 @@ def test_map__one_worker_stops_an_item_that_hangs_too():
     engine = LocalEngine(1, attempts=2, first_pause_s=0.01)
     with pytest.raises(EngineError, match=r"stopped at .*test_engines.py:\d+ sleeps"):
         list(engine.map(Misbehaves("sleeps"), [3], "one"))
-    engine.time_limit_s = 0.5  # in place of what the task declares
+    # In place of what the task declares.
+    engine = LocalEngine(1, attempts=2, first_pause_s=0.01, time_limit_s=0.5)
     with pytest.raises(EngineError, match=r"took more than 0\.5 s"):
         list(engine.map(Misbehaves("sleeps"), [3], "one"))
 

@@ -8,7 +8,7 @@ from curation.errors import ConfigError
 from curation.ledger import StageRecord
 from embedder.images import decode, encode_jpeg, resize
 from pipelines.operate.events import read_events
-from pipelines.operate.hardware import Cluster, read_cluster
+from pipelines.operate.hardware import ClusterSpec, read_cluster
 from pipelines.operate.planner import Sample, plan_stages
 from pipelines.run.run_record import RunRecord, StageEntry
 from tests.pipelines.commands import fails, succeeds
@@ -57,7 +57,7 @@ def sample_of(work, *stages: tuple[str, int, float]) -> Sample:
 def test_plan_stages__tells_what_a_stage_costs_once_from_what_a_row_costs(tmp_path):
     small = sample_of(tmp_path, ("a", 100, 1.2), ("embed", 50, 0.5))
     large = sample_of(tmp_path, ("a", 400, 1.8), ("embed", 200, 2.0))
-    a, embed = plan_stages(small, large, 1_000_000, Cluster())
+    a, embed = plan_stages(small, large, 1_000_000, ClusterSpec())
     assert (a.rows, embed.rows) == (1e6, 5e5)  # half of the rows reach it, as in the sample
     assert a.wall_s == pytest.approx(1 + 1.0 + 0.002 * 1e6)
     assert embed.wall_s == pytest.approx(1 + 0.01 * 5e5)

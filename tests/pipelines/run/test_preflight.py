@@ -3,16 +3,18 @@ import sys
 from dataclasses import replace
 
 import pytest
+import typer
 from small_pictures import picture
 from test_settling import PLAIN_CPU, needs_bfloat16
 
 from curation.errors import StageError
 from embedder.images import encode_jpeg
-from pipelines.cli.operation import print_preflight
-from pipelines.cli.run import run_recipe
+from pipelines.cli import operate
 from pipelines.engines.local_engine import LocalEngine
 from pipelines.run.preflight import NodeFacts, Preflight, preflight
 from pipelines.run.recipe import load_recipe
+from pipelines.run.whole_run import run_recipe
+from tests.pipelines.commands import Here
 
 RECIPE = """
 name: small
@@ -60,20 +62,21 @@ def test_preflight__what_is_missing_or_broken_is_one_line_with_its_nodes(recipe,
     (tmp_path / "bad.txt").write_text("no hash\n")
     (tmp_path / "images" / "1.jpg").unlink()
     (tmp_path / "images").rmdir()
-    words = (str(recipe), str(tmp_path / "work"), LocalEngine(), [], None)
-    assert not print_preflight(*words, True)
+    words = (str(recipe), str(tmp_path / "work"), Here())
+    with pytest.raises(typer.Exit):
+        operate.preflight(*words, json=True)
     found = json.loads(capsys.readouterr().out)
     assert not found["ok"]
     missing, broken = found["refusals"]
     assert missing.startswith(f"{tmp_path}/images is missing (on ")
     assert broken.startswith("stage canonicalize does not open: ConfigError: ")
-    assert not print_preflight(*words, False)
+    with pytest.raises(typer.Exit):
+        operate.preflight(*words)
     assert capsys.readouterr().out.count("REFUSED ") == 2
 
 
 def test_print_preflight__a_table_of_what_is_everywhere(recipe, tmp_path, capsys):
-    words = (str(recipe), str(tmp_path / "work"), LocalEngine(), [], None)
-    assert print_preflight(*words, False)
+    operate.preflight(str(recipe), str(tmp_path / "work"), Here())
     out = capsys.readouterr().out
     assert "space of copy" in out
     assert "may run on 1 nodes" in out
@@ -140,4 +143,4 @@ def test_preflight__nodes_that_differ_are_named(unlike, recipe, tmp_path):
     other = "the work folder memory://w is another folder here than the driver's"
     assert found.refusals == [f"{other} (on {first}, {second})"]  # each process has its own
     with pytest.raises(StageError, match=r"the work folder memory://w is another folder .* \(on "):
-        run_recipe(str(recipe), "memory://w", engine, [], True)
+        run_recipe(str(recipe), "memory://w", engine, quiet=True)

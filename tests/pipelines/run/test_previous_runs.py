@@ -18,13 +18,13 @@ from pipelines.audit.explain import explain
 from pipelines.audit.verify import verify
 from pipelines.audit.work_folder import WorkFolder
 from pipelines.cli.app import app
-from pipelines.cli.run import run_recipe
 from pipelines.engines.local_engine import LocalEngine
-from pipelines.run.previous_runs import BaseRuns
+from pipelines.run.previous_runs import PreviousRuns
 from pipelines.run.recipe import load_recipe
 from pipelines.run.run_record import open_manifest, read_run
 from pipelines.run.runner import RecipeRun
 from pipelines.run.stage_runner import Silent
+from pipelines.run.whole_run import run_recipe
 from pipelines.web.report.page import write_page
 
 RECIPE = """
@@ -63,7 +63,7 @@ def deliver(root, name, files):
 def run(root, name, base=None, engine=None):
     variables = {"work": str(root / name), "root": str(root)}
     checked = load_recipe(str(root / "recipe.yaml"), variables)
-    earlier = BaseRuns.open(str(root / base)) if base else None
+    earlier = PreviousRuns.open(str(root / base)) if base else None
     work = RecipeRun(checked, str(root / name), engine or LocalEngine(), Silent(), earlier)
     return work.run(), work.published
 
@@ -138,7 +138,7 @@ def test_run_base__every_stage_says_what_was_there_before(three):
 def test_run_base__is_recorded_and_nothing_is_done_twice(three):
     root, records = three
     assert records[1].base == str(root / "1")
-    assert records[1].base_digest == BaseRuns.open(str(root / "1")).digest
+    assert records[1].base_digest == PreviousRuns.open(str(root / "1")).digest
     again, published = run(root, "2", "1")
     assert (again, published) == (records[1], False)
     keys = {entry.stage: entry.record.key for entry in records[1].pool}
@@ -185,11 +185,11 @@ def _killed(*args, **kwargs):
 def test_run_base__what_cannot_be_a_base(three, tmp_path):
     root, _ = three
     with pytest.raises(DatasetError, match=r"no finished run there"):
-        BaseRuns.open(str(tmp_path))
+        PreviousRuns.open(str(tmp_path))
     recipe = str(root / "recipe.yaml")
     first, second, change = str(root / "1"), str(root / "2"), f"paths.root={root}"
     with pytest.raises(ConfigError, match="is --work itself, or rests on it"):
-        run_recipe(recipe, first, LocalEngine(), [change], True, second)
+        run_recipe(recipe, first, LocalEngine(), changes=[change], base=second, quiet=True)
     other = read_run(str(root / "1"))
     kept = tuple(entry for entry in other.pool if entry.stage != "exact_dedup")
     shutil.copytree(root / "1", tmp_path / "other")

@@ -19,14 +19,15 @@ from embedder.encoder import load_encoder
 from embedder.encoders.torch_trunk import fastest_precision
 from embedder.images import encode_jpeg
 from embedder.vit import VisionTransformer, ViTConfig
-from pipelines.cli.stages import run_embed
+from pipelines.cli.build import embed
 from pipelines.engines.local_engine import LocalEngine
-from pipelines.run.previous_runs import BaseRuns
+from pipelines.run.previous_runs import PreviousRuns
 from pipelines.run.recipe import load_recipe
 from pipelines.run.run_record import read_run
 from pipelines.run.runner import RecipeRun
 from pipelines.run.settling import Settling
 from pipelines.run.stage_runner import Silent, run_stage
+from tests.pipelines.commands import Here
 
 PLAIN_CPU = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
 """Has oneDNN, and so torch, do without the instructions for bfloat16: it is slower then."""
@@ -128,7 +129,7 @@ def test_run__with_a_base_takes_its_precision(become_plain, tmp_path):
     run(write_recipe(tmp_path), tmp_path / "base", LocalEngine())
     recipe = write_recipe(tmp_path, "more")
     become_plain()
-    base = BaseRuns.open(str(tmp_path / "base"))
+    base = PreviousRuns.open(str(tmp_path / "base"))
     record = run(recipe, tmp_path / "next", LocalEngine(), base)
     assert embeddings_of(tmp_path / "next", record)[0].attributes["precision"] == "bfloat16"
     assert record.pool[3].record.dropped == {"near_duplicate": 9}
@@ -164,21 +165,21 @@ def test_facts__of_the_same_precision_are_those_before_it_was_a_setting():
 
 @needs_bfloat16
 @pytest.mark.parametrize("recorded", [True, False], ids=["new", "before it was recorded"])
-def test_run_embed__like_takes_the_precision_of_what_is_there(become_plain, tmp_path, recorded):
+def test_embed__like_takes_the_precision_of_what_is_there(become_plain, tmp_path, recorded):
     pool_of(tmp_path / "rows", [image_row(n) for n in range(3)])
     rows, one = str(tmp_path / "rows"), str(tmp_path / "one")
-    run_embed(rows, one, "lite-copy", None, {}, [], None, LocalEngine())
+    embed(rows, one, "lite-copy", engine=Here())
     first = Dataset.open(str(tmp_path / "one"))
     if not recorded:
         manifest = tmp_path / "one" / "_manifest.json"
         manifest.write_text(manifest.read_text().replace('"precision": "bfloat16",', ""))
     become_plain()
-    run_embed(rows, str(tmp_path / "two"), None, one, {}, [], None, LocalEngine())
+    embed(rows, str(tmp_path / "two"), like=one, engine=Here())
     second = Dataset.open(str(tmp_path / "two"))
     assert second.attributes["space"] == first.attributes["space"]
     changes = ["precision=float32"]
     with pytest.raises(SpaceError, match=r"is in space .* gives .* here \(float32\)"):
-        run_embed(rows, str(tmp_path / "three"), None, one, {}, changes, None, LocalEngine())
+        embed(rows, str(tmp_path / "three"), like=one, changes=changes, engine=Here())
 
 
 # --- two nodes ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`curate show`: pictures of what a model sees, as one self-contained page or one PNG."""
+"""Pictures of what a model sees, as one self-contained page or one PNG."""
 
 import base64
 import html
@@ -6,18 +6,21 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from curation.errors import ConfigError
-from pipelines.operate import console
-
-if TYPE_CHECKING:
-    from curation.sources.shards import StoredImage
-    from embedder.images import Pixels
+from curation.sources.shards import StoredImage
+from embedder.encoder import LoadOptions, embed_images
+from embedder.images import Pixels
+from pretrain.evaluation.pictures import (
+    attention_pictures,
+    fitted,
+    neighbours,
+    patch_rows,
+    pca_pictures,
+)
+from pretrain.evaluation.tasks import open_encoder, open_feature_model
 
 SHOWN_HEIGHT = 224
 """Height of a picture in pixels."""
@@ -36,55 +39,14 @@ img{{display:block;height:224px}}</style>
 class Shown:
     """One picture and what stands below it."""
 
-    pixels: "Pixels"
+    pixels: Pixels
     caption: str
 
 
-def run_show(
-    kind: str,
-    paths: list[str],
-    out: str,
-    encoder: str,
-    among: str | None,
-    k: int,
-    short_side: int | None,
-) -> None:
-    """Make the pictures and write them.
-
-    Raises:
-        ConfigError: an unknown kind, no images, or an output that is neither page nor PNG.
-    """
-    from curation.sources.shards import images_below
-
-    suffix = Path(out).suffix.lower()
-    if kind not in ("pca", "attention", "knn") or suffix not in (".html", ".png"):
-        raise ConfigError(
-            f"curate show {kind} --out {out}: want pca, attention or knn, and .html or .png"
-        )
-    files = [file for path in paths for file in images_below(path)]
-    if len(files) > MAX_IMAGES:
-        raise ConfigError(f"{len(files)} images are too many for a page; name {MAX_IMAGES} at most")
-    if kind == "knn":
-        rows = _knn_rows(files, encoder, images_below(among) if among else files, k)
-    else:
-        rows = _map_rows(kind, files, encoder, short_side)
-    title = f"{kind} of {encoder}"
-    if suffix == ".html":
-        Path(out).write_text(_page(title, rows))
-    else:
-        _sheet(rows).save(out)
-    console.print_pairs(
-        {"images": len(files), "pictures": sum(map(len, rows)), "out": out}, title=title
-    )
-
-
-def _map_rows(
-    kind: str, files: Sequence["StoredImage"], encoder: str, side: int | None
+def map_rows(
+    kind: str, files: Sequence[StoredImage], encoder: str, side: int | None
 ) -> list[list[Shown]]:
-    from embedder.encoder import LoadOptions
-    from pretrain.evaluation.pictures import attention_pictures, fitted, patch_rows, pca_pictures
-    from pretrain.evaluation.tasks import open_feature_model
-
+    """A row an image: principal components of its patches (`pca`), or attention."""
     model = open_feature_model(encoder, LoadOptions())
     images = [fitted(file.pixels(), model, side) for file in files]
     rows = [[Shown(image, _caption(file))] for image, file in zip(images, files, strict=True)]
@@ -96,17 +58,16 @@ def _map_rows(
     for row, image, planes in zip(rows, images, attention_pictures(model, images), strict=True):
         names = ["mean of the heads", *(f"head {i}" for i in range(len(planes) - 1))]
         for name, plane in list(zip(names, planes, strict=True))[: MAX_HEADS + 1]:
-            row.append(Shown(_enlarged(_heat(plane), image), name))
+            # Values from 0 to 1 as colors from black over red and yellow to white.
+            channels = np.stack([3 * plane, 3 * plane - 1, 3 * plane - 2], -1).clip(0, 1)
+            row.append(Shown(_enlarged((255 * channels).astype(np.uint8), image), name))
     return rows
 
 
-def _knn_rows(
-    files: Sequence["StoredImage"], encoder: str, database: Sequence["StoredImage"], k: int
+def knn_rows(
+    files: Sequence[StoredImage], encoder: str, database: Sequence[StoredImage], k: int
 ) -> list[list[Shown]]:
-    from embedder.encoder import LoadOptions, embed_images
-    from pretrain.evaluation.pictures import neighbours
-    from pretrain.evaluation.tasks import open_encoder
-
+    """A row an image: its nearest others."""
     opened = open_encoder(encoder, LoadOptions())
     queries, bank = (
         embed_images([opened], [file.pixels for file in some])[0].astype(np.float32)
@@ -117,38 +78,30 @@ def _knn_rows(
     for file, places, values in zip(files, order, cosines, strict=True):
         row = [Shown(file.pixels(), _caption(file))]
         found = [(database[i], v) for i, v in zip(places, values, strict=True)]
-        others = [(other, v) for other, v in found if not _is_same(other, file)][:k]
+        own = Path(file.path).resolve()
+        others = [(other, v) for other, v in found if Path(other.path).resolve() != own][:k]
         row += [Shown(one.pixels(), f"{value:.3f} {_caption(one)}") for one, value in others]
         rows.append(row)
     return rows
 
 
-def _caption(image: "StoredImage") -> str:
+def _caption(image: StoredImage) -> str:
     return image.name.rpartition("/")[2]
 
 
-def _is_same(image: "StoredImage", other: "StoredImage") -> bool:
-    return Path(image.path).resolve() == Path(other.path).resolve()
-
-
-def _enlarged(picture: "Pixels", like: "Pixels") -> "Pixels":
+def _enlarged(picture: Pixels, like: Pixels) -> Pixels:
     """Show patches as squares, at the size of their image."""
     size = (like.shape[1], like.shape[0])
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST))
 
 
-def _heat(plane: NDArray[np.float32]) -> "Pixels":
-    """Values from 0 to 1 as colours from black over red and yellow to white."""
-    channels = np.stack([3 * plane, 3 * plane - 1, 3 * plane - 2], -1).clip(0, 1)
-    return (255 * channels).astype(np.uint8)
-
-
-def _scaled(pixels: "Pixels") -> Image.Image:
+def _scaled(pixels: Pixels) -> Image.Image:
     height, width = pixels.shape[:2]
     return Image.fromarray(pixels).resize((max(1, width * SHOWN_HEIGHT // height), SHOWN_HEIGHT))
 
 
-def _page(title: str, rows: list[list[Shown]]) -> str:
+def page(title: str, rows: list[list[Shown]]) -> str:
+    """All pictures as one HTML page."""
     body = "".join(f'<div class="row">{"".join(map(_figure, row))}</div>' for row in rows)
     return _PAGE.format(title=html.escape(title), rows=body)
 
@@ -164,7 +117,7 @@ def _figure(shown: Shown) -> str:
     )
 
 
-def _sheet(rows: list[list[Shown]], gap: int = 4) -> Image.Image:
+def sheet(rows: list[list[Shown]], gap: int = 4) -> Image.Image:
     """All pictures on one white sheet, a row an image."""
     scaled = [[_scaled(shown.pixels) for shown in row] for row in rows]
     width = max(sum(one.width + gap for one in row) for row in scaled)

@@ -5,7 +5,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
@@ -49,18 +49,12 @@ class Usage:
 
 
 @dataclass
-class ObservedEngine(Engine):
-    """Hands tasks on to another engine, and tells a listener of each item that is done."""
+class MeteredEngine(Engine):
+    """Hands tasks on to another engine, and tells a listener what each item took."""
 
     engine: Engine
     listener: Callable[[str, int, Usage], None]
-    """Hears the label of the step, how many items it has, and what one took."""
-    usage: Usage = field(default_factory=Usage)
-    """Of all items since the last `take_usage`."""
-
-    def __post_init__(self) -> None:
-        self.max_failed_shards = self.engine.max_failed_shards
-        self.time_limit_s = self.engine.time_limit_s
+    """Hears the label of the step, how many items it has, and what one of them took."""
 
     @property
     def workers(self) -> int:
@@ -88,16 +82,12 @@ class ObservedEngine(Engine):
         before = self.engine.retries
         try:
             for item, (result, usage) in self.engine.map(_Timed(task), items, label):
-                self.usage.add(usage)
                 self.listener(label, len(items), usage)
                 yield item, result
         finally:
-            self.usage.retries += self.engine.retries - before
-
-    def take_usage(self) -> Usage:
-        """What was used since this was last asked."""
-        taken, self.usage = self.usage, Usage()
-        return taken
+            retries = self.engine.retries - before
+            if retries:
+                self.listener(label, len(items), Usage(retries=retries))
 
 
 @dataclass(frozen=True)
