@@ -1,5 +1,6 @@
 """Languages of alternative texts, told from a sample of them."""
 
+import importlib.util
 from collections import Counter
 
 from curation.dataset import Dataset
@@ -10,6 +11,8 @@ SAMPLED_TEXTS = 5_000
 _LEAST_LETTERS = 12
 """Shorter texts hardly tell."""
 TOO_SHORT = "too short to tell"
+NOT_TOLD = "not told: pip install 'lvd-curate[languages]'"
+"""In place of languages, where the package that tells them is not installed."""
 
 
 def alt_languages(dataset: Dataset | None) -> list[Row]:
@@ -18,6 +21,8 @@ def alt_languages(dataset: Dataset | None) -> list[Row]:
         return []
     query = "select alt from rows where alt is not null and alt != '' limit ?"
     texts = select(dataset, query, [SAMPLED_TEXTS])
+    if texts and importlib.util.find_spec("py3langid") is None:
+        return [{"language": NOT_TOLD, "rows_of_sample": len(texts), "share": 1.0}]
     counts = Counter(language_of(str(row["alt"])) for row in texts)
     return [
         {"language": language, "rows_of_sample": rows, "share": rows / len(texts)}

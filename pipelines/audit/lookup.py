@@ -21,7 +21,7 @@ def find_rows(
     with dataset.open_shard(shard) as file:
         groups = groups_with(file, ids)
         table = file.read_row_groups(groups, columns=names)
-    return table.filter(_is_one_of(table[ID], ids))
+    return table.filter(pc.is_in(table[ID], pa.array(list(ids), pa.string())))
 
 
 def stream_rows(
@@ -40,14 +40,6 @@ def stream_rows(
                 yield some
             if found >= len(wanted):
                 return
-
-
-def _is_one_of(column: pa.ChunkedArray, ids: Collection[str]) -> pa.ChunkedArray:
-    """Which rows have one of some ids."""
-    if len(ids) == 1:
-        # Ids are of one length. Arrow loads pandas (0.3 s) for whatever makes a value of its own.
-        return pc.starts_with(column, next(iter(ids)))
-    return pc.is_in(column, pa.array(list(ids), pa.string()))
 
 
 def groups_with(file: pq.ParquetFile, ids: Collection[str]) -> list[int]:

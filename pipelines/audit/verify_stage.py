@@ -10,13 +10,13 @@ from curation.dataset import MANIFEST, Dataset
 from curation.ledger import RECEIPTS, STAGE_FILE, Receipt, read_receipt, read_stage
 from curation.schema import ID, KEEP
 from curation.stage import DECISIONS, StageFolder
+from embedder.errors import one_line
 from pipelines.audit.verify_dataset import (
     NAMED,
     UNREADABLE,
     Checked,
     check_form,
     is_present,
-    one_line,
     verify_dataset,
 )
 from pipelines.audit.work_folder import FinishedStage, WorkFolder

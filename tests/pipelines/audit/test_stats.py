@@ -1,5 +1,7 @@
 import csv
 import json
+import sys
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -143,6 +145,10 @@ def test_stats_of__languages_of_alternative_texts(tmp_path):
     found = {row["language"]: row["rows_of_sample"] for row in stats_of(str(tmp_path))["languages"]}
     assert found == {"en": 2, "de": 1, "too short to tell": 1}
     assert stats_of(str(finished_run()))["languages"] == []
+    with patch.dict(sys.modules, {"py3langid": None}):  # as without the extra
+        (row,) = stats_of(str(tmp_path))["languages"]
+    assert row["language"] == "not told: pip install 'lvd-curate[languages]'"
+    assert (row["rows_of_sample"], row["share"]) == (4, 1.0)
 
 
 def test_count_by_column__source_is_the_set_and_cluster_a_column():
