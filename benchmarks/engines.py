@@ -29,6 +29,7 @@ class Nothing(Task[int, int]):
     """Gives an item back."""
 
     def __call__(self, item, opened):
+        """Do nothing with it."""
         return item
 
 
