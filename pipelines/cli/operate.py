@@ -164,7 +164,8 @@ def status(
 
     found = status_of(work.rstrip("/"))
     if json:
-        console.print_json(found)
+        known = {name: value for name, value in vars(found).items() if value is not None}
+        console.print_json({**known, "stages": found.finished_stages()})
         return
     print_status(work, found)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pipelines.audit.verify_dataset import Checked, ShardProof
     from pipelines.operate.hardware import ClusterSpec
     from pipelines.operate.planner import StagePlan
+    from pipelines.operate.status import Status
     from pipelines.run.preflight import Preflight
     from pipelines.run.run_record import RunRecord
     from pipelines.run.whole_run import FinishedRun
@@ -342,25 +343,22 @@ def print_plan(plan: Row, stages: "Sequence[StagePlan]", cluster: "ClusterSpec |
     )
 
 
-def print_status(work: str, found: Row) -> None:
+def print_status(work: str, found: "Status") -> None:
     """Print what a run is doing, or did last."""
-    stages = found.pop("stages")
+    stages = found.finished_stages()
     if stages:
         known = {name for stage in stages for name in stage}
         shown = (*_STATUS_COLUMNS, *(name for name in _SOMETIMES if name in known))
         console.print_rows(shown, [[stage.get(name, "") for name in shown] for stage in stages])
-    left_s = found.get("left_s")
-    pairs = {"state": found["state"], "recipe": found.get("recipe", "")}
-    if found.get("stage"):
-        shards = f"{found['done']}/{found['total']} shards" if found["total"] else ""
-        pairs["stage"] = f"{found['stage']} {shards}".strip()
-        pairs["step"] = found.get("step")
-        pairs["rows/s"] = found.get("rows_per_s")
-    pairs["time left"] = None if left_s is None else f"{left_s:,.0f} s"
-    pairs["times the plan so far"] = found.get("times_planned")
-    pairs["seconds"] = found.get("seconds")
-    pairs["error"] = found.get("error")
-    pairs["damaged lines of events left out"] = found["unreadable_events"] or None
-    pairs["last heard of"] = f"{found['silent_s']:,.0f} s ago"
+    pairs: Row = {"state": found.state, "recipe": found.recipe}
+    if found.stage:
+        shards = f"{found.done}/{found.total} shards" if found.total else ""
+        pairs |= {"stage": f"{found.stage} {shards}".strip(), "step": found.step}
+        pairs["rows/s"] = found.rows_per_s
+    pairs["time left"] = None if found.left_s is None else f"{found.left_s:,.0f} s"
+    pairs["times the plan so far"] = found.times_planned
+    pairs |= {"seconds": found.seconds, "error": found.error}
+    pairs["damaged lines of events left out"] = found.unreadable_events or None
+    pairs["last heard of"] = f"{found.silent_s:,.0f} s ago"
     told = {name: value for name, value in pairs.items() if value not in (None, "")}
     console.print_pairs(told, title=work)

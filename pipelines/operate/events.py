@@ -153,7 +153,7 @@ class RunObserver:
         self._log.write("step", step=label, done=self._step_done, total=total)
 
 
-class _Event(BaseModel):
+class Event(BaseModel):
     """What readers rely on: of these types where it is there, and so there always."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
@@ -171,12 +171,12 @@ class _Event(BaseModel):
     error: str = ""
 
 
-def read_events(work: str) -> list[dict[str, Any]]:
+def read_events(work: str) -> list[Event]:
     """Events of the last run in a work folder, in order; none where there was none."""
     return read_log(work)[0]
 
 
-def read_log(work: str) -> tuple[list[dict[str, Any]], int]:
+def read_log(work: str) -> tuple[list[Event], int]:
     """Events of the last run in a work folder, and how many damaged lines were left out."""
     folder = storage.join(work, EVENTS)
     names = storage.list_files(folder, ".jsonl")
@@ -190,10 +190,10 @@ def read_log(work: str) -> tuple[list[dict[str, Any]], int]:
     return read, len(events) - len(read) - unfinished
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> Event | None:
     """One event; None for what is none."""
     try:
-        return _Event.model_validate_json(line).model_dump()
+        return Event.model_validate_json(line)
     except ValidationError:
         return None
 

@@ -126,8 +126,8 @@ def measure_sample(recipe: str, work: str, rows: int, changes: Sequence[str]) ->
     metered = MeteredEngine(engine, observer.heard)
     with site_of(checked.recipe.demo_site, work):
         record = RecipeRun(checked, work, metered, observer).run()
-    finished = [one for one in read_events(work) if one["event"] == "stage_finished"]
-    return Sample(record, work, tuple(finished))
+    finished = [one for one in read_events(work) if one.event == "stage_finished"]
+    return Sample(record, work, tuple(one.model_dump() for one in finished))
 
 
 def plan_stages(

@@ -1,19 +1,80 @@
 """What a run is doing, or did last, from its event log."""
 
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 from curation import storage
 from curation.errors import DatasetError
-from pipelines.operate.events import read_log
+from pipelines.operate.events import Event, read_log
 from pipelines.operate.forecast import Forecast, share_done
 
 _SILENT_S = 300.0
 """After so long without an event a run is taken for dead, or for busy with one long item."""
 
 
-def status_of(work: str, now: float | None = None) -> dict[str, Any]:
-    """State, stage, progress, time left and the stages that are done.
+@dataclass
+class Status:
+    """State, stage, progress, time left and the stages that are done."""
+
+    unreadable_events: int = 0
+    """Damaged lines that were left out."""
+    state: str = "running"
+    recipe: str = ""
+    began: float | None = None
+    stage: str | None = None
+    stage_began: float = 0.0
+    total: int = 0
+    """Shards of the stage."""
+    done: int = 0
+    done_before: int = 0
+    """Shards that an earlier run had finished."""
+    rows: int = 0
+    rows_per_s: float | None = None
+    step: str | None = None
+    seconds: float | None = None
+    """Of the whole run, once it has finished."""
+    error: str | None = None
+    silent_s: float = 0.0
+    left_s: float | None = None
+    times_planned: float | None = None
+    stages: list[Event] = field(default_factory=list)
+    """Those that are finished."""
+
+    def finished_stages(self) -> list[dict[str, Any]]:
+        """What the event log says of each finished stage."""
+        return [one.model_dump(exclude={"time", "event"}) for one in self.stages]
+
+    def hear(self, event: Event, forecast: Forecast) -> None:
+        """Take in one event."""
+        match event.event:
+            case "run_started":
+                self.recipe, self.began = event.recipe, event.time
+            case "stage_started":
+                self.stage, self.stage_began, self.step = event.stage, event.time, None
+                self.total, self.done, self.done_before = event.total, event.done, event.done
+                self.rows = 0
+            case "shard":
+                self.done += 1
+                self.rows += event.rows_in
+                seconds = max(event.time - self.stage_began, 1e-3)
+                self.rows_per_s = round(self.rows / seconds, 1)
+            case "step":
+                self.step = f"{event.step} {event.done}/{event.total}"
+            case "stage_finished":
+                self.stages.append(event)
+                self.stage = None
+                forecast.finished(event.stage, event.seconds)
+            case "stage_reused":
+                forecast.finished(event.stage, 0.0, reused=True)
+            case "run_finished":
+                self.state, self.seconds, self.stage = "finished", event.seconds, None
+            case "run_failed":
+                self.state, self.error = "failed", event.error
+
+
+def status_of(work: str, now: float | None = None) -> Status:
+    """What the last run in a work folder is doing.
 
     Raises:
         DatasetError: no run has left events there.
@@ -24,84 +85,21 @@ def status_of(work: str, now: float | None = None) -> dict[str, Any]:
         found = f"none of the {unreadable} lines of its events can be read" if unreadable else found
         raise DatasetError(f"{work}: {found}; start one with `curate run RECIPE --work {work}`")
     now = time.time() if now is None else now
-    status: dict[str, Any] = {"state": "running", "stages": [], "unreadable_events": unreadable}
-    status |= {"total": 0, "done": 0, "done_before": 0, "rows": 0, "stage_began": events[0]["time"]}
-    status["forecast"] = forecast = Forecast(events[0].get("planned"))
+    status = Status(unreadable, stage_began=events[0].time)
+    forecast = Forecast(events[0].planned)
     for event in events:
-        _HANDLERS.get(event["event"], _ignore)(status, event)
-    status["silent_s"] = round(now - events[-1]["time"], 1)
-    if status["state"] == "running" and status["silent_s"] > _SILENT_S:
-        status["state"] = "silent"
-    if status["state"] == "running":
-        status["left_s"] = _left_s(status, forecast, now)
+        status.hear(event, forecast)
+    status.silent_s = round(now - events[-1].time, 1)
+    if status.state == "running" and status.silent_s > _SILENT_S:
+        status.state = "silent"
+    if status.state == "running":
+        # Of the whole run where it has a plan, else of its stage's shards.
+        since_s = now - status.stage_began if status.stage else 0.0
+        share = share_done(status.total, status.done_before, status.done) if status.stage else 0.0
+        left_s = forecast.left_of_run(status.stage, since_s, share)
+        if left_s is None and status.stage:
+            left_s = forecast.left_of_step(status.stage, since_s, share)
+        status.left_s = None if left_s is None else round(left_s, 1)
     if forecast.pace is not None:
-        status["times_planned"] = round(forecast.pace, 3)
-    del status["forecast"]
+        status.times_planned = round(forecast.pace, 3)
     return status
-
-
-def _run_started(status: dict[str, Any], event: dict[str, Any]) -> None:
-    status |= {"recipe": event["recipe"], "began": event["time"]}
-
-
-def _stage_started(status: dict[str, Any], event: dict[str, Any]) -> None:
-    status |= {"stage": event["stage"], "total": event["total"], "done": event["done"]}
-    status |= {"step": None, "stage_began": event["time"], "rows": 0, "done_before": event["done"]}
-
-
-def _shard(status: dict[str, Any], event: dict[str, Any]) -> None:
-    status["done"] += 1
-    status["rows"] += event["rows_in"]
-    seconds = max(event["time"] - status["stage_began"], 1e-3)
-    status["rows_per_s"] = round(status["rows"] / seconds, 1)
-
-
-def _step(status: dict[str, Any], event: dict[str, Any]) -> None:
-    status["step"] = f"{event['step']} {event['done']}/{event['total']}"
-
-
-def _stage_finished(status: dict[str, Any], event: dict[str, Any]) -> None:
-    status["stages"].append({k: v for k, v in event.items() if k not in ("time", "event")})
-    status["stage"] = None
-    status["forecast"].finished(event["stage"], event["seconds"])
-
-
-def _stage_reused(status: dict[str, Any], event: dict[str, Any]) -> None:
-    status["forecast"].finished(event["stage"], 0.0, reused=True)
-
-
-def _run_finished(status: dict[str, Any], event: dict[str, Any]) -> None:
-    status |= {"state": "finished", "seconds": event["seconds"], "stage": None}
-
-
-def _run_failed(status: dict[str, Any], event: dict[str, Any]) -> None:
-    status |= {"state": "failed", "error": event["error"]}
-
-
-def _ignore(status: dict[str, Any], event: dict[str, Any]) -> None:
-    pass
-
-
-_HANDLERS = {
-    "run_started": _run_started,
-    "stage_started": _stage_started,
-    "shard": _shard,
-    "step": _step,
-    "stage_finished": _stage_finished,
-    "stage_reused": _stage_reused,
-    "run_finished": _run_finished,
-    "run_failed": _run_failed,
-}
-
-
-def _left_s(status: dict[str, Any], forecast: Forecast, now: float) -> float | None:
-    """Seconds left of the whole run where it has a plan, else of its stage's shards."""
-    stage = status.get("stage")
-    since_s, share = 0.0, 0.0
-    if stage:
-        since_s = now - status["stage_began"]
-        share = share_done(status["total"], status["done_before"], status["done"])
-    left_s = forecast.left_of_run(stage, since_s, share)
-    if left_s is None and stage:
-        left_s = forecast.left_of_step(stage, since_s, share)
-    return None if left_s is None else round(left_s, 1)

@@ -112,7 +112,7 @@ def test_status_of__garbage_among_events(garbage, tmp_path):
     file = tmp_path / "events" / "1.jsonl"
     file.write_bytes(SOUND + garbage + b'{"time": 2.0, "event": "shard", "rows_in": 3}\n{"ti')
     found = status_of(str(tmp_path), now=3.0)
-    assert (found["state"], found["rows"], found["unreadable_events"]) == ("running", 3, 1)
+    assert (found.state, found.rows, found.unreadable_events) == ("running", 3, 1)
     file.write_bytes(garbage)
     with pytest.raises(DatasetError, match="none of the 1 lines of its events can be read"):
         status_of(str(tmp_path))

@@ -94,11 +94,11 @@ def test_status__of_a_run_at_work_tells_its_stage_and_the_time_left(tmp_path):
     log.write("stage_started", stage="embed", total=10, done=2)
     for shard in range(2, 6):
         log.write("shard", stage="embed", shard=shard, rows_in=5, rows_out=5, bytes=1)
-    began = read_events(str(tmp_path))[1]["time"]
+    began = read_events(str(tmp_path))[1].time
     status = status_of(str(tmp_path), began + 8)
-    assert (status["state"], status["done"], status["total"]) == ("running", 6, 10)
-    assert status["left_s"] == pytest.approx(8, abs=0.1)  # four shards in 8 s, four to go
-    assert status_of(str(tmp_path), began + 4000)["state"] == "silent"
+    assert (status.state, status.done, status.total) == ("running", 6, 10)
+    assert status.left_s == pytest.approx(8, abs=0.1)  # four shards in 8 s, four to go
+    assert status_of(str(tmp_path), began + 4000).state == "silent"
 
 
 def test_status__with_a_plan_scales_what_is_ahead_by_the_pace_so_far(tmp_path):
@@ -107,8 +107,8 @@ def test_status__with_a_plan_scales_what_is_ahead_by_the_pace_so_far(tmp_path):
     log.write("stage_started", stage="a", total=1, done=0)
     log.write("stage_finished", stage="a", seconds=20.0)
     log.write("stage_started", stage="b", total=1, done=0)
-    began = read_events(str(tmp_path))[-1]["time"]
-    assert status_of(str(tmp_path), began + 5)["left_s"] == pytest.approx(55, abs=0.1)
+    began = read_events(str(tmp_path))[-1].time
+    assert status_of(str(tmp_path), began + 5).left_s == pytest.approx(55, abs=0.1)
 
 
 def test_run__stops_within_its_disk_budget_and_goes_on_with_a_larger_one(recipe, tmp_path):

@@ -169,8 +169,8 @@ def test_plan__measures_a_sample_of_the_users_own_data(tmp_path):
     assert plan["bottleneck"] in {row["stage"] for row in rows}
     succeeds("run", recipe, "--work", tmp_path / "work", "--plan", tmp_path / "plan.json")
     events = read_events(str(tmp_path / "work"))
-    started = [event for event in events if event["event"] == "stage_started"]
-    assert all(event["planned_s"] > 0 for event in started)
+    started = [event for event in events if event.event == "stage_started"]
+    assert all(event.planned_s > 0 for event in started)
     assert "unknown key 'polo'" in fails(2, *words, "--set", "polo=1")
 
 
@@ -194,10 +194,10 @@ def test_plan__of_1000_images_predicts_10000_on_the_same_machine(shared_data, tm
     plan = json.loads(succeeds("plan", recipe, "--images", "1e4", "--json"))
     succeeds("run", recipe, "--work", tmp_path / "work")
     events = read_events(str(tmp_path / "work"))
-    took = {e["stage"]: e["seconds"] for e in events if e["event"] == "stage_finished"}
+    took = {e.stage: e.seconds for e in events if e.event == "stage_finished"}
     assert plan["wall_s"] == pytest.approx(sum(took.values()), rel=0.25)
     for stage in plan["stages"]:
         if took[stage["stage"]] > 30:
             assert stage["wall_s"] == pytest.approx(took[stage["stage"]], rel=0.35)
-    peaks = [e["peak_bytes"] for e in events if e["event"] == "stage_finished"]
+    peaks = [e.peak_bytes for e in events if e.event == "stage_finished"]
     assert plan["peak_bytes"] == pytest.approx(max(peaks), rel=0.5)
