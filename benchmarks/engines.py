@@ -25,7 +25,7 @@ ENGINES = {"local": LocalEngine, "ray": RayEngine}
 
 
 @dataclass(frozen=True)
-class Nothing(Task[int, int]):
+class Nothing(Task[int, None, int]):
     """Gives an item back."""
 
     def __call__(self, item, opened):
