@@ -26,7 +26,6 @@ import psutil
 import pyarrow as pa
 
 from curation.dataset import Dataset, write_dataset
-from curation.neighbors.dedup.components import connected_components
 from curation.neighbors.index.routes import Routes
 from curation.neighbors.index.vector_index import (
     SEARCHED,
@@ -37,6 +36,7 @@ from curation.neighbors.index.vector_index import (
     search_in,
     self_join,
 )
+from curation.neighbors.kernels.components import connected_components
 from curation.neighbors.kernels.k_means import assign_exactly, spherical_kmeans
 from curation.neighbors.kernels.products import Products
 from curation.neighbors.kernels.threads import limit_threads

@@ -304,8 +304,9 @@ class _Assign(FileTask[Any, None]):
             nearest[start : start + len(rows)] = own
             cosines[start : start + len(rows)] = exact_similarities(rows, centroids[own])
         places = self.files.rows(item)
-        told = places.select(["shard", "row"]).append_column("cluster", pa.array(nearest))
-        self.by_shard.send(item, told.append_column("similarity", pa.array(cosines)))
+        told = {name: places[name] for name in ("shard", "row")}
+        told |= {"cluster": nearest, "similarity": cosines}
+        self.by_shard.send(item, pa.table(told))
         return TaskResult([self.by_shard.mapped_path(item)], None)
 
 

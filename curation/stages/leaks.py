@@ -6,8 +6,12 @@ import pyarrow as pa
 from pydantic import Field
 
 from curation import storage
-from curation.neighbors.dedup.component_rules import DropLeaks
-from curation.neighbors.dedup.judge_components import Reviewed, connect, review
+from curation.neighbors.dedup.judge_components import (
+    ComponentVerdicts,
+    JudgeLeaks,
+    judge_components,
+)
+from curation.neighbors.dedup.threshold_graph import connect
 from curation.neighbors.dedup.verdicts import DecideByVerdicts, Verdicts
 from curation.neighbors.index.vector_index import (
     Comparison,
@@ -88,11 +92,11 @@ def find_leaks(
     inputs: StageInputs,
     engine: Engine,
     active: str | None = None,
-    apart: str | None = None,
-) -> tuple[Reviewed, dict[str, Any]]:
-    """Verdicts on the rows that leak, and figures. active, apart: see `self_join`."""
-    joined, figures = self_join(index, threshold, folder, engine, active, apart)
+    exempt: str | None = None,
+) -> tuple[ComponentVerdicts, dict[str, Any]]:
+    """Verdicts on the rows that leak, and figures. active, exempt: see `self_join`."""
+    joined, figures = self_join(index, threshold, folder, engine, active, exempt)
     graph, _ = connect(joined, storage.join(folder, "labels.bin"))
-    leaks = review(graph, DropLeaks(threshold), folder, inputs.pool, engine)
-    leaking = sum(fact["leaking_components"] for fact in leaks.facts)
-    return leaks, {"leaking_components": leaking, **figures}
+    judge = JudgeLeaks(threshold)
+    verdicts, leaking = judge_components(graph, judge, folder, inputs.pool, engine)
+    return verdicts, {"leaking_components": sum(leaking), **figures}

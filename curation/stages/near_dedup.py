@@ -5,27 +5,37 @@ With a base, rows that earlier deliveries kept take part: they all stay, are not
 other, and what is like them goes.
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from curation import storage
-from curation.neighbors.dedup.component_rules import KeepOne
-from curation.neighbors.dedup.judge_components import Reviewed, check_largest, connect, review
+from curation.neighbors.dedup.component_rules import COMPONENT_RULES
+from curation.neighbors.dedup.judge_components import (
+    LEAST_ALIKE_SHOWN,
+    ComponentVerdicts,
+    JudgeDuplicates,
+    judge_components,
+)
+from curation.neighbors.dedup.masks import write_active, write_exempt
+from curation.neighbors.dedup.threshold_graph import check_largest, connect
 from curation.neighbors.dedup.verdicts import BASE, DecideByVerdicts, Verdicts
 from curation.neighbors.index.vector_index import Comparison, build_index, self_join, sources_of
 from curation.neighbors.join.join import Joined
 from curation.neighbors.join.listed_pairs import PAIRS, write_pairs
-from curation.neighbors.rows.row_files import RowFiles, write_array
 from curation.neighbors.rows.shard_batches import decide_shards
-from curation.neighbors.rows.vectors import default_threshold
+from curation.neighbors.rows.vectors import VectorSource, default_threshold
 from curation.schema import schema_of
 from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
 from curation.stages.leaks import find_leaks
+
+
+def _known_rule(name: str) -> str:
+    if name not in COMPONENT_RULES:
+        raise ValueError(f"there is no rule '{name}'; allowed: {', '.join(COMPONENT_RULES)}")
+    return name
 
 
 class NearDedup(DatasetStage):
@@ -41,7 +51,9 @@ class NearDedup(DatasetStage):
     """Its column of vectors."""
     threshold: float | None = Field(default=None, ge=-1, le=1)
     """Cosine above which two rows are duplicates; the encoder's own where left out."""
-    linkage: Literal["components", "representative"] = "components"
+    linkage: Annotated[
+        str, AfterValidator(_known_rule), Field(json_schema_extra={"enum": [*COMPONENT_RULES]})
+    ] = "components"
     """components: one row a component. representative: also rows that no kept row is close to."""
     max_component_share: float = Field(default=0.01, gt=0, le=1)
     """A component with a larger share of the pool (and over 1,000 rows) fails the run."""
@@ -77,7 +89,7 @@ class NearDedup(DatasetStage):
             self.embedding_column,
             assume_same_space=self.assume_same_space,
         )
-        threshold = default_threshold(sources[0], self.threshold, "dedup")
+        threshold = self._settled_threshold(sources)
         index = build_index(
             sources,
             storage.join(folder.scratch, "rows"),
@@ -88,86 +100,58 @@ class NearDedup(DatasetStage):
         )
         files = index.files
         root = storage.join(folder.scratch, "duplicates")
-        active, apart, first_base = None, None, 1 + len(self.against)
+        active, exempt, first_base = None, None, 1 + len(self.against)
         if self.against:
             others = range(first_base, len(sources))
             active = write_active(files, storage.join(root, "active.bin"), [0, *others])
         if inputs.base:
-            apart = write_apart(files, storage.join(root, "apart.bin"), first_base)
-        joined, figures = self_join(index, threshold, root, engine, active, apart, self.neighbors)
+            exempt = write_exempt(files, storage.join(root, "exempt.bin"), first_base)
+        joined, figures = self_join(index, threshold, root, engine, active, exempt, self.neighbors)
         if self.neighbors:
             base_set, attributes = BASE if inputs.base else None, {"stage": folder.stage}
             pairs = write_pairs(joined, folder.output(PAIRS), base_set, engine, attributes)
             figures["listed_pairs"] = pairs
-        reviewed, found = self._review(joined, inputs, root, engine)
+        duplicates, found = self._judged(joined, inputs, root, engine)
         figures |= found
-        verdicts = Verdicts(storage.join(folder.scratch, "rows"), threshold, reviewed)
+        verdicts = Verdicts(storage.join(folder.scratch, "rows"), threshold, duplicates)
         verdicts = replace(verdicts, set_names=self.against)
         figures |= {"threshold": threshold, **size_figures(inputs)}
         if self.against:
             limit = default_threshold(sources[0], self.against_threshold, "leak")
             root = storage.join(folder.scratch, "leaks")
             path = storage.join(root, "active.bin")
-            survivors = write_active(files, path, range(first_base), reviewed.dropped())
-            leaks, found = find_leaks(index, limit, root, inputs, engine, survivors, apart)
+            survivors = write_active(files, path, range(first_base), duplicates.dropped())
+            leaks, found = find_leaks(index, limit, root, inputs, engine, survivors, exempt)
             verdicts = replace(verdicts, leaks=leaks, leak_threshold=limit)
             figures |= {"against_threshold": limit, "leaks": found}
         decide_shards(DecideByVerdicts(self, inputs.pool, folder, verdicts), engine)
         return figures
 
-    def _review(
+    def _settled_threshold(self, sources: tuple[VectorSource, ...]) -> float:
+        """The threshold, before rows are indexed and joined by it."""
+        return default_threshold(sources[0], self.threshold, "dedup")
+
+    def _judged(
         self, joined: Joined, inputs: StageInputs, root: str, engine: Engine
-    ) -> tuple[Reviewed, dict[str, Any]]:
+    ) -> tuple[ComponentVerdicts, dict[str, Any]]:
+        """Verdicts on the members of components, and figures."""
         graph, sizes = connect(joined, storage.join(root, "labels.bin"))
         old_rows = sum(pool.num_rows for pool in inputs.base)
-        if self.linkage == "components":
+        rule = COMPONENT_RULES[self.linkage]
+        if rule.is_guarded:
             check_largest(sizes, inputs.pool.num_rows + old_rows, self.max_component_share)
         first_base = 1 + len(self.against) if inputs.base else None
-        judge = KeepOne(joined.join.threshold, self.linkage, first_base)
-        reviewed = review(graph, judge, root, inputs.pool, engine)
-        worst = [one for fact in reviewed.facts for one in fact["least_alike"]]
-        worst.sort(key=lambda one: (one["lowest_similarity"], one["component"]))
-        return reviewed, {
+        judge = JudgeDuplicates(rule, joined.join.threshold, first_base)
+        verdicts, summaries = judge_components(graph, judge, root, inputs.pool, engine)
+        least_alike = [one for summary in summaries for one in summary]
+        least_alike.sort(key=lambda one: (one["lowest_similarity"], one["component"]))
+        return verdicts, {
             "components": sizes.num_components,
             "rows_in_components": sizes.num_members,
             "largest_component": sizes.largest,
-            "least_alike": worst[:5],
+            "least_alike": least_alike[:LEAST_ALIKE_SHOWN],
             **({"base_rows": old_rows} if inputs.base else {}),
         }
-
-
-def write_active(
-    files: RowFiles, path: str, sets: Sequence[int], dropped: Iterable[np.ndarray] = ()
-) -> str:
-    """Write which positions take part in a join: those of some sets, less the dropped.
-
-    One byte a row in the driver. dropped: (B,) int64 positions each.
-    """
-    active = np.empty(files.num_rows, bool)
-    for partition in range(files.num_partitions):
-        own = slice(*files.starts[partition : partition + 2])
-        active[own] = np.isin(np.asarray(files.rows(partition)["set"]), list(sets))
-    for positions in dropped:
-        active[positions] = False
-    write_array(path, active)
-    return path
-
-
-def write_apart(files: RowFiles, path: str, first_base: int) -> str:
-    """Write which positions are not compared with each other: those of the base.
-
-    But a row of the base stands for identical ones of the pool, and is then compared as they are.
-    """
-    apart = np.empty(files.num_rows, bool)
-    for partition in range(files.num_partitions):
-        rows = files.rows(partition)
-        first, sets = np.asarray(rows["first"]), np.asarray(rows["set"])
-        stands_in = np.zeros(len(sets), bool)
-        stands_in[first[sets == 0]] = True
-        own = slice(*files.starts[partition : partition + 2])
-        apart[own] = (sets >= first_base) & ~stands_in[first]
-    write_array(path, apart)
-    return path
 
 
 def size_figures(inputs: StageInputs) -> dict[str, Any]:

@@ -405,10 +405,7 @@ def write_level_part(files: RowFiles, item: int, centroids: np.ndarray) -> list[
     """Write one file of a level's centroids; their numbers stand for ids. (n, D) float32."""
     numbers = np.zeros((len(centroids), 2), np.uint64)
     numbers[:, 0] = files.starts[item] + np.arange(len(centroids))
-    paths = [files.path("vectors", item), files.path("ids", item)]
-    write_array(paths[0], centroids.astype(np.float32, copy=False))
-    write_array(paths[1], numbers)
-    return paths
+    return [files.write(item, centroids, numbers.view(np.uint8))]
 
 
 @dataclass(frozen=True)

@@ -1,115 +1,49 @@
-"""From a joined threshold graph to a verdict on each row, back in its own shard.
+"""From a threshold graph to a verdict on each member of a component, back in its own shard.
 
-Rows of components travel by component (`Gather`), are judged together (`Review`), and their
-verdicts travel on by the pool's shards. Only labels, one number a row, pass through the driver.
+Members travel by component, are judged together, and their verdicts travel on by the pool's
+shards. Only labels, one number a row, pass through the driver. M members of a bucket's components.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypedDict, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from curation import storage
-from curation.errors import StageError
 from curation.exchange import Exchange
-from curation.neighbors.dedup.components import component_sizes, connected_components
-from curation.neighbors.join.join import Joined
+from curation.neighbors.dedup.component_rules import ComponentRule
+from curation.neighbors.dedup.members import GatherMembers, Members
+from curation.neighbors.dedup.threshold_graph import ThresholdGraph
+from curation.neighbors.rows.column_file import ColumnFile, write_columns
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
-from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
+from curation.neighbors.rows.packed_rows import id_keys, pack_rows
+from curation.neighbors.rows.row_files import RowFiles
 from curation.neighbors.rows.shard_batches import BatchExchange
+from curation.neighbors.rows.vectors import exact_matrix
 from curation.pool import Pool
 from curation.stage import Engine
 
-_ROWS_PER_BUCKET = (1 << 15, 1 << 18)
-"""At least and at most: few rows have several buckets, so that several workers judge them."""
-_BUCKETS = 1 << 12
-"""So many at most, as long as buckets are not too large."""
-_ID = pa.binary(16)
+Summary = TypeVar("Summary")
+
+_MOST_BUCKETS = 1 << 12
+_BUCKET_ROWS = 1 << 15, 1 << 18
+"""Rows of a bucket at least, so that few rows have several buckets and several workers judge
+them; and at most, which goes before the number of buckets."""
+_TILE = 1 << 12, 1 << 10
+"""Members and benchmark images that are compared at once."""
+LEAST_ALIKE_SHOWN = 5
+"""Components that the report names."""
 
 
 @dataclass(frozen=True)
-class Graph:
-    """The components of a joined threshold graph."""
-
-    joined: Joined
-    labels_path: str
-
-    @property
-    def files(self) -> RowFiles:
-        """The arranged rows."""
-        return self.joined.join.files
-
-    def labels(self, partition: int) -> np.ndarray:
-        """(N,) int64: label of the component of each row of one partition."""
-        start, size = self.files.starts[partition], self.files.size(partition)
-        return map_array(self.labels_path, "int64", 8 * start, (size,))
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large components are."""
-
-    num_components: int
-    """Components of at least two rows."""
-    num_members: int
-    """Rows in them."""
-    largest: int
-
-
-def connect(joined: Joined, path: str) -> tuple[Graph, Sizes]:
-    """Label the components of a join; labels are written to a file by position."""
-    labels = connected_components(joined.join.files.num_rows, joined.edges())
-    sizes = component_sizes(labels)
-    with storage.open_whole(path) as file:
-        for start in range(0, len(labels), 1 << 20):
-            file.write(labels[start : start + (1 << 20)].astype(np.int64).tobytes())
-    many = sizes[sizes > 1]
-    largest = int(many.max()) if len(many) else min(1, len(labels))
-    return Graph(joined, path), Sizes(len(many), int(many.sum()), largest)
-
-
-def check_largest(sizes: Sizes, num_rows: int, max_share: float) -> None:
-    """Guard against chains that join half of the pool.
-
-    Raises:
-        StageError: a component is larger than the share allowed, and than 1,000 rows.
-    """
-    allowed = max(1000, int(max_share * num_rows))
-    if sizes.largest > allowed:
-        raise StageError(
-            f"the largest component holds {sizes.largest} of {num_rows} rows, allowed are "
-            f"{allowed}: raise the threshold, use linkage 'representative', or allow it with "
-            "max_component_share (--max-component-share)"
-        )
-
-
-class Judge(ABC):
-    """Decides on the members of whole components."""
-
-    def is_published(self, members: pa.Table) -> np.ndarray:
-        """(M,) bool: members that come first in their component, whatever their size."""
-        return np.zeros(members.num_rows, bool)
-
-    @abstractmethod
-    def judge(self, members: pa.Table, files: RowFiles) -> tuple[pa.Table, dict[str, Any]]:
-        """Give verdicts (with set, shard, row, position, keep and more), and figures.
-
-        members: rows sorted by label, published ones first, then by pixels and bytes downwards,
-        then by id.
-        """
-
-
-@dataclass(frozen=True)
-class Reviewed:
-    """Verdicts on the rows of components, by run of shards of the pool."""
+class ComponentVerdicts:
+    """Verdicts on the members of components, by batch of shards of the pool."""
 
     verdicts: Exchange
     num_buckets: int
-    facts: tuple[dict[str, Any], ...]
-    folder: str
 
     def read(self, batch: int) -> pa.Table:
         """Verdicts on rows of one batch of shards."""
@@ -118,105 +52,152 @@ class Reviewed:
     def dropped(self) -> Iterator[np.ndarray]:
         """Positions of dropped rows, a bucket at a time: (B,) int64."""
         for bucket in range(self.num_buckets):
-            path = dropped_path(self.folder, bucket)
-            yield np.frombuffer(storage.read_bytes(path), np.int64)
+            yield ColumnFile.open(_dropped_path(self.verdicts, bucket))["position"]
 
 
-def review(graph: Graph, judge: Judge, folder: str, pool: Pool, engine: Engine) -> Reviewed:
+class Judge(ABC, Generic[Summary]):
+    """Decides on the members of whole components."""
+
+    first_base: int | None = None
+    """Number of the first set of published rows, which come first; they are the last sets."""
+
+    @abstractmethod
+    def judge(self, members: Members) -> tuple[pa.Table, Summary]:
+        """Verdicts (set, shard, row, position, keep and more) on members, and a summary."""
+
+
+def judge_components(
+    graph: ThresholdGraph, judge: Judge[Summary], folder: str, pool: Pool, engine: Engine
+) -> tuple[ComponentVerdicts, list[Summary]]:
     """Bring the members of each component together, judge them, and send verdicts to shards."""
     files = graph.files
-    num_buckets = 1 + files.num_rows // int(np.clip(files.num_rows // _BUCKETS, *_ROWS_PER_BUCKET))
+    num_buckets = 1 + files.num_rows // int(np.clip(files.num_rows // _MOST_BUCKETS, *_BUCKET_ROWS))
     members = Exchange(storage.join(folder, "members"), num_buckets)
-    gather = _Gather(graph, members)
-    run_file_tasks(engine, gather, files.num_partitions, members.folder, "gather components")
+    gather, parts = GatherMembers(graph, members), files.num_partitions
+    run_file_tasks(engine, gather, parts, members.folder, "gather components")
     verdicts = BatchExchange.of(pool, storage.join(folder, "verdicts"))
-    work = _Review(files, judge, members, verdicts, files.num_partitions)
-    facts = run_file_tasks(engine, work, num_buckets, verdicts.folder, "judge components")
-    return Reviewed(verdicts, num_buckets, tuple(facts), verdicts.folder)
+    task = _JudgeBucket(files, judge, members, verdicts)
+    summaries = run_file_tasks(engine, task, num_buckets, verdicts.folder, "judge components")
+    return ComponentVerdicts(verdicts, num_buckets), summaries
 
 
-def dropped_path(folder: str, bucket: int) -> str:
-    """File of the positions that one bucket's review dropped."""
-    return storage.join(folder, f"dropped-{bucket:06d}.bin")
-
-
-@dataclass(frozen=True)
-class _Gather(FileTask[None, None]):
-    """The members of components among one partition's rows, by component."""
-
-    graph: Graph
-    members: Exchange
-
-    def __call__(self, item: int, opened: None) -> TaskResult[None]:
-        files = self.graph.files
-        twins, similarities = self.graph.joined.best(item)
-        rows = np.flatnonzero(twins >= 0)
-        labels = np.asarray(self.graph.labels(item)[rows])
-        table = files.rows(item).take(pa.array(rows)).drop_columns(["first", "list"])
-        columns = {
-            "label": pa.array(labels),
-            "position": pa.array(rows + files.starts[item]),
-            "id": ids_array(files.ids(item)[rows]),
-            "twin": ids_array(files.gather("ids", np.asarray(twins[rows]))),
-            "twin_set": pa.array(self._sets_of(np.asarray(twins[rows]))),
-            "similarity": pa.array(np.asarray(similarities[rows])),
-        }
-        for name, values in columns.items():
-            table = table.append_column(name, values)
-        # Those of neighbouring labels are judged together: their vectors lie near each other.
-        buckets = labels * self.members.num_buckets // files.num_rows
-        self.members.write(item, table, buckets)
-        return TaskResult([self.members.mapped_path(item)], None)
-
-    def _sets_of(self, twins: np.ndarray) -> np.ndarray:
-        """(M,) int16: the twins' sets, where rows of several are joined for duplicates; else 0."""
-        if self.graph.joined.join.apart is None:
-            return np.zeros(len(twins), np.int16)
-        return self.graph.files.sets(twins)
+def _dropped_path(verdicts: Exchange, bucket: int) -> str:
+    """File of the positions that the judge of one bucket dropped."""
+    return storage.join(verdicts.folder, f"dropped-{bucket:06d}.bin")
 
 
 @dataclass(frozen=True)
-class _Review(FileTask[None, dict[str, Any]]):
-    """The judgement of the components of one bucket."""
+class _JudgeBucket(FileTask[None, Summary]):
+    """The components of one bucket."""
 
     files: RowFiles
-    judge: Judge
+    judge: Judge[Summary]
     members: Exchange
     verdicts: BatchExchange
-    num_items: int
 
-    def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
-        members = self.members.read(item, self.num_items)
-        order = rule_order(members, self.judge.is_published(members))
-        members = members.take(pa.array(order)).combine_chunks()
-        verdicts, facts = self.judge.judge(members, self.files)
+    def __call__(self, item: int, opened: None) -> TaskResult[Summary]:
+        table = self.members.read(item, self.files.num_partitions)
+        members = Members.ordered(table, self.judge.first_base, self.files)
+        verdicts, summary = self.judge.judge(members)
         of_pool = verdicts.filter(pa.array(np.asarray(verdicts["set"]) == 0))
         keep = of_pool["keep"].to_numpy(zero_copy_only=False)
-        path = dropped_path(self.verdicts.folder, item)
-        write_array(path, np.asarray(of_pool["position"])[~keep])
+        path = _dropped_path(self.verdicts, item)
+        write_columns(path, {"position": np.asarray(of_pool["position"])[~keep]})
         self.verdicts.send(item, of_pool.drop_columns(["set", "position"]))
-        return TaskResult([path, self.verdicts.mapped_path(item)], facts)
+        return TaskResult([path, self.verdicts.mapped_path(item)], summary)
 
 
-def rule_order(members: pa.Table, published: np.ndarray) -> np.ndarray:
-    """(M,) order of members: by label, published, most original pixels, most bytes, smallest id.
+class LeastAlike(TypedDict):
+    """A component, and the lowest cosine of a member to its first one."""
 
-    published: (M,) bool. Size is unknown (0) where a source does not record it; then the smallest
-    id alone decides.
-    """
-    ids = id_bytes(members["id"]).view(">u8").reshape(-1, 2)
-    keys = [np.asarray(members[name]) for name in ("num_bytes", "pixels", "label")]
-    return np.lexsort((ids[:, 1], ids[:, 0], -keys[0], -keys[1], ~published, keys[2]))
+    component: str
+    size: int
+    lowest_similarity: float
 
 
-def ids_array(ids: np.ndarray) -> pa.Array:
-    """(N, 16) uint8 as N binaries of 16 bytes."""
-    raw = np.ascontiguousarray(ids)
-    return pa.FixedSizeBinaryArray.from_buffers(_ID, len(raw), [None, pa.py_buffer(raw)])
+@dataclass(frozen=True)
+class JudgeDuplicates(Judge[list[LeastAlike]]):
+    """Keeps what a rule keeps, and what earlier deliveries have published."""
+
+    rule: ComponentRule
+    threshold: float
+    first_base: int | None = None
+
+    def judge(self, members: Members) -> tuple[pa.Table, list[LeastAlike]]:
+        """Verdicts, and the components whose members are least like their first."""
+        firsts, new = members.firsts, np.flatnonzero(~members.published)
+        to_first = np.ones(len(members), np.float32)
+        to_first[new] = members.similarities(new, firsts[new])
+        names = ["set", "shard", "row", "position", "twin", "twin_set", "similarity"]
+        columns = {
+            **{name: members.table[name] for name in names},
+            "keep": members.published | self.rule.keeps(members, self.threshold),
+            "component": pack_rows(members.ids[firsts]),
+            "component_size": np.repeat(members.sizes, members.sizes).astype(np.int32),
+        }
+        return pa.table(columns), _least_alike(members, to_first)
 
 
-def id_bytes(column: pa.ChunkedArray) -> np.ndarray:
-    """(N, 16) uint8: what `ids_array` packed."""
-    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], _ID)
-    data = np.frombuffer(array.buffers()[1] or b"", np.uint8)
-    return data[16 * array.offset :][: 16 * len(array)].reshape(-1, 16)
+@dataclass(frozen=True)
+class JudgeLeaks(Judge[int]):
+    """Drops every component that holds a benchmark image (a row of set 1 or later)."""
+
+    threshold: float
+
+    def judge(self, members: Members) -> tuple[pa.Table, int]:
+        """Verdicts on the members of components with a benchmark image, and how many these are."""
+        labels = members["label"]
+        members = members.take(np.isin(labels, labels[members["set"] > 0]))
+        twin, similarity = self._nearest_images(members)
+        columns = {
+            **{name: members[name] for name in ("set", "shard", "row", "position")},
+            "keep": np.zeros(len(twin), bool),
+            "twin": pack_rows(members.ids[twin]),
+            "twin_set": members["set"][twin],
+            "similarity": similarity,
+            "direct": similarity > np.float32(self.threshold),
+        }
+        return pa.table(columns), len(members.sizes)
+
+    def _nearest_images(self, members: Members) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the nearest benchmark image in its component, and its cosine, a member."""
+        twin, similarity = np.zeros(len(members), np.int64), np.zeros(len(members), np.float32)
+        sets, (first, second) = members["set"], id_keys(members.ids)
+        for component in members.components():
+            images = component.start + np.flatnonzero(sets[component] > 0)
+            images = images[np.lexsort((sets[images], second[images], first[images]))]
+            twin[component], similarity[component] = _nearest_of(members, component, images)
+        return twin, similarity
+
+
+def _nearest_of(members: Members, rows: slice, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the first of the nearest images, and its cosine. images: (I,) members."""
+    best = np.zeros(rows.stop - rows.start, np.int64)
+    top = np.full(len(best), -np.inf, np.float32)
+    for start in range(0, len(images), _TILE[1]):
+        some = images[start : start + _TILE[1]]
+        right = members.vectors(some)
+        for first in range(0, len(best), _TILE[0]):
+            tile = slice(first, min(first + _TILE[0], len(best)))
+            left = members.vectors(slice(rows.start + tile.start, rows.start + tile.stop))
+            scores = exact_matrix(left, right)
+            column = scores.argmax(axis=1)
+            score = scores[np.arange(len(left)), column]
+            better = first + np.flatnonzero(score > top[tile])
+            best[better], top[better] = some[column[better - first]], score[better - first]
+    return best, top
+
+
+def _least_alike(members: Members, to_first: np.ndarray) -> list[LeastAlike]:
+    if not len(members):
+        return []
+    starts = members.bounds[:-1]
+    lowest = np.minimum.reduceat(to_first, starts)
+    return [
+        {
+            "component": members.ids[starts[one]].tobytes().hex(),
+            "size": int(members.sizes[one]),
+            "lowest_similarity": float(lowest[one]),
+        }
+        for one in np.argsort(lowest, kind="stable")[:LEAST_ALIKE_SHOWN]
+    ]

@@ -1,13 +1,13 @@
 """The last phase: verdicts met with the shards of the pool, which they become decisions of."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from curation.neighbors.dedup.judge_components import Reviewed, id_bytes
+from curation.neighbors.dedup.judge_components import ComponentVerdicts
 from curation.neighbors.rows.arrange import read_bad_rows
+from curation.neighbors.rows.packed_rows import unpack_rows
 from curation.neighbors.rows.shard_batches import DecideBatch, of_shard
 from curation.schema import ids_from_bytes
 from curation.stage import Shard, reject
@@ -24,9 +24,9 @@ class Verdicts:
     """Where the rows without direction are listed."""
     threshold: float = 0.0
     """Of duplicates."""
-    duplicates: Reviewed | None = None
+    duplicates: ComponentVerdicts | None = None
     leak_threshold: float = 0.0
-    leaks: Reviewed | None = None
+    leaks: ComponentVerdicts | None = None
     set_names: tuple[str, ...] = ()
     """Names of the sets, in the order of their numbers from 1."""
 
@@ -36,20 +36,22 @@ class Verdicts:
         return 1 + len(self.set_names)
 
 
+Found = tuple[pa.Table | None, pa.Table | None]
+"""Verdicts on duplicates, and on leaks."""
+
+
 @dataclass(frozen=True)
-class DecideByVerdicts(DecideBatch[Any, None]):
+class DecideByVerdicts(DecideBatch[Found, None]):
     """Verdicts to decisions."""
 
     verdicts: Verdicts
 
-    def read(self, batch: int) -> tuple[pa.Table | None, pa.Table | None]:
+    def read(self, batch: int) -> Found:
         """Verdicts on duplicates and on leaks."""
         duplicates, leaks = self.verdicts.duplicates, self.verdicts.leaks
         return duplicates and duplicates.read(batch), leaks and leaks.read(batch)
 
-    def decide(
-        self, shard: Shard, found: tuple[pa.Table | None, pa.Table | None], opened: None
-    ) -> None:
+    def decide(self, shard: Shard, found: Found, opened: None) -> None:
         """Drop rows without direction, duplicates and leaks; say of each what it is alike to."""
         duplicates, leaks = found
         bad = np.zeros(shard.num_rows, bool)
@@ -114,9 +116,9 @@ class _Notes:
         direct = verdicts["direct"].to_pylist()
         self._set(rows, "path", ["direct" if one else "chain" for one in direct])
 
-    def _set(self, rows: np.ndarray, column: str, values: list[Any]) -> None:
+    def _set(self, rows: np.ndarray, column: str, values: list[str] | list[int]) -> None:
         self.columns[column][rows] = np.array(values, object)
 
 
-def _hex(column: pa.ChunkedArray) -> list[Any]:
-    return list(ids_from_bytes(id_bytes(column)).to_pylist())
+def _hex(column: pa.ChunkedArray) -> list[str]:
+    return list(ids_from_bytes(unpack_rows(column)).to_pylist())

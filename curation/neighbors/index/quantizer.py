@@ -31,7 +31,7 @@ from curation.neighbors.kernels.quantized import (
 from curation.neighbors.kernels.selection import columns_near, ranks_within
 from curation.neighbors.kernels.sketches import least_product, sketches_of
 from curation.neighbors.kernels.threads import in_threads
-from curation.neighbors.rows.arrange import Router
+from curation.neighbors.rows.routers import Router
 from curation.neighbors.rows.row_files import map_array, write_array
 
 _UNGROUPED = 1 << 14

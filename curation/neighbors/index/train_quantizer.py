@@ -18,7 +18,7 @@ from curation.neighbors.index.seed_groups import sample_duplicate_groups
 from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.quantized import integer_products, lengths_of, quantize_rows
 from curation.neighbors.kernels.threads import in_threads
-from curation.neighbors.rows.arrange import groups_of_shards, rows_together
+from curation.neighbors.rows.arrange import rows_per_task, shard_runs
 from curation.neighbors.rows.file_tasks import (
     FileTask,
     TaskResult,
@@ -123,7 +123,7 @@ def train_router(
     least_share = 0.0 if budget.alike is None else _SHARE_FOR_GROUPS
     training = Training(
         sources=sources,
-        groups=groups_of_shards(sources, budget.memory // engine.workers_per_node),
+        groups=tuple(shard_runs(sources, budget.memory // engine.workers_per_node)),
         folder=folder,
         seed=seed,
         share=min(1.0, max(least_share, budget.rows_per_list * num_lists / num_rows)),
@@ -277,7 +277,7 @@ class _TrainCoarse(FileTask[None, dict[str, Any]]):
     def _rows_per_partition(self) -> int:
         row_bytes = self.width * np.dtype(self.training.dtype).itemsize
         memory = self.training.budget.memory // self.training.workers
-        return rows_together(self.training.num_rows, row_bytes, memory)
+        return rows_per_task(self.training.num_rows, row_bytes, memory)
 
     def _sample(self) -> np.ndarray:
         """(S, D) sampled rows in the order of their hashes."""

@@ -21,7 +21,8 @@ from curation.neighbors.index.train_quantizer import Budget, train_router
 from curation.neighbors.join.join import Join, Joined, join_exhaustively
 from curation.neighbors.join.list_join import join_by_lists
 from curation.neighbors.kernels.products import Products
-from curation.neighbors.rows.arrange import IdRanges, Scattered, Share, arrange
+from curation.neighbors.rows.arrange import WorkerBudget, arrange
+from curation.neighbors.rows.routers import HashRouter, IdRouter
 from curation.neighbors.rows.row_files import RowFiles
 from curation.neighbors.rows.vectors import VectorSource, check_spaces, check_widths
 from curation.neighbors.search.list_search import ListSearch
@@ -125,7 +126,7 @@ def build_index(
     """
     num_rows = sum(source.pool.num_rows for source in sources)
     threads, trained = threads_of(engine), None
-    share = Share(threads, comparison.memory // engine.workers_per_node)
+    share = WorkerBudget(threads, comparison.memory // engine.workers_per_node)
     if num_rows and comparison.by_lists(num_rows):
         trained = train_router(
             tuple(sources),
@@ -137,7 +138,7 @@ def build_index(
         )
     if trained is None:
         count = _partitions_of(num_rows)
-        files = arrange(sources, Scattered(count), range(count + 1), folder, engine, share)
+        files = arrange(sources, HashRouter(count), range(count + 1), folder, engine, share)
         return VectorIndex(files, comparison, seed, None, threads)
     router, list_starts = trained
     files = arrange(sources, router, list_starts, folder, engine, share)
@@ -151,7 +152,7 @@ def arrange_queries(source: VectorSource, rows: RowFiles, folder: str, engine: E
         SpaceError: their width differs from that of the rows that they search.
     """
     count = _partitions_of(source.pool.num_rows)
-    queries = arrange([source], IdRanges(count), range(count + 1), folder, engine)
+    queries = arrange([source], IdRouter(count), range(count + 1), folder, engine)
     check_widths([(source.dataset.path, queries.width), ("the pool", rows.width)])
     return queries
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from curation import storage
-from curation.neighbors.dedup.components import spanning_edges
 from curation.neighbors.index.probes import Probes, invert
 from curation.neighbors.join.join import Join, Joined, finish_join, write_found
 from curation.neighbors.join.pairs import Candidates, PairCollector
+from curation.neighbors.kernels.components import spanning_edges
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult
 from curation.neighbors.rows.row_files import RowReader

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curation.neighbors.dedup.components import spanning_edges
+from curation.neighbors.kernels.components import spanning_edges
 from curation.neighbors.kernels.selection import ranks_within
 from curation.neighbors.rows.vectors import exact_similarities
 

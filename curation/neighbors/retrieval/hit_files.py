@@ -13,10 +13,10 @@ import pyarrow as pa
 from curation import storage
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.exchange import Exchange
-from curation.neighbors.dedup.judge_components import id_bytes, ids_array
 from curation.neighbors.kernels.selection import ranks_within
 from curation.neighbors.retrieval.seed_rule import SeedRule
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
+from curation.neighbors.rows.packed_rows import pack_rows, unpack_rows
 from curation.neighbors.rows.row_files import RowFiles
 from curation.neighbors.rows.shard_batches import BatchExchange, DecideBatch, of_shard
 from curation.pool import Pool
@@ -121,11 +121,11 @@ class HitWriter:
         clusters = np.full(count, -1) if clusters is None else clusters
         hits = pa.table(
             {
-                "id": ids_array(ids),
+                "id": pack_rows(ids),
                 "shard": shards,
                 "row": rows,
                 "set": np.full(count, self.number, np.int32),
-                "seed": ids_array(seeds),
+                "seed": pack_rows(seeds),
                 "rank": ranks.astype(np.int32),
                 "similarity": similarities.astype(np.float32),
                 "cluster": clusters.astype(np.int32),
@@ -164,7 +164,7 @@ class _WriteShard(FileTask[None, dict[str, Any]]):
 
 def _order_of(rows: pa.Table, set_names: Sequence[str]) -> np.ndarray:
     """(H,) hits by id, name of the set, seed and rank; Arrow's sort by texts takes their square."""
-    ids, seeds = (np.ascontiguousarray(id_bytes(rows[one])).view(">u8") for one in ("id", "seed"))
+    ids, seeds = (unpack_rows(rows[one]).view(">u8") for one in ("id", "seed"))
     names = np.argsort(np.argsort(np.array([*set_names, ""], object), kind="stable"))
     sets = names[np.asarray(rows["set"])]
     return np.lexsort((np.asarray(rows["rank"]), seeds[:, 1], seeds[:, 0], sets, *ids.T[::-1]))
@@ -173,9 +173,9 @@ def _order_of(rows: pa.Table, set_names: Sequence[str]) -> np.ndarray:
 def readable_hits(rows: pa.Table, set_names: Sequence[str]) -> pa.Table:
     """Hits with the columns that people read."""
     names, clusters = np.array([*set_names, ""], object), np.asarray(rows["cluster"])
-    seed_ids = np.array(ids_from_bytes(id_bytes(rows["seed"])).to_pylist(), object)
+    seed_ids = np.array(ids_from_bytes(unpack_rows(rows["seed"])).to_pylist(), object)
     columns = {
-        "id": ids_from_bytes(id_bytes(rows["id"])),
+        "id": ids_from_bytes(unpack_rows(rows["id"])),
         "seed_set": names[np.asarray(rows["set"])],
         "rule": np.where(clusters < 0, "sample", "cluster").astype(object),
         "seed_id": pa.array(seed_ids, pa.string(), mask=clusters >= 0),
@@ -224,7 +224,7 @@ def _count_collisions(shard: Shard, rows: pa.Table) -> None:
 
 def best_hits(rows: pa.Table) -> pa.Table:
     """One hit a row of the shard: sample before cluster, nearest, first set, smallest seed."""
-    seeds = id_bytes(rows["seed"]).view(">u8").reshape(-1, 2)
+    seeds = unpack_rows(rows["seed"]).view(">u8").reshape(-1, 2)
     keys = (
         seeds[:, 1],
         seeds[:, 0],

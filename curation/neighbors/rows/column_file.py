@@ -15,6 +15,7 @@ type, shape and first byte after the header. Put small columns, such as offsets,
 """
 
 import json
+import math
 import mmap
 import zlib
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,9 @@ _HEAD_BYTES = 1 << 14
 """Fetched with the header from an object store: a request takes longer than so few bytes."""
 
 
+TypeAndShape = tuple[np.dtype | str, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Column:
     """Where one array lies."""
@@ -48,18 +52,22 @@ class Column:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def end(self) -> int:
         """The byte behind its last."""
         return self.offset + self.shape[0] * self.row_bytes
 
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """First byte and end of some rows."""
+        return self.offset + start * self.row_bytes, self.offset + stop * self.row_bytes
+
     def rows(self, data: bytes | mmap.mmap, first_byte: int, start: int, stop: int) -> np.ndarray:
         """Rows of it, out of bytes of the file that begin at `first_byte`."""
         shape = (stop - start, *self.shape[1:])
         place = self.offset + start * self.row_bytes - first_byte
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         if count == 0:
             return np.empty(shape, self.dtype)
         return np.frombuffer(data, self.dtype, count, place).reshape(shape)
@@ -67,25 +75,28 @@ class Column:
 
 def write_columns(path: str, columns: Mapping[str, np.ndarray]) -> None:
     """Write arrays of numbers, whole or not at all."""
-    starts, end = [], 0  # behind the header
-    for array in columns.values():
-        starts.append(_aligned(end))
-        end = starts[-1] + array.nbytes
-    text = json.dumps(
-        {
-            name: [array.dtype.newbyteorder("<").str, array.shape, start]
-            for (name, array), start in zip(columns.items(), starts, strict=True)
-        }
-    ).encode()
-    head = _MARK + len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little") + text
+    head, described = _layout({name: (one.dtype, one.shape) for name, one in columns.items()})
     with storage.open_whole(path) as file:
-        file.write(head.ljust(_aligned(len(head)), b"\0"))
-        written = 0
-        for array, start in zip(columns.values(), starts, strict=True):
-            file.write(bytes(start - written))
-            raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        written = file.write(head)
+        for name, array in columns.items():
+            file.write(bytes(described[name].offset - written))
+            raw = np.ascontiguousarray(array, described[name].dtype)
             file.write(raw.reshape(-1).view(np.uint8).data if raw.size else b"")
-            written = start + raw.nbytes
+            written = described[name].end
+
+
+def _layout(shapes: Mapping[str, TypeAndShape]) -> tuple[bytes, dict[str, Column]]:
+    """The header of some columns, up to the first of them, and where each lies."""
+    listed, end = {}, 0
+    for name, (kind, shape) in shapes.items():
+        dtype = np.dtype(kind).newbyteorder("<")
+        start = _aligned(end)
+        listed[name] = [dtype.str, list(shape), start]
+        end = start + math.prod(shape) * dtype.itemsize
+    text = json.dumps(listed).encode()
+    head = _MARK + len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little") + text
+    first = _aligned(len(head))
+    return head.ljust(first, b"\0"), _columns_of(text, first)
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,11 @@ class ColumnFile:
     columns: Mapping[str, Column]
     data: bytes | mmap.mmap
     """The whole file where it is local, else its first bytes."""
+
+    @classmethod
+    def expect(cls, path: str, shapes: Mapping[str, TypeAndShape]) -> "ColumnFile":
+        """One of which the columns are known, in their order: nothing is read, nor checked."""
+        return cls(path, _layout(shapes)[1], b"")
 
     @classmethod
     def open(cls, path: str) -> "ColumnFile":
@@ -147,10 +163,7 @@ class ColumnFile:
             if not 0 <= start <= stop <= self.num_rows(name):
                 _damaged(self.path, f"has no rows {start} to {stop} of '{name}'")
         wanted = [self.columns[name] for name in names]
-        spans = [
-            (self.path, one.offset + start * one.row_bytes, one.offset + stop * one.row_bytes)
-            for one in wanted
-        ]
+        spans = [(self.path, *one.span(start, stop)) for one in wanted]
         far = [span for span in spans if span[2] > len(self.data) and span[1] < span[2]]
         fetched = dict(zip(far, storage.read_ranges(far), strict=True))
         return [

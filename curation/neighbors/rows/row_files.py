@@ -5,14 +5,14 @@ that is computed over positions depends on shards, their order, or the number of
 N rows, D width, P partitions.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
 
 from curation import storage
 from curation.errors import StorageError
+from curation.neighbors.rows.column_file import ColumnFile, TypeAndShape, write_columns
 
 _GAP_BYTES = 1 << 20
 """What is fetched in vain on an object store at most, rather than with another request."""
@@ -22,10 +22,22 @@ _BYTES_AT_ONCE = 1 << 28
 _Run = tuple[str, int, int, np.ndarray]
 """A file, the first byte and the end of a part of it, and the rows that are wanted, from there."""
 
+PLACE_TYPES = {
+    "set": "int16",
+    "shard": "int32",
+    "row": "int32",
+    "list": "int32",
+    "first": "int64",
+    "pixels": "int64",
+    "num_bytes": "int64",
+}
+"""Columns beside ids and vectors: where a row came from, its list, and the first row of its
+partition that is identical; pixels of the original and bytes of the file, 0 where unknown."""
+
 
 @dataclass(frozen=True)
 class RowFiles:
-    """The files of an arranged inverted file; small enough to be sent with every task."""
+    """The files of arranged rows, one a partition; small enough to be sent with every task."""
 
     folder: str
     width: int
@@ -47,46 +59,59 @@ class RowFiles:
         return self.starts[-1]
 
     def path(self, kind: str, partition: int) -> str:
-        """File of one kind ("vectors", "ids", "rows", "routes") of one partition."""
+        """File of one kind ("rows", "routes") of one partition."""
         return storage.join(self.folder, f"{kind}-{partition:06d}.bin")
+
+    def write(
+        self,
+        partition: int,
+        vectors: np.ndarray,
+        ids: np.ndarray,
+        places: Mapping[str, np.ndarray] | None = None,
+    ) -> str:
+        """Write the rows of one partition; give the path.
+
+        vectors: (N, D); ids: (N, 16) uint8; places: those of `PLACE_TYPES` that are known.
+        """
+        columns = {
+            name: np.asarray((places or {}).get(name, np.zeros(len(ids))), kind)
+            for name, kind in PLACE_TYPES.items()
+        }
+        columns |= {"ids": ids, "vectors": vectors.astype(self.dtype, copy=False)}
+        write_columns(self.path("rows", partition), columns)
+        return self.path("rows", partition)
+
+    def rows(self, partition: int) -> ColumnFile:
+        """The columns of one partition: ids, vectors, and those of `PLACE_TYPES`."""
+        path = self.path("rows", partition)
+        return ColumnFile.open(path) if storage.is_local(path) else self._expected(path, partition)
+
+    def _expected(self, path: str, partition: int) -> ColumnFile:
+        """The same without a request for its header."""
+        count = self.size(partition)
+        shapes: dict[str, TypeAndShape] = {k: (v, (count,)) for k, v in PLACE_TYPES.items()}
+        shapes |= {"ids": ("uint8", (count, 16)), "vectors": (self.dtype, (count, self.width))}
+        return ColumnFile.expect(path, shapes)
 
     def vectors(self, partition: int) -> np.ndarray:
         """(N, D): vectors of one partition, mapped where the file is local."""
-        return self._array("vectors", partition, self.dtype, self.width)
+        return self.rows(partition)["vectors"]
 
     def ids(self, partition: int) -> np.ndarray:
         """(N, 16) uint8: ids of one partition."""
-        return self._array("ids", partition, "uint8", 16)
-
-    def rows(self, partition: int) -> pa.Table:
-        """Where the rows came from: set, shard, row, list, first (identical row), attributes."""
-        with storage.open_read(self.path("rows", partition)) as file:
-            return pa.ipc.open_file(file).read_all()
+        return self.rows(partition)["ids"]
 
     def size(self, partition: int) -> int:
         """Rows of one partition."""
         return self.starts[partition + 1] - self.starts[partition]
 
-    def gather(self, kind: str, positions: np.ndarray) -> np.ndarray:
-        """(N, D) vectors or (N, 16) ids of any rows, each partition read in file order."""
-        return RowReader(self, kind).gather(positions)
+    def gather(self, column: str, positions: np.ndarray) -> np.ndarray:
+        """(N, D) vectors, (N, 16) ids or another column of any rows, partitions in file order."""
+        return RowReader(self, column).gather(positions)
 
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row of each position: (N,) int32 both."""
-        shards, rows = np.empty(len(positions), np.int32), np.empty(len(positions), np.int32)
-        for partition, where in self.by_partition(positions):
-            local = pa.array(positions[where] - self.starts[partition])
-            table = self.rows(partition).select(["shard", "row"]).take(local)
-            shards[where], rows[where] = np.asarray(table["shard"]), np.asarray(table["row"])
-        return shards, rows
-
-    def sets(self, positions: np.ndarray) -> np.ndarray:
-        """(N,) int16: number of the set that each position belongs to."""
-        found = np.empty(len(positions), np.int16)
-        for partition, where in self.by_partition(positions):
-            numbers = np.asarray(self.rows(partition)["set"])
-            found[where] = numbers[positions[where] - self.starts[partition]]
-        return found
+        return self.gather("shard", positions), self.gather("row", positions)
 
     def by_partition(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Partitions that hold some of the positions, and which of them, in file order."""
@@ -96,35 +121,27 @@ class RowFiles:
         for partition in np.flatnonzero(np.diff(bounds)):
             yield int(partition), order[bounds[partition] : bounds[partition + 1]]
 
-    def _array(self, kind: str, partition: int, dtype: str, width: int) -> np.ndarray:
-        shape = (self.size(partition), width)
-        return map_array(self.path(kind, partition), dtype, 0, shape)
 
-
+@dataclass(frozen=True)
 class RowReader:
-    """Gathers rows from all partitions.
+    """Gathers one column of rows from all partitions.
 
     Local files are mapped once and stay so. On an object store what is asked for is fetched, with
     what lies between when that costs less than another request.
     """
 
-    def __init__(self, files: RowFiles, kind: str = "vectors") -> None:
-        self._files = files
-        self._kind = kind
-        self._of = files.vectors if kind == "vectors" else files.ids
-        self._empty = np.empty((0, files.width), files.dtype)
-        if kind == "ids":
-            self._empty = np.empty((0, 16), np.uint8)
-        self._mapped: dict[int, np.ndarray] = {}
+    files: RowFiles
+    column: str = "vectors"
+    _mapped: dict[int, np.ndarray] = field(default_factory=dict)
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
-        """(N, D) vectors or (N, 16) ids of any rows; fastest where positions ascend."""
-        if not storage.is_local(self._files.folder):
+        """(N, ...): the column at any positions; fastest where these ascend."""
+        if not storage.is_local(self.files.folder):
             return self._fetched(positions)
-        found = np.empty((len(positions), self._empty.shape[1]), self._empty.dtype)
-        for partition, where in self._files.by_partition(positions):
+        found = self._empty(len(positions))
+        for partition, where in self.files.by_partition(positions):
             source = self._partition(partition)
-            rows = positions[where] - self._files.starts[partition]
+            rows = positions[where] - self.files.starts[partition]
             first, last = int(where[0]), int(where[-1])
             if last - first == len(where) - 1 and bool((where[1:] > where[:-1]).all()):
                 run = found[first : last + 1]
@@ -133,10 +150,26 @@ class RowReader:
                 found[where] = source[rows]
         return found
 
+    def _empty(self, count: int) -> np.ndarray:
+        if self.column in PLACE_TYPES:
+            return np.empty(count, PLACE_TYPES[self.column])
+        if self.column == "ids":
+            return np.empty((count, 16), np.uint8)
+        return np.empty((count, self.files.width), self.files.dtype)
+
+    def _partition(self, partition: int) -> np.ndarray:
+        if partition not in self._mapped:
+            rows = self.files.rows(partition)[self.column]
+            if len(rows) != self.files.size(partition):
+                path = self.files.path("rows", partition)
+                raise StorageError(f"{path}: has {len(rows)} rows; remove it and run again")
+            self._mapped[partition] = rows
+        return self._mapped[partition]
+
     def _fetched(self, positions: np.ndarray) -> np.ndarray:
-        """(N, W): the rows at some positions, by range reads."""
+        """(N, ...): the column at some positions, by range reads."""
         known, numbers = np.unique(positions, return_inverse=True)
-        parts, num_bytes = [self._empty], 0
+        parts, num_bytes = [self._empty(0)], 0
         waiting: list[_Run] = []
         for run in self._runs(known):
             waiting.append(run)
@@ -149,30 +182,19 @@ class RowReader:
 
     def _runs(self, positions: np.ndarray) -> Iterator[_Run]:
         """Rows that lie near each other in one file. positions: ascending."""
-        row_bytes = self._empty.shape[1] * self._empty.itemsize
-        for partition, where in self._files.by_partition(positions):
-            path = self._files.path(self._kind, partition)
-            rows = positions[where] - self._files.starts[partition]
-            far = np.flatnonzero(np.diff(rows) * row_bytes > _GAP_BYTES)
+        for partition, where in self.files.by_partition(positions):
+            file = self.files.rows(partition)
+            column = file.columns[self.column]
+            rows = positions[where] - self.files.starts[partition]
+            far = np.flatnonzero(np.diff(rows) * column.row_bytes > _GAP_BYTES)
             for run in np.split(rows, far + 1):
-                start, stop = int(run[0]) * row_bytes, int(run[-1] + 1) * row_bytes
-                yield path, start, stop, run - run[0]
+                yield (file.path, *column.span(int(run[0]), int(run[-1]) + 1), run - run[0])
 
     def _fetch(self, runs: Sequence[_Run]) -> list[np.ndarray]:
-        """(M, W) wanted rows of each run."""
-        found = storage.read_ranges([run[:3] for run in runs])
-        whole = (np.frombuffer(data, self._empty.dtype) for data in found)
-        width = self._empty.shape[1]
-        return [data.reshape(-1, width)[rows] for data, (*_, rows) in zip(whole, runs, strict=True)]
-
-    def _partition(self, partition: int) -> np.ndarray:
-        if partition in self._mapped:
-            return self._mapped[partition]
-        source = self._of(partition)
-        if isinstance(source, np.memmap):
-            source = source.view(np.ndarray)  # its own indexing is slow
-            self._mapped[partition] = source
-        return source
+        """(M, ...) wanted rows of each run."""
+        found, empty = storage.read_ranges([run[:3] for run in runs]), self._empty(0)
+        whole = (np.frombuffer(data, empty.dtype).reshape(-1, *empty.shape[1:]) for data in found)
+        return [data[rows] for data, (*_, rows) in zip(whole, runs, strict=True)]
 
 
 def write_array(path: str, *arrays: np.ndarray) -> None:

@@ -16,6 +16,10 @@ from curation.pool import Pool
 from curation.schema import ID, ids_to_bytes
 from embedder.rows import largest_of, leveled, unit_rows
 
+_SIZES = ("original_width", "original_height", "num_bytes")
+_PAIRS_AT_ONCE = 1 << 8
+"""Few enough to stay in the cache."""
+
 
 @dataclass(frozen=True)
 class VectorSource:
@@ -56,6 +60,14 @@ class VectorSource:
         table = self.pool.only(self.layer).read(index, [self.column])
         vectors = vectors_of(table[self.column], self.where(index))
         return ids_to_bytes(table[ID], self.where(index)), vectors
+
+    def sizes(self, index: int) -> dict[str, np.ndarray]:
+        """Pixels of the original and bytes of the file of the live rows, 0 where unknown."""
+        having = [name for name in _SIZES if name in self.pool.columns]
+        table = self.pool.read(index, having)
+        known = {name: np.asarray(table[name].fill_null(0)).astype(np.int64) for name in having}
+        width, height, num_bytes = (known.get(name, np.zeros(len(table), int)) for name in _SIZES)
+        return {"pixels": width * height, "num_bytes": num_bytes}
 
     def live_ids(self, index: int) -> pa.ChunkedArray:
         """Ids of the live rows of one shard.
@@ -193,10 +205,6 @@ def default_threshold(source: VectorSource, given: float | None, purpose: str) -
             "(the paper's are 0.6 for duplicates and 0.45 for leaks, on SSCD)"
         )
     return float(threshold)
-
-
-_PAIRS_AT_ONCE = 1 << 8
-"""Few enough to stay in the cache."""
 
 
 def _holds_lists(kind: pa.DataType) -> bool:

@@ -11,7 +11,7 @@ from curation.errors import (
     SpaceError,
     StageError,
 )
-from curation.neighbors.dedup.judge_components import Reviewed
+from curation.neighbors.dedup.judge_components import ComponentVerdicts
 from curation.neighbors.index.vector_index import Comparison
 from curation.neighbors.rows import shard_batches as runs_module
 from curation.schema import make_id
@@ -134,8 +134,10 @@ def test_near_dedup__content_is_the_same_where_verdicts_of_shards_travel_togethe
     pool = embed(rows, sizes=[26] * 15 + [10])
     alone, outputs = dedup(pool, bench, name="alone", against=("bench",))
     assert alone.dropped.keys() == {"near_duplicate", "leak:bench"}
-    runs, read = [], Reviewed.read
-    monkeypatch.setattr(Reviewed, "read", lambda self, run: runs.append(run) or read(self, run))
+    runs, read = [], ComponentVerdicts.read
+    monkeypatch.setattr(
+        ComponentVerdicts, "read", lambda self, run: runs.append(run) or read(self, run)
+    )
     monkeypatch.setattr(runs_module, "_FEWEST_BATCHES", 5)
     together, others = dedup(pool, bench, name="together", against=("bench",))
     assert sorted(runs) == sorted([*range(6), *range(6)])  # 16 shards, three at a time
@@ -146,7 +148,7 @@ def test_near_dedup__content_is_the_same_where_verdicts_of_shards_travel_togethe
     def broken(self, run):
         raise OSError("no luck")
 
-    monkeypatch.setattr(Reviewed, "read", broken)
+    monkeypatch.setattr(ComponentVerdicts, "read", broken)
     with pytest.raises(EngineError, match=r"6 of 6 shards.*0 to 2.*no luck") as caught:
         dedup(pool, name="broken", engine=LocalEngine(first_pause_s=0.01))
     assert not isinstance(caught.value, FailedShardsError)

@@ -5,7 +5,7 @@ from curation.neighbors.index.recall import shares_met
 from curation.neighbors.index.vector_index import Comparison
 from curation.neighbors.join import list_join
 from curation.neighbors.join.list_join import pieces, short_together
-from curation.neighbors.rows.row_files import RowFiles, RowReader, write_array
+from curation.neighbors.rows.row_files import RowFiles, RowReader
 from curation.schema import make_id
 from curation.stage import StageFolder, StageInputs
 from curation.stages.near_dedup import NearDedup
@@ -209,7 +209,7 @@ def test_shares_met__rows_with_many_pairs_weigh_more_and_widen_the_error():
 
 def test_row_reader__gives_rows_in_the_order_asked(tmp_path):
     rows = np.arange(40, dtype=np.float16).reshape(20, 2)
-    write_array(str(tmp_path / "vectors-000000.bin"), rows)
     files = RowFiles(str(tmp_path), 2, "float16", (0, 20), (0, 1))
+    files.write(0, rows, np.zeros((20, 16), np.uint8))
     for asked in ([4, 5, 6], [2, 9, 5, 11], [7, 3, 3, 0], [0, 3, 1, 2, 8]):
         assert RowReader(files).gather(np.array(asked)).tolist() == rows[asked].tolist()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from curation.errors import StorageError
-from curation.neighbors.rows.row_files import RowFiles, RowReader, write_array
+from curation.neighbors.rows.row_files import RowFiles, RowReader
 
 SIZES = (700, 0, 1, 299)
 WIDTH = 64
@@ -19,9 +19,8 @@ def files(request, rows, tmp_path):
     starts = tuple(int(start) for start in np.cumsum([0, *SIZES]))
     made = RowFiles(folder, WIDTH, "float16", starts, tuple(range(len(SIZES) + 1)))
     for partition, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
-        write_array(made.path("vectors", partition), rows[start:stop])
-        ids = np.arange(16 * start, 16 * stop).astype(np.uint8)
-        write_array(made.path("ids", partition), ids)
+        ids = np.arange(16 * start, 16 * stop).astype(np.uint8).reshape(-1, 16)
+        made.write(partition, rows[start:stop], ids, {"row": np.arange(start, stop)})
     return made
 
 
@@ -38,6 +37,6 @@ def test_gather__any_rows_in_any_order(files, rows, gap_bytes, at_once, monkeypa
 
 
 def test_gather__a_file_that_is_too_short_is_named(files, rows):
-    write_array(files.path("vectors", 3), rows[-200:])
-    with pytest.raises(StorageError, match=r"vectors-000003\.bin"):
+    files.write(3, rows[-200:], np.zeros((200, 16), np.uint8))
+    with pytest.raises(StorageError, match=r"rows-000003\.bin"):
         RowReader(files).gather(np.array([999, 5]))

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from curation.neighbors.dedup.components import (
+from curation.neighbors.kernels.components import (
     component_sizes,
     connected_components,
     spanning_edges,
@@ -64,7 +64,7 @@ def test_component_sizes__by_label():
 def test_connected_components__at_most_16_bytes_a_row_at_1e8_rows():
     script = """
 import resource, numpy as np
-from curation.neighbors.dedup.components import component_sizes, connected_components
+from curation.neighbors.kernels.components import component_sizes, connected_components
 n = 100_000_000
 rng = np.random.default_rng(0)
 shards = (rng.integers(0, n, (1 << 20, 2)) for _ in range(40))
