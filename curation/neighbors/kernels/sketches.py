@@ -17,7 +17,8 @@ WIDTH = 128
 _SCALE = 359
 """Four standard deviations of a number of a unit sketch are 127; what is larger is cut."""
 _DEVIATIONS = 3.0
-"""Of 740 rows that are alike, one looks as if it were not."""
+"""Of 740 rows that are alike one looks as if it were not, of 140 where they are very alike: the
+tail is not quite normal (measured at cosine 0.95 in 2,048 dimensions)."""
 _ROWS_AT_ONCE = 1 << 13
 
 

@@ -145,7 +145,7 @@ def test_join_by_lists__partitions_follow_the_memory_and_content_does_not(embed,
     for name, workers in (("one", 1), ("many", 1000)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LocalEngine, "workers", workers)
-            patch.setattr("curation.neighbors.rows.arrange._ROWS_TOGETHER", 1 << 10)
+            patch.setattr("curation.neighbors.rows.arrange._TASK_ROWS", (1 << 10, 1 << 10))
             patch.setattr("curation.stages.near_dedup.decide_shards", _interrupted)
             settings = {"method": "lists", "memory_gb": 0.3}
             with pytest.raises(KeyboardInterrupt):
