@@ -13,19 +13,18 @@ from pydantic import Field, field_validator, model_validator
 from curation import storage
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.errors import ConfigError
+from curation.neighbors.clusters.assignment import Assignment
 from curation.neighbors.clusters.levels import (
-    Fit,
-    IndexedCentroids,
     Level,
     centroid_rows,
     find_clusters,
     fits_in_memory,
     level_above,
 )
+from curation.neighbors.clusters.passes import Fit
 from curation.neighbors.clusters.split import split_clusters
 from curation.neighbors.index.vector_index import Comparison, build_index, sources_of, threads_of
-from curation.neighbors.kernels.quantized import quantize_rows
-from curation.neighbors.kernels.threads import limit_threads
+from curation.neighbors.kernels.centroid_index import CentroidIndex
 from curation.neighbors.rows.arrange import read_bad_rows
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.row_files import RowFiles
@@ -174,16 +173,15 @@ class Cluster(DatasetStage):
             )
         fit = self.fit_of(0, files, seed, threads_of(engine))
         indexed, figures = find_clusters(files, fit, root, engine)
+        assignment = Assignment(files, indexed, fit.threads)
         if size.split > 1:
             split_root = storage.join(root, "split")
-            rows, items = split_clusters(
-                files, indexed, size.split, fit, split_root, by_shard, engine
-            )
+            rows, items = split_clusters(assignment, size.split, fit, split_root, by_shard, engine)
             return Level(rows), items, figures
-        assign = _Assign(files, indexed, by_shard, fit.threads)
-        run_file_tasks(engine, assign, files.num_partitions, by_shard.folder, "assign to clusters")
+        task, items = _Assign(assignment, by_shard), files.num_partitions
+        run_file_tasks(engine, task, items, by_shard.folder, "assign to clusters")
         rows = centroid_rows(indexed.centroids, storage.join(root, "rows"), engine)
-        return Level(rows), files.num_partitions, figures
+        return Level(rows), items, figures
 
     def _upper(
         self, lowest: Level, folder: StageFolder, engine: Engine, seed: int
@@ -245,12 +243,11 @@ def _write_centroids(
         for number, level in enumerate(levels)
         for part in range(level.rows.num_partitions)
     )
-    work = _WriteCentroids(tuple(levels), parts, folder.output(CENTROIDS))
+    task = _WriteCentroids(tuple(levels), parts, folder.output(CENTROIDS))
     root = storage.join(folder.scratch, "centroids")
-    facts = run_file_tasks(engine, work, len(parts), root, "write centroids")
-    infos = [ShardInfo.model_validate_json(fact["info"]) for fact in facts]
-    attributes = {"stage": folder.stage, "space": space}
-    commit(work.output, work.table(0).schema, infos, attributes)
+    summaries = run_file_tasks(engine, task, len(parts), root, "write centroids")
+    infos = [ShardInfo.model_validate(summary) for summary in summaries]
+    commit(task.output, task.table(0).schema, infos, {"stage": folder.stage, "space": space})
 
 
 @dataclass(frozen=True)
@@ -263,9 +260,8 @@ class _WriteCentroids(FileTask[None, dict[str, Any]]):
     output: str
 
     def __call__(self, item: int, opened: None) -> TaskResult[dict[str, Any]]:
-        return TaskResult(
-            (), {"info": write_shard(self.output, item, self.table(item)).model_dump_json()}
-        )
+        info = write_shard(self.output, item, self.table(item))
+        return TaskResult([storage.join(self.output, info.name)], info.model_dump(mode="json"))
 
     def table(self, item: int) -> pa.Table:
         number, part = self.parts[item]
@@ -282,31 +278,26 @@ class _WriteCentroids(FileTask[None, dict[str, Any]]):
 
 
 @dataclass(frozen=True)
-class _Assign(FileTask[Any, None]):
+class _Assign(FileTask[tuple[CentroidIndex, np.ndarray], None]):
     """The cluster of each row of one partition, sent to its shard."""
 
-    files: RowFiles
-    indexed: IndexedCentroids
+    of: Assignment
     by_shard: BatchExchange
-    threads: int
 
-    def open(self) -> Any:
-        limit_threads(self.threads)
-        return np.asarray(self.indexed.centroids.load()), self.indexed.load()
+    def open(self) -> tuple[CentroidIndex, np.ndarray]:
+        return self.of.open(), self.of.indexed.centroids.load()
 
-    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
-        centroids, index = opened
-        vectors = self.files.vectors(item)
-        nearest, cosines = np.empty(len(vectors), np.int32), np.empty(len(vectors), np.float32)
-        for start in range(0, len(vectors), 1 << 15):
-            rows = np.asarray(vectors[start : start + (1 << 15)])
-            own = index.nearest(quantize_rows(rows))
-            nearest[start : start + len(rows)] = own
-            cosines[start : start + len(rows)] = exact_similarities(rows, centroids[own])
-        places = self.files.rows(item)
-        told = {name: places[name] for name in ("shard", "row")}
-        told |= {"cluster": nearest, "similarity": cosines}
-        self.by_shard.send(item, pa.table(told))
+    def __call__(self, item: int, opened: tuple[CentroidIndex, np.ndarray]) -> TaskResult[None]:
+        index, centroids = opened
+        found = [
+            (nearest, exact_similarities(rows, centroids[nearest]))
+            for _, rows, nearest in self.of.blocks(index, item, self.of.files.num_partitions)
+        ]
+        none = (np.empty(0, np.int32), np.empty(0, np.float32))
+        clusters, cosines = (np.concatenate(side) for side in zip(none, *found, strict=True))
+        places = self.of.files.rows(item)
+        columns = {"shard": places["shard"], "row": places["row"], "cluster": clusters}
+        self.by_shard.send(item, pa.table({**columns, "similarity": cosines}))
         return TaskResult([self.by_shard.mapped_path(item)], None)
 
 

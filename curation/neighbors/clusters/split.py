@@ -8,19 +8,15 @@ N rows, C clusters, L leaves, D width.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from curation import storage
 from curation.exchange import Exchange
-from curation.neighbors.clusters.levels import (
-    Fit,
-    IndexedCentroids,
-    rows_of_level,
-    write_level_part,
-)
+from curation.neighbors.clusters.assignment import Assignment, FindOwners
+from curation.neighbors.clusters.levels import rows_of_level, write_level_part
+from curation.neighbors.clusters.passes import Fit
 from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.k_means import lloyd
 from curation.neighbors.kernels.quantized import (
@@ -29,8 +25,9 @@ from curation.neighbors.kernels.quantized import (
     quantize_rows,
 )
 from curation.neighbors.kernels.threads import limit_threads
+from curation.neighbors.rows.column_file import ColumnFile, write_columns
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
-from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
+from curation.neighbors.rows.row_files import RowFiles
 from curation.neighbors.rows.shard_batches import BatchExchange
 from curation.neighbors.rows.vectors import exact_similarities
 from curation.stage import Engine
@@ -45,8 +42,7 @@ class SplitPlan:
     """Which leaves each cluster gets, and in which bucket they are found."""
 
     path: str
-    """File: (C,) rows, (C + 1,) first leaf, (C,) bucket of each cluster, int64."""
-    count: int
+    """File of columns: rows (C,), first_leaf (C + 1,), bucket (C,) of each cluster."""
     cluster_starts: tuple[int, ...]
     """(B + 1,): first cluster of each bucket, then their number."""
     leaf_starts: tuple[int, ...]
@@ -60,28 +56,22 @@ class SplitPlan:
         buckets = before // _ROWS_PER_BUCKET
         firsts = np.flatnonzero(np.diff(buckets, prepend=-1))
         buckets = np.searchsorted(firsts, np.arange(len(counts)), "right") - 1
-        write_array(path, counts, leaves, buckets)
-        starts = [*(int(first) for first in firsts), len(counts)]
-        return cls(path, len(counts), tuple(starts), tuple(int(leaves[one]) for one in starts))
+        write_columns(path, {"rows": counts, "first_leaf": leaves, "bucket": buckets})
+        starts = [*firsts.tolist(), len(counts)]
+        return cls(path, tuple(starts), tuple(leaves[starts].tolist()))
 
     @property
     def num_buckets(self) -> int:
         """Number of buckets."""
         return len(self.cluster_starts) - 1
 
-    def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows (C,), first leaf (C + 1,) and bucket (C,) of each cluster."""
-        numbers = np.array(map_array(self.path, "int64", 0, (3 * self.count + 1,)))
-        return (
-            numbers[: self.count],
-            numbers[self.count : 2 * self.count + 1],
-            numbers[2 * self.count + 1 :],
-        )
+    def load(self) -> ColumnFile:
+        """Columns rows, first_leaf and bucket."""
+        return ColumnFile.open(self.path)
 
 
 def split_clusters(
-    files: RowFiles,
-    indexed: IndexedCentroids,
+    assignment: Assignment,
     split: int,
     fit: Fit,
     folder: str,
@@ -92,78 +82,38 @@ def split_clusters(
 
     by_shard: receives shard, row, cluster (the leaf) and similarity of all rows.
     """
-    count = _Count(files, indexed, storage.join(folder, "parents"), fit.threads)
-    run_file_tasks(engine, count, files.num_partitions, count.folder, "assign to clusters")
-    plan = SplitPlan.written(storage.join(folder, "plan.bin"), count.total(), split)
+    files = assignment.files
+    owners = FindOwners(assignment, storage.join(folder, "parents"))
+    owners.run(engine, "assign to clusters")
+    plan = SplitPlan.written(storage.join(folder, "plan.bin"), owners.counts(), split)
     by_cluster = Exchange(storage.join(folder, "by-cluster"), plan.num_buckets)
-    scatter = _Scatter(count, plan, by_cluster, _SAMPLE_PER_LEAF * split, fit.seed)
-    run_file_tasks(
-        engine, scatter, files.num_partitions, by_cluster.folder, "rows to their clusters"
-    )
+    send = _SendRows(owners, plan, by_cluster, _SAMPLE_PER_LEAF * split, fit.seed)
+    partitions = files.num_partitions
+    run_file_tasks(engine, send, partitions, by_cluster.folder, "rows to their clusters")
     leaves = rows_of_level(storage.join(folder, "leaves"), files.width, plan.leaf_starts)
-    work = _Leaves(files, leaves, plan, by_cluster, by_shard, fit)
-    run_file_tasks(engine, work, plan.num_buckets, by_shard.folder, "split the clusters")
+    task = _FindLeaves(files, leaves, plan, by_cluster, by_shard, fit)
+    run_file_tasks(engine, task, plan.num_buckets, by_shard.folder, "split the clusters")
     return leaves, plan.num_buckets
 
 
 @dataclass(frozen=True)
-class _Count(FileTask[Any, None]):
-    """The cluster of each row of one partition (n,) int32, and the rows of each (C,) int64."""
-
-    files: RowFiles
-    indexed: IndexedCentroids
-    folder: str
-    threads: int
-
-    def owners(self, item: int) -> np.ndarray:
-        path = storage.join(self.folder, f"owners-{item:06d}.bin")
-        return np.asarray(map_array(path, "int32", 0, (self.files.size(item),)))
-
-    def open(self) -> Any:
-        limit_threads(self.threads)
-        return self.indexed.load()
-
-    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
-        owners = opened.nearest(quantize_rows(self.files.vectors(item)))
-        known, counts = np.unique(owners, return_counts=True)
-        paths = [storage.join(self.folder, f"{kind}-{item:06d}.bin") for kind in _COUNTED]
-        write_array(paths[0], owners)
-        write_array(paths[1], np.stack([known.astype(np.int64), counts], axis=1))
-        return TaskResult(paths, None)
-
-    def total(self) -> np.ndarray:
-        """(C,) int64: rows of each cluster in all partitions."""
-        counts = np.zeros(self.indexed.centroids.count, np.int64)
-        for item in range(self.files.num_partitions):
-            path = storage.join(self.folder, f"counts-{item:06d}.bin")
-            found = np.frombuffer(storage.read_bytes(path), np.int64).reshape(-1, 2)
-            counts[found[:, 0]] += found[:, 1]
-        return counts
-
-
-_COUNTED = ("owners", "counts")
-
-
-@dataclass(frozen=True)
-class _Scatter(FileTask[Any, None]):
+class _SendRows(FileTask[ColumnFile, None]):
     """Rows of one partition, sent to the bucket of their cluster."""
 
-    count: _Count
+    owners: FindOwners
     plan: SplitPlan
     by_cluster: Exchange
     most_trained: int
     """Rows of a cluster that train its leaves, about."""
     seed: int
 
-    def open(self) -> Any:
+    def open(self) -> ColumnFile:
         return self.plan.load()
 
-    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
-        rows_of, _, buckets = opened
-        files, owners = self.count.files, self.count.owners(item)
+    def __call__(self, item: int, opened: ColumnFile) -> TaskResult[None]:
+        files, owners = self.owners.of.files, self.owners.owners(item)
         places = files.rows(item)
-        lots = hash_ids(files.ids(item), "split", self.seed)
-        shares = self.most_trained / rows_of[owners]
+        draw_hashes = hash_ids(files.ids(item), "split", self.seed)
         vectors = np.ascontiguousarray(files.vectors(item))
         size = vectors.shape[1] * vectors.itemsize
         packed = pa.FixedSizeBinaryArray.from_buffers(
@@ -171,18 +121,18 @@ class _Scatter(FileTask[Any, None]):
         )
         columns = {
             "cluster": owners,
-            "lot": lots,
-            "trains": lots <= share_bound(shares),
+            "draw_hash": draw_hashes,
+            "trains": draw_hashes <= share_bound(self.most_trained / opened["rows"][owners]),
             "shard": places["shard"],
             "row": places["row"],
             "vector": packed,
         }
-        self.by_cluster.write(item, pa.table(columns), buckets[owners])
+        self.by_cluster.write(item, pa.table(columns), opened["bucket"][owners])
         return TaskResult([self.by_cluster.mapped_path(item)], None)
 
 
 @dataclass(frozen=True)
-class _Leaves(FileTask[Any, None]):
+class _FindLeaves(FileTask[np.ndarray, None]):
     """The leaves of the clusters of one bucket, and the leaf of each of their rows."""
 
     files: RowFiles
@@ -192,12 +142,13 @@ class _Leaves(FileTask[Any, None]):
     by_shard: BatchExchange
     fit: Fit
 
-    def open(self) -> Any:
+    def open(self) -> np.ndarray:
+        """(C + 1,): first leaf of each cluster."""
         limit_threads(self.fit.threads)
-        return self.plan.load()
+        return self.plan.load()["first_leaf"]
 
-    def __call__(self, item: int, opened: Any) -> TaskResult[None]:
-        first_leaves = opened[1] - self.plan.leaf_starts[item]
+    def __call__(self, item: int, opened: np.ndarray) -> TaskResult[None]:
+        first_leaves = opened - self.plan.leaf_starts[item]
         centroids = self._train(item, first_leaves)
         paths = write_level_part(self.leaves, item, centroids)
         told = [self._assign(rows, item, centroids, first_leaves) for rows in self._chunks(item)]
@@ -209,17 +160,14 @@ class _Leaves(FileTask[Any, None]):
         rows = pa.concat_tables(
             [some.filter(some["trains"]) for some in self._chunks(item)]
         ).combine_chunks()
-        vectors, lots = self._vectors(rows), np.asarray(rows["lot"])
+        vectors, draw_hashes = self._vectors(rows), np.asarray(rows["draw_hash"])
         first, stop = self.plan.cluster_starts[item : item + 2]
         leaves = np.empty((first_leaves[stop] - first_leaves[first], self.files.width), np.float32)
         for cluster, own in _by_cluster(rows):
-            some = vectors[own[np.argsort(lots[own], kind="stable")]]
+            some = vectors[own[np.argsort(draw_hashes[own], kind="stable")]]
             part = slice(first_leaves[cluster], first_leaves[cluster + 1])
             rng = np.random.default_rng([self.fit.seed, 3, cluster])
-            count, quantized = part.stop - part.start, quantize_rows(some)
-            leaves[part], _ = lloyd(
-                some, quantized, int(count), self.fit.iterations, rng, assign=False
-            )
+            leaves[part] = lloyd(some, int(part.stop - part.start), self.fit.iterations, rng)
         return leaves
 
     def _assign(
@@ -229,10 +177,8 @@ class _Leaves(FileTask[Any, None]):
         vectors, leaf = self._vectors(rows), np.empty(rows.num_rows, np.int64)
         for cluster, own in _by_cluster(rows):
             part = slice(first_leaves[cluster], first_leaves[cluster + 1])
-            found = nearest_centroids(
-                quantize_rows(vectors[own]), quantize_centroids(centroids[part])
-            )
-            leaf[own] = part.start + found
+            codes = quantize_centroids(centroids[part])
+            leaf[own] = part.start + nearest_centroids(quantize_rows(vectors[own]), codes)
         columns = {
             "shard": rows["shard"],
             "row": rows["row"],

@@ -87,7 +87,7 @@ def _by_kmeans(
         if not len(own):
             return np.asarray(groups[group : group + 1])
         own_rng = np.random.default_rng(seeds[group])
-        return lloyd(own, own, int(counts[group]), 6, own_rng, assign=False)[0]
+        return lloyd(own, int(counts[group]), 6, own_rng)
 
     return np.concatenate(list(in_threads(inside, range(len(groups)), threads)))
 

@@ -17,7 +17,6 @@ from curation.neighbors.kernels.quantized import (
     quantize_centroids,
 )
 from curation.neighbors.kernels.threads import side_by_side
-from curation.neighbors.rows.row_files import map_array, write_array
 
 FLAT_UP_TO = 1 << 12
 """Centroids up to which every row is compared with all of them."""
@@ -26,7 +25,7 @@ _ROWS_AT_ONCE = 1 << 14
 
 @dataclass(frozen=True)
 class CentroidIndex:
-    """Quantised centroids, ready to find the nearest of rows."""
+    """Quantized centroids, ready to find the nearest of rows."""
 
     centroids: np.ndarray
     """(C, D) int8, ordered by group, of equal groups by number."""
@@ -101,24 +100,6 @@ class CentroidIndex:
             key = (value << 32) - self.numbers[first + place]
             best[who] = np.maximum(best[who], key)
         return np.asarray(-best & 0xFFFFFFFF, np.int64).astype(np.int32)
-
-    def write(self, path: str) -> None:
-        """Write it to a file (see `read`)."""
-        starts = self.starts.astype(np.int64)
-        write_array(path, starts, self.numbers, self.groups, self.centroids)
-
-    @classmethod
-    def read(cls, path: str, shape: tuple[int, int], groups: int, met: int) -> "CentroidIndex":
-        """Read what `write` wrote. shape: (C, D)."""
-        count, width = shape
-        numbers, above = 8 * (groups + 1), 8 * (groups + 1) + 4 * count
-        return cls(
-            np.array(map_array(path, "int8", above + groups * width, shape)),
-            np.array(map_array(path, "int32", numbers, (count,))),
-            np.array(map_array(path, "int8", above, (groups, width))),
-            np.array(map_array(path, "int64", 0, (groups + 1,))),
-            met,
-        )
 
 
 def ranks_of_groups(rows: np.ndarray, groups: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -48,45 +48,30 @@ def assign_exactly(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarr
 
 def spherical_kmeans(rows: np.ndarray, count: int, iterations: int, seed: int) -> np.ndarray:
     """(C, D) float32: unit centroids. rows: (N, D) float32 or float16, of any length."""
-    rng = np.random.default_rng(seed)
-    return lloyd(rows, quantize_rows(rows), count, iterations, rng, assign=False)[0]
+    return lloyd(rows, count, iterations, np.random.default_rng(seed))
 
 
-def lloyd(
-    rows: np.ndarray,
-    quantized: np.ndarray,
-    count: int,
-    iterations: int,
-    rng: np.random.Generator,
-    start: np.ndarray | None = None,
-    *,
-    assign: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Spherical k-means in memory: centroids (C, D) float32, and nearest of each row (N,) int32.
+def lloyd(rows: np.ndarray, count: int, iterations: int, rng: np.random.Generator) -> np.ndarray:
+    """(C, D) float32: unit centroids by spherical k-means in memory.
 
     Rows find their centroid by exact products of 8-bit integers, centroids are means of the rows
     themselves. A centroid without rows is put beside that with most rows, a little to the side.
     It ends early where no row changes its centroid.
 
-    rows: (N, D) of any length; quantized: the same as (N, D) int8. start: (C, D) float32, the
-    centroids to begin with; drawn from the rows where it is None. assign: whether the nearest of
-    each row among the last centroids are wanted; they cost an iteration. Else (0,) int32.
+    rows: (N, D) of any length; int8 is taken as `quantize_rows` gives it.
     """
+    quantized = rows if rows.dtype == np.int8 else quantize_rows(rows)
     if rows.dtype == np.float32:
         rows = leveled(rows)
-    centroids = first_centroids(rows, count, rng) if start is None else start
-    before, done = np.empty(0, np.int32), False
+    centroids, before = first_centroids(rows, count, rng), np.empty(0, np.int32)
     for _ in range(iterations):
         nearest = _nearest(quantized, centroids, rng)
         if np.array_equal(nearest, before):
-            done = True
             break
         sums, counts = cluster_sums(rows, nearest, len(centroids))
         centroids = means_of(sums, counts, centroids, rng)
         before = nearest if counts.all() else np.empty(0, np.int32)
-    if not assign:
-        return centroids, np.empty(0, np.int32)
-    return centroids, before if done else _nearest(quantized, centroids, rng)
+    return centroids
 
 
 def first_centroids(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -113,8 +98,7 @@ def index_centroids(
     """
     if len(centroids) <= FLAT_UP_TO:
         return CentroidIndex.flat(centroids), 1.0
-    count, quantized = round(np.sqrt(len(centroids))), quantize_rows(centroids)
-    groups, _ = lloyd(centroids, quantized, count, 6, rng, assign=False)
+    groups = lloyd(centroids, round(np.sqrt(len(centroids))), 6, rng)
     return CentroidIndex.grouped(centroids, groups, sample, share)
 
 

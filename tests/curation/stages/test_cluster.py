@@ -36,7 +36,7 @@ def run_at(folder, pool, engine, **settings):
 
 @pytest.fixture
 def cluster(tmp_path):
-    def run(pool, *, name="out", workers=1, **settings):
+    def run(pool, *, name="out", workers=0, **settings):
         return run_at(tmp_path / name, pool, LocalEngine(workers), **settings)
 
     return run

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from curation.neighbors.kernels.centroid_index import FLAT_UP_TO, CentroidIndex, ranks_of_groups
+from curation.neighbors.kernels.centroid_index import FLAT_UP_TO, ranks_of_groups
 from curation.neighbors.kernels.k_means import index_centroids
 from curation.neighbors.kernels.quantized import (
     nearest_centroids,
@@ -49,14 +49,6 @@ def test_nearest__of_equal_centroids_the_first(made):
     index, _ = index_centroids(twice, rows[:2000], 0.9, np.random.default_rng(1))
     assert len(index.groups) > 1
     assert index.nearest(rows).max() < 2500
-
-
-def test_read__gives_what_was_written(made, tmp_path):
-    _, rows, index, _ = made
-    path = str(tmp_path / "index.bin")
-    index.write(path)
-    again = CentroidIndex.read(path, index.centroids.shape, len(index.groups), index.groups_met)
-    assert (again.nearest(rows[:500]) == index.nearest(rows[:500])).all()
 
 
 def test_index_centroids__few_are_all_compared():

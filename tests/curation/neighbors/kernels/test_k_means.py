@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.kernels.k_means import (
     assign_exactly,
     lloyd,
@@ -9,7 +8,6 @@ from curation.neighbors.kernels.k_means import (
     spherical_kmeans,
     spread_rows,
 )
-from curation.neighbors.kernels.quantized import quantize_rows
 
 
 def blobs(seed, count, clusters=12, width=32, noise=0.1):
@@ -45,22 +43,29 @@ def test_spherical_kmeans__objective_is_that_of_faiss():
 
 def test_lloyd__same_generator_same_centroids():
     _, rows = blobs(2, 3000)
-    found = [
-        lloyd(rows, quantize_rows(rows), 700, 3, np.random.default_rng(4))[0] for _ in range(2)
-    ]
+    found = [lloyd(rows, 700, 3, np.random.default_rng(4)) for _ in range(2)]
     assert (found[0] == found[1]).all()
 
 
 def test_lloyd__fewer_rows_than_centroids():
     _, rows = blobs(3, 5)
-    centroids, nearest = lloyd(rows, quantize_rows(rows), 9, 3, np.random.default_rng(0))
+    centroids = lloyd(rows, 9, 3, np.random.default_rng(0))
     assert centroids.shape == (5, 32)
-    assert sorted(nearest) == [0, 1, 2, 3, 4]
+    assert sorted((rows @ centroids.T).argmax(axis=1)) == [0, 1, 2, 3, 4]
+
+
+def test_lloyd__one_iteration_moves_centroids_to_the_means_of_their_rows():
+    _, rows = blobs(6, 400)
+    start = lloyd(rows, 10, 0, np.random.default_rng(1))
+    nearest = (rows @ start.T).argmax(axis=1)
+    means = np.stack([rows[nearest == number].mean(axis=0) for number in range(10)])
+    expected = means / np.linalg.norm(means, axis=1, keepdims=True)
+    assert np.allclose(lloyd(rows, 10, 1, np.random.default_rng(1)), expected, atol=1e-5)
 
 
 def test_lloyd__identical_rows():
     rows = np.ones((100, 8), np.float32)
-    centroids, _ = lloyd(rows, quantize_rows(rows), 4, 3, np.random.default_rng(0))
+    centroids = lloyd(rows, 4, 3, np.random.default_rng(0))
     assert np.isfinite(centroids).all()
 
 
@@ -85,10 +90,3 @@ def test_assign_exactly__blocks_do_not_matter_and_ties_take_the_first():
     assert whole.max() < 20
     parts = [assign_exactly(rows[i : i + 7], centroids)[0] for i in range(0, 300, 7)]
     assert (np.concatenate(parts) == whole).all()
-
-
-def test_hash_ids__depends_on_the_salt_and_looks_uniform():
-    ids = np.random.default_rng(0).integers(0, 256, (4000, 16), np.uint8)
-    first, second = hash_ids(ids, "a", 1), hash_ids(ids, "a", 2)
-    assert (first != second).all()
-    assert np.histogram(first / 2.0**64, 10, (0, 1))[0] == pytest.approx([400] * 10, rel=0.2)
