@@ -18,13 +18,6 @@ from pipelines.cli.options import (
 )
 
 
-class Linkage(StrEnum):
-    """What stays of images that are alike."""
-
-    components = "components"
-    representative = "representative"
-
-
 class OnCollision(StrEnum):
     """What to do when two seeds retrieve the same image."""
 
@@ -65,13 +58,13 @@ def dedup(
     columns: ColumnOptions = ColumnOptions(),
     assume_same_space: AssumeSameSpace = False,
     linkage: Annotated[
-        Linkage,
+        str,
         typer.Option(
             "--linkage",
-            help="What stays: one of each component, or every image not within the threshold of "
-            "a kept one.",
+            help="What stays: one image of each component (components), or every image that is "
+            "not within the threshold of a kept one (representative).",
         ),
-    ] = Linkage.components,
+    ] = "components",
     max_component_share: Annotated[
         float, typer.Option("--max-component-share", help="Largest share of one component.")
     ] = 0.01,
@@ -81,8 +74,11 @@ def dedup(
         typer.Option("--pairs", help="New folder for the most similar other rows of each row."),
     ] = None,
     neighbors: Annotated[
-        int, typer.Option("--neighbors", min=1, help="With --pairs: rows listed at most for a row.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--neighbors", min=1, help="With --pairs: rows listed at most for a row. [64]"
+        ),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option("--base", help="Output of an earlier dedup: what it kept stays, and wins."),
@@ -127,9 +123,9 @@ def dedup(
         "threshold": threshold,
         "against_threshold": against_threshold,
         "assume_same_space": assume_same_space,
-        "linkage": linkage.value,
+        "linkage": linkage,
         "max_component_share": max_component_share,
-        "neighbors": neighbors if pairs else 0,
+        "neighbors": (neighbors or 64) if pairs else 0,
         **compared.settings(),
     }
     named = named_paths(against, "--against")
@@ -138,6 +134,8 @@ def dedup(
     stage = vector_stage("dedup", NearDedup, settings, changes, columns, given)
     if base is None and base_embeddings is not None:
         raise ConfigError("--base-embeddings: goes with --base, the decisions on these embeddings")
+    if neighbors is not None and pairs is None:
+        raise ConfigError("--neighbors: goes with --pairs, the folder that lists them")
     runner = engine.runner()
     pool, sets = embedding_pools(embeddings, named, columns, out, runner.engine)
     earlier = kept_before(base, base_embeddings, columns, out) if base else ()

@@ -110,6 +110,18 @@ def test_dedup__against_an_evaluation_set(embeddings, tmp_path):
     assert all(row["twin_set"] == "val" for row in rows if row["reason"] == "leak:val")
 
 
+def test_dedup__neighbors_without_a_folder_for_them_are_refused(embeddings, tmp_path):
+    line = fails(2, "dedup", embeddings, "--neighbors", 5, "--out", tmp_path / "d")
+    assert "--neighbors: goes with --pairs" in line
+    assert not (tmp_path / "d").exists()
+
+
+def test_dedup__an_unknown_component_rule_is_refused_with_those_known(embeddings, tmp_path):
+    line = fails(2, "dedup", embeddings, "--linkage", "centroid", "--out", tmp_path / "d")
+    assert "'centroid'" in line
+    assert "components, representative" in line
+
+
 def test_dedup__foreign_parquet_with_its_own_ids(tmp_path):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(20, 16)).astype(np.float32)
