@@ -112,6 +112,11 @@ def column_type(name: str) -> pa.DataType:
     return _TYPES[name]
 
 
+def score_type(name: str) -> pa.DataType:
+    """Arrow type of what a filter measures: float32 where no column of ours has its name."""
+    return _TYPES.get(name, pa.float32())
+
+
 def schema_of(names: Iterable[str]) -> pa.Schema:
     """Arrow schema of some of our columns, in the order given."""
     return pa.schema([(name, _TYPES[name]) for name in names])

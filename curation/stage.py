@@ -9,7 +9,7 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -153,6 +153,14 @@ class Shard:
         """A numeric column as an array."""
         return np.asarray(self.table[column].to_numpy())
 
+    def part(self, rows: slice) -> "Shard":
+        """Some of the rows, to be judged on trial: what is dropped there stays here."""
+        part = Shard(self.table[rows], self.index)
+        part.reasons[:] = self.reasons[rows]
+        for output, columns in self.emitted.items():
+            part.emitted[output] = {name: values[rows] for name, values in columns.items()}
+        return part
+
     def record_score(self, scores: np.ndarray, threshold: float | np.ndarray) -> None:
         """Record the score that decides, and its threshold. scores: (N,), NaN where unknown.
 
@@ -238,7 +246,37 @@ class StageInputs:
     """Benchmarks, seed sets and sets taken as they are, by name."""
     seed: int = 0
     base: tuple[Pool, ...] = ()
-    """What the same stage kept in earlier deliveries, for stages that meet a base."""
+    """What the same stage kept in earlier deliveries, for stages that compare with them."""
+    followers: tuple["ShardStage", ...] = ()
+    """Filters right behind this one, which look at the images that it decodes."""
+    shared_scores: str | None = None
+    """Folder of what one of several filters measured for those behind it."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a score must be for a row to stay: `Limit("short_side", ">=", "min_side", "too_small")`.
+
+    A score that is not known (NaN) passes, and so does any where the setting is null.
+    """
+
+    score: str
+    """Column of the decisions."""
+    keeps: Literal["<", "<=", ">", ">="]
+    """How the score of a row that stays compares with the setting."""
+    setting: str
+    """Field of the stage that holds the threshold."""
+    reason: str
+    """Why the others are dropped."""
+
+    def judge(self, shard: "Shard", scores: np.ndarray, threshold: float | None) -> None:
+        """Record the scores of a shard, and drop the rows that are beyond a threshold."""
+        if threshold is not None:
+            shard.record_score(scores, threshold)
+            reject(shard, _BEYOND[self.keeps](scores, threshold), self.reason)
+
+
+_BEYOND = {"<": np.greater_equal, "<=": np.greater, ">": np.less_equal, ">=": np.less}
 
 
 class Stage(Settings, ABC):
@@ -254,6 +292,20 @@ class Stage(Settings, ABC):
     """Whether the stage sees the pool together with the sets taken as they are."""
     compares_with_previous: ClassVar[bool] = False
     """Whether the stage compares its rows with what earlier deliveries kept."""
+    limits: ClassVar[tuple[Limit, ...]] = ()
+    """What each score is judged by; a stage with one score may leave it to `record_score`."""
+    fetches: ClassVar[bool] = False
+    """Whether it fetches what URLs name: sets that are no list of URLs do not pass it."""
+    judges_images: ClassVar[bool] = False
+    """Whether it judges each image by itself, so that a single image can be asked about."""
+    compares_rows: ClassVar[bool] = False
+    """Whether it compares rows with each other: its time grows faster than their number."""
+    runs_on_gpus: ClassVar[bool] = False
+    """Whether GPUs do its work where there are any."""
+    checks_benchmarks: ClassVar[bool] = False
+    """Whether the sets that it names are benchmarks: compared with, and never taken."""
+    shows_dropped: ClassVar[Literal["clear", "veiled", "hidden"]] = "clear"
+    """How people see what it drops: as it is, blurred until they click, or never."""
 
     @classmethod
     def name(cls) -> str:
@@ -316,9 +368,17 @@ class Stage(Settings, ABC):
 class ShardStage(Stage):
     """A stage that judges each row from its own shard."""
 
+    def bound(self, inputs: StageInputs) -> Self:
+        """The stage with what it reads beside its shard, such as seed sets."""
+        return self
+
     def open(self) -> Any:
         """Make what a worker needs for all shards, such as a model."""
         return None
+
+    def figures(self) -> dict[str, Any]:
+        """Figures for the report, told after all shards."""
+        return {}
 
     @abstractmethod
     def process(self, shard: Shard, opened: Any) -> None:

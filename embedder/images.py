@@ -116,6 +116,45 @@ def decode_within(data: bytes, max_side: int, limits: Limits = DEFAULT_LIMITS) -
     return _render(_parse(data, limits), max_side, limits)
 
 
+class DecodedImage:
+    """An image file that is asked for at several sizes, and decoded once where these agree.
+
+    A JPEG is decoded at 1/1, 1/2, 1/4 or 1/8 of its size, then shrunk: sizes agree that begin with
+    the same fraction. Raises: ImageError.
+    """
+
+    def __init__(self, data: bytes, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._file = _parse(data, limits)
+        self._limits = limits
+        self._fractions: dict[int, Pixels | None] = {}
+        self._sizes: dict[tuple[int, int], Pixels] = {}
+        self.num_decoded = 0
+        """How often it was decoded so far."""
+
+    @property
+    def width(self) -> int:
+        """Width of the whole image, upright."""
+        return _upright_size(self._file)[0]
+
+    def within(self, max_side: int | None) -> Pixels:
+        """What `decode_within` gives, or `decode` for None, bit for bit; not to be written to."""
+        size = _shrunk_size((self._file.width, self._file.height), max_side)
+        if size not in self._sizes:
+            known = len(self._fractions)
+            self._sizes[size] = _render(self._file, max_side, self._limits, self._decode_jpeg)
+            is_shared = len(self._fractions) == known and any(
+                plain is not None for plain in self._fractions.values()
+            )
+            self.num_decoded += not is_shared
+        return self._sizes[size]
+
+    def _decode_jpeg(self, file: ImageFile, size: tuple[int, int]) -> Pixels | None:
+        fraction = _draft_fraction(file, size)
+        if fraction not in self._fractions:
+            self._fractions[fraction] = _decode_jpeg(file, size)
+        return self._fractions[fraction]
+
+
 def canonicalize(
     data: bytes, max_side: int = 512, quality: int = 95, limits: Limits = DEFAULT_LIMITS
 ) -> CanonicalImage:
@@ -274,11 +313,19 @@ def _upright_size(file: ImageFile) -> tuple[int, int]:
     return file.width, file.height
 
 
-def _render(file: ImageFile, max_side: int | None, limits: Limits) -> Pixels:
-    """Decode to upright pixels in sRGB, shrunk to `max_side` if given."""
+def _render(
+    file: ImageFile,
+    max_side: int | None,
+    limits: Limits,
+    decode_jpeg: Callable[[ImageFile, tuple[int, int]], Pixels | None] | None = None,
+) -> Pixels:
+    """Decode to upright pixels in sRGB, shrunk to `max_side` if given.
+
+    decode_jpeg: stands in for `_decode_jpeg`, whose result depends on the fraction alone.
+    """
     with _foreign_errors(file):
         size = _shrunk_size((file.width, file.height), max_side)
-        plain = _decode_jpeg(file, size) if file.format == "JPEG" else None
+        plain = (decode_jpeg or _decode_jpeg)(file, size) if file.format == "JPEG" else None
         if plain is not None and _is_in_srgb(file):
             return _turn_upright(_to_rgb(_shrink(plain, size)), file.orientation)
         image = _load(file, size, limits) if plain is None else Image.fromarray(plain)

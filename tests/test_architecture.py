@@ -50,6 +50,64 @@ def test_stage__is_one_class_with_a_test(name):
     assert re.search(r"^def test_", test.read_text(), re.MULTILINE), f"{test} tests nothing"
 
 
+OTHER_MEANINGS = {
+    "cluster": "curation/.*|pipelines/(audit|cli|web/report)/.*",  # a column, a rule of retrieval
+    "faces": "pipelines/audit/sql.py",  # an output
+    "nsfw": "pipelines/cli/calibrate.py",  # what is calibrated
+    "leaks": "pipelines/cli/calibrate.py",
+    "blocklist": "curation/(blocklists|schema).py",  # a column
+    "filters": "pipelines/cli/stages.py",  # a setting
+    "balance": "pipelines/(audit/stats|cli/audit).py",  # a part of the statistics
+}
+"""Names of stages, and the files where they stand for something else."""
+
+
+def compared_strings(code: str) -> set[str]:
+    """Constants that are compared, that are keys or members, or that `stage` is asked for."""
+    found: list[ast.expr | None] = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Compare):
+            found += [node.left, *node.comparators]
+        elif isinstance(node, ast.Tuple | ast.List | ast.Set):
+            found += node.elts
+        elif isinstance(node, ast.Dict):
+            found += node.keys
+        elif isinstance(node, ast.MatchValue):
+            found.append(node.value)
+        elif isinstance(node, ast.Subscript):
+            found.append(node.slice)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "stage":
+            found += node.args
+    texts = (node.value for node in found if isinstance(node, ast.Constant))
+    return {text for text in texts if isinstance(text, str)}
+
+
+def test_stages__say_what_they_are():
+    """No other module compares a stage's name with a string to know what the stage does."""
+    for file in SOURCES:
+        place = str(file.relative_to(ROOT))
+        found = compared_strings(file.read_text()) & {*stage_names()}
+        own = {name for name in found if re.fullmatch(OTHER_MEANINGS.get(name, ""), place)}
+        assert place.startswith("curation/stages/") or found == own, place
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'if stage.name == "nsfw": pass',
+        'ok = "nsfw" in names',
+        'ok = stage.name in ("nsfw", "quality")',
+        'FILTERS = frozenset({"nsfw"})',
+        'MARKS = {"nsfw": "veiled"}',
+        'mark = MARKS["nsfw"]',
+        'stage = work.stage(POOL, "nsfw")',
+        'match name:\n    case "nsfw": pass',
+    ],
+)
+def test_compared_strings__are_found(code):
+    assert "nsfw" in compared_strings(code)
+
+
 def all_settings() -> list[type[Settings]]:
     for file in SOURCES:
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts)

@@ -40,6 +40,7 @@ class Balance(DatasetStage):
     """Keeps a sample to which every cluster of a level gives as equally as it can."""
 
     reasons = ("not_drawn",)
+    compares_rows = True
 
     target: int = Field(ge=1)
     """Rows to draw."""

@@ -19,6 +19,8 @@ class Blocklist(ShardStage):
     """The lists. MD5 needs the fetched bytes (column raw), which exist only if they were kept."""
 
     reasons = ("blocklist:NAME",)
+    judges_images = True
+    shows_dropped = "hidden"
 
     def required_columns(self) -> tuple[str, ...]:
         """Hashes of the original bytes and of the picture."""

@@ -41,6 +41,7 @@ class Canonicalize(ShardStage):
 
     reasons = (*REASONS, "blocklist:NAME")
     on_sets = True
+    judges_images = True
 
     def required_columns(self) -> tuple[str, ...]:
         """Columns that the stage reads."""

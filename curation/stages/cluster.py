@@ -49,6 +49,7 @@ class Cluster(DatasetStage):
 
     version = 3
     reasons = ("bad_vector",)
+    compares_rows = True
 
     embeddings: str
     """Name of the side-car with the vectors."""

@@ -59,6 +59,7 @@ class Download(ShardStage):
     """PEM file of certificates to trust beside the system's."""
 
     reasons = REASONS
+    fetches = True
 
     @model_validator(mode="after")
     def _crawlers_say_who_they_are(self) -> "Download":

@@ -60,6 +60,7 @@ class Embed(ShardStage):
 
     reasons = ("unreadable", "bad_vector")
     on_sets = True
+    runs_on_gpus = True
 
     def required_columns(self) -> tuple[str, ...]:
         """The canonical image, and where it is from."""

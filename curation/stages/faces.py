@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from curation.decoding import UNREADABLE, measure_images
+from curation.image_filter import UNREADABLE, ImageFilter
 from curation.schema import schema_of
-from curation.stage import Resources, Shard, ShardStage, reject
+from curation.stage import Shard, reject
 from embedder.images import Pixels
 
 Boxes = np.ndarray  # (F, 4) x0, y0, x1, y1 in pixels of the canonical image
@@ -22,7 +22,7 @@ Detector = Callable[[Pixels], Boxes]
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
-class Faces(ShardStage):
+class Faces(ImageFilter):
     """Notes where faces are; decoding blurs the boxes for every later stage."""
 
     detector: Literal["haar", "centerface"] = "haar"
@@ -37,10 +37,8 @@ class Faces(ShardStage):
     """Lowest confidence of a face that centerface reports."""
     margin: float = Field(0.1, ge=0, le=1)
     """How far boxes are widened on each side, as a share of their size: chin, hair and ears."""
-    threads: int = Field(2, ge=1)
-    """Images searched at once."""
-
     reasons = ("face", UNREADABLE)
+    scores = ("boxes",)
     on_sets = True  # sets taken as they are enter training, and like must be compared with like
 
     @model_validator(mode="after")
@@ -54,9 +52,9 @@ class Faces(ShardStage):
             )
         return self
 
-    def required_columns(self) -> tuple[str, ...]:
-        """The canonical image."""
-        return ("image",)
+    def optional_columns(self) -> tuple[str, ...]:
+        """None: faces are looked for where they are not blurred yet."""
+        return ()
 
     def outputs(self) -> dict[str, pa.Schema]:
         """Boxes of each image; none where faces are kept as they are."""
@@ -73,28 +71,22 @@ class Faces(ShardStage):
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
-    def resources(self) -> Resources:
-        """What one shard's task needs."""
-        return Resources(cpus=1, memory=1 << 30)
-
     def open(self) -> "_Detectors":
         """Load a detector for each thread."""
         return _Detectors([self._load() for _ in range(self.threads)])
 
-    def process(self, shard: Shard, opened: "_Detectors") -> None:
-        """Search every live row, then judge."""
+    def measure(self, pixels: Pixels, opened: "_Detectors") -> tuple[list[list[int]]]:
+        """The boxes of faces in one image."""
+        height, width = pixels.shape[:2]
+        return (widen(opened.detect(pixels), self.margin, width, height).tolist(),)
 
-        def search(pixels: Pixels) -> Boxes:
-            return widen(opened.detect(pixels), self.margin, pixels.shape[1], pixels.shape[0])
-
-        found = measure_images(shard, search, threads=self.threads)
-        counts = np.array([0 if boxes is None else len(boxes) for boxes in found], np.int32)
+    def judge(self, shard: Shard, scores: dict[str, np.ndarray]) -> None:
+        """Note the boxes; drop what has some where that is asked for."""
+        found = [boxes or [] for boxes in scores["boxes"]]
+        counts = np.array([len(boxes) for boxes in found], np.int32)
         shard.note("num_faces", counts)
-        blurred = self.action == "blur"
-        shard.emit(
-            "faces",
-            {"boxes": [boxes.tolist() if blurred and boxes is not None else [] for boxes in found]},
-        )
+        is_blurred = self.action == "blur"
+        shard.emit("faces", {"boxes": found if is_blurred else [[] for _ in found]})
         if self.action == "drop":
             reject(shard, counts > 0, "face")
 

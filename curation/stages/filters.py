@@ -1,8 +1,9 @@
-"""Several filters in one pass over the images: `curate filter`.
+"""Several filters in one pass over the rows, which decodes each image once: `curate filter`.
 
 Each row's score and threshold are those of the filter that dropped it, and else of the last one.
 """
 
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -10,12 +11,15 @@ from pydantic import Field, model_validator
 
 from curation.config import parse_settings
 from curation.errors import ConfigError
+from curation.image_filter import ImageFilter, filter_in_turn
 from curation.registry import load_stage
 from curation.stage import DECISIONS, Resources, Shard, ShardStage
 
 
 class Filters(ShardStage):
     """A chain of filters whose decisions go into one table."""
+
+    version = 2
 
     filters: tuple[dict[str, dict[str, Any]], ...] = Field(min_length=1)
     """The filters in order: one name with its settings each."""
@@ -27,8 +31,13 @@ class Filters(ShardStage):
         except ConfigError as error:
             raise ValueError(str(error)) from error
         for stage in built:
-            if not isinstance(stage, ShardStage):
-                raise ValueError(f"'{stage.name()}' is no filter: it needs to see all rows at once")
+            if not (isinstance(stage, ShardStage) and stage.judges_images):
+                raise ValueError(f"'{stage.name()}' is no filter: it does not judge single images")
+            if stage.set_names():
+                raise ValueError(
+                    f"'{stage.name()}' compares with the sets {', '.join(stage.set_names())}, "
+                    "which only a recipe has; leave them out here"
+                )
         return self
 
     @property
@@ -91,5 +100,11 @@ class Filters(ShardStage):
 
     def process(self, shard: Shard, opened: list[tuple[ShardStage, Any]]) -> None:
         """Pass the shard through the filters."""
-        for stage, state in opened:
-            stage.process(shard, state)
+        for _, group in groupby(opened, lambda one: isinstance(one[0], ImageFilter)):
+            chain = list(group)
+            looking = [(one, state) for one, state in chain if isinstance(one, ImageFilter)]
+            if looking:
+                filter_in_turn(shard, looking)
+            else:
+                for stage, state in chain:
+                    stage.process(shard, state)

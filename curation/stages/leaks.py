@@ -32,6 +32,8 @@ class Leaks(DatasetStage):
     version = 4
     reasons = ("leak:NAME", "bad_vector")
     on_sets = True
+    compares_rows = True
+    checks_benchmarks = True
 
     embeddings: str
     """Name of the side-car with the vectors."""

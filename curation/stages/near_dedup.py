@@ -44,6 +44,8 @@ class NearDedup(DatasetStage):
     version = 4
     reasons = ("near_duplicate", "leak:NAME", "bad_vector")
     compares_with_previous = True
+    compares_rows = True
+    checks_benchmarks = True
 
     embeddings: str
     """Name of the side-car with the vectors."""

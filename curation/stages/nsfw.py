@@ -12,10 +12,9 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from curation.config import Settings
-from curation.decoding import UNREADABLE, measure_images
 from curation.errors import ConfigError, StageError
-from curation.schema import schema_of
-from curation.stage import Resources, Shard, ShardStage, reject
+from curation.image_filter import UNREADABLE, ImageFilter
+from curation.stage import Limit, Shard
 from embedder.images import Pixels, resize
 
 Score = Callable[[Pixels], float]
@@ -40,7 +39,7 @@ class OnnxClassifier(Settings):
     """What makes probabilities of the outputs."""
 
 
-class Nsfw(ShardStage):
+class Nsfw(ImageFilter):
     """Scores each image with Yahoo's open_nsfw network, whose weights a package brings along.
 
     One image a pass and one thread a pass: a score depends on its image alone. Another classifier,
@@ -56,10 +55,10 @@ class Nsfw(ShardStage):
     pixels. The embedding must be of the space that the probe was fitted on."""
     providers: tuple[str, ...] = Field(("CPUExecutionProvider",), min_length=1)
     """ONNX Runtime's execution providers; a worker that lacks the first is refused."""
-    threads: int = Field(2, ge=1)
-    """Images scored at once."""
-
     reasons = ("nsfw", UNREADABLE)
+    scores = ("nsfw_score",)
+    limits = (Limit("nsfw_score", "<", "threshold", "nsfw"),)
+    shows_dropped = "veiled"
 
     @model_validator(mode="after")
     def _one_classifier(self) -> "Nsfw":
@@ -69,45 +68,39 @@ class Nsfw(ShardStage):
             raise ValueError(f"{self._weights()}: no such file")
         return self
 
+    @property
+    def looks_at_pixels(self) -> bool:
+        """Not where embeddings are scored."""
+        return self.probe is None
+
     def required_columns(self) -> tuple[str, ...]:
         """The canonical image, or its embedding."""
-        return ("image",) if self.probe is None else ("embedding",)
-
-    def optional_columns(self) -> tuple[str, ...]:
-        """Faces, which are blurred for every stage after the one that found them."""
-        return ("boxes",) if self.probe is None else ()
-
-    def decision_columns(self) -> pa.Schema:
-        """The score, 0 to 1."""
-        return schema_of(["nsfw_score"])
+        return super().required_columns() if self.probe is None else ("embedding",)
 
     def fingerprint(self) -> str:
         """Digest of the weights."""
         return hashlib.sha256(self._weights().read_bytes()).hexdigest()
 
-    def resources(self) -> Resources:
-        """What one shard's task needs."""
-        return Resources(cpus=1, memory=1 << 30)
-
-    def open(self) -> Any:
+    def open(self) -> Score | None:
         """Load the classifier."""
         if self.probe is not None:
-            with np.load(self.probe) as file:
-                return file["weight"].astype(np.float64), float(file["bias"])
+            return None
         if self.onnx is not None:
             return _onnx_score(self.onnx, self.providers)
         return _opennsfw_score(self.providers)
 
-    def process(self, shard: Shard, opened: Any) -> None:
-        """Score every live row, then judge."""
+    def measure(self, pixels: Pixels, opened: Score) -> tuple[float]:
+        """The probability that the image is not safe."""
+        return (opened(pixels),)
+
+    def judge(self, shard: Shard, scores: dict[str, np.ndarray]) -> None:
+        """Judge the score as it is noted, in single precision."""
+        found = scores["nsfw_score"].astype(np.float32)
         if self.probe is not None:
-            scores = _probe_scores(shard.table["embedding"], *opened)
-        else:
-            found = measure_images(shard, opened, threads=self.threads)
-            scores = np.array([np.nan if value is None else value for value in found], np.float32)
-        shard.note("nsfw_score", scores)
-        shard.record_score(scores, self.threshold)
-        reject(shard, scores >= self.threshold, "nsfw")
+            with np.load(self.probe) as file:
+                weight, bias = file["weight"].astype(np.float64), float(file["bias"])
+            found = _probe_scores(shard.table["embedding"], weight, bias)
+        super().judge(shard, {"nsfw_score": found})
 
     def _weights(self) -> Path:
         if self.probe is not None:

@@ -1,26 +1,23 @@
 """Drops images that are too small, too narrow, blank or (if asked) blurred."""
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from curation.decoding import UNREADABLE, measure_images
+from curation.image_filter import UNREADABLE, ImageFilter
 from curation.schema import schema_of
-from curation.stage import Resources, Shard, ShardStage, reject
-from embedder.images import Pixels, decode_within
+from curation.stage import Limit, Shard
+from embedder.images import Pixels
 
-_SIDE = 256
-"""Pixel statistics are taken at this size, so that they mean the same for every image."""
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
-class Quality(ShardStage):
+class Quality(ImageFilter):
     """Judges sides, aspect ratio, contrast, entropy and sharpness; keeps all scores."""
 
-    version = 2
+    version = 3
 
     min_side: int | None = Field(64, ge=1)
     """Shortest side of the original, in pixels; smaller images are dropped as too_small. Null: they
@@ -33,73 +30,43 @@ class Quality(ShardStage):
     """Entropy of the luma's histogram, in bits (0-8); lower images are blank."""
     min_sharpness: float | None = Field(None, ge=0)
     """Variance of the Laplacian of the luma at 256 pixels; lower images are blurred."""
-    threads: int = Field(2, ge=1)
-    """Rows decoded at once."""
-
     reasons = ("too_small", "aspect", "blank", "blurred", UNREADABLE)
+    scores = ("contrast", "entropy", "sharpness")
+    side = 256  # so that they mean the same for every image
+    limits = (
+        Limit("short_side", ">=", "min_side", "too_small"),
+        Limit("aspect", "<=", "max_aspect", "aspect"),
+        Limit("sharpness", ">=", "min_sharpness", "blurred"),
+        Limit("entropy", ">=", "min_entropy", "blank"),
+        Limit("contrast", ">=", "min_contrast", "blank"),
+    )
+
+    @property
+    def looks_at_pixels(self) -> bool:
+        """Whether any of their statistics is judged."""
+        return not (self.min_contrast is self.min_entropy is self.min_sharpness is None)
 
     def required_columns(self) -> tuple[str, ...]:
         """The canonical image and the size of the original."""
-        return ("image", "original_width", "original_height")
-
-    def optional_columns(self) -> tuple[str, ...]:
-        """Faces, which are blurred for every stage after the one that found them."""
-        return ("boxes",)
+        return (*super().required_columns(), "original_width", "original_height")
 
     def decision_columns(self) -> pa.Schema:
         """A score column a filter; pixel statistics are null where no pixel had to be looked at."""
-        return schema_of(["short_side", "aspect", "contrast", "entropy", "sharpness"])
+        return schema_of(["short_side", "aspect", *self.scores])
 
-    def resources(self) -> Resources:
-        """What one shard's task needs."""
-        return Resources(cpus=1, memory=1 << 30)
-
-    def process(self, shard: Shard, opened: Any) -> None:
+    def judge_columns(self, shard: Shard) -> None:
         """Judge by the sizes first: what they drop is never decoded."""
-        short = np.minimum(shard.array("original_width"), shard.array("original_height"))
-        shard.note("short_side", short)
-        _judge(shard, short, self.min_side, "too_small")
-        aspect = _aspect(shard)
-        shard.note("aspect", aspect)
-        if self.max_aspect is not None:
-            shard.record_score(aspect, self.max_aspect)
-            reject(shard, aspect > self.max_aspect, "aspect")
-        contrast, entropy, sharpness = self._pixel_statistics(shard)
-        _judge(shard, sharpness, self.min_sharpness, "blurred")
-        _judge(shard, entropy, self.min_entropy, "blank")
-        _judge(shard, contrast, self.min_contrast, "blank")
+        sides = np.stack([shard.array("original_width"), shard.array("original_height")])  # (2, N)
+        short = sides.min(axis=0)
+        sizes = {"short_side": short, "aspect": sides.max(axis=0) / np.maximum(short, 1)}
+        for name, values in sizes.items():
+            shard.note(name, values)
+        self.judge_by_limits(shard, sizes)
 
-    def _pixel_statistics(self, shard: Shard) -> np.ndarray:
-        """(3, N) contrast, entropy and sharpness, noted; NaN for rows that are not decoded."""
-        scores = np.full((3, shard.num_rows), np.nan)
-        if not (self.min_contrast is self.min_entropy is self.min_sharpness is None):
-            decode = partial(decode_within, max_side=_SIDE)
-            found = measure_images(shard, _statistics, threads=self.threads, decode=decode)
-            for row, values in enumerate(found):
-                if values is not None:
-                    scores[:, row] = values
-        for name, column in zip(("contrast", "entropy", "sharpness"), scores, strict=True):
-            shard.note(name, column.astype(np.float32))
-        return scores
-
-
-def _judge(shard: Shard, scores: np.ndarray, lowest: float | None, reason: str) -> None:
-    """Drop what scores below a bound; NaN never does."""
-    if lowest is not None:
-        shard.record_score(scores, lowest)
-        reject(shard, scores < lowest, reason)
-
-
-def _aspect(shard: Shard) -> np.ndarray:
-    sides = np.stack([shard.array("original_width"), shard.array("original_height")])  # (2, N)
-    ratios: np.ndarray = sides.max(axis=0) / np.maximum(sides.min(axis=0), 1)
-    return ratios
-
-
-def _statistics(pixels: Pixels) -> tuple[float, float, float]:
-    """Contrast, entropy and sharpness of one image."""
-    luma = np.rint(pixels @ _LUMA)  # (H, W)
-    return float(luma.std(dtype=np.float64)), entropy_bits(luma), laplacian_variance(luma)
+    def measure(self, pixels: Pixels, opened: Any) -> tuple[float, float, float]:
+        """Contrast, entropy and sharpness of one image."""
+        luma = np.rint(pixels @ _LUMA)  # (H, W)
+        return float(luma.std(dtype=np.float64)), entropy_bits(luma), laplacian_variance(luma)
 
 
 def entropy_bits(luma: np.ndarray) -> float:

@@ -1,37 +1,27 @@
 """Drops screenshots full of text, and images that are far from every seed.
 
-It stands after `embed`: the distance to the seeds is read off embeddings that were stored before.
+With seeds it stands after `embed`: the distance to them is read off embeddings that were stored
+before.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+import pyarrow.compute as pc
+from pydantic import Field, PrivateAttr, model_validator
 
-from curation.decoding import UNREADABLE, measure_images
-from curation.ledger import commit_shard, finished_shards
+from curation.image_filter import UNREADABLE, ImageFilter
 from curation.neighbors.index.vector_index import sources_of
 from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.kernels.k_means import assign_exactly
 from curation.neighbors.rows.vectors import VectorSource, bad_rows, vectors_of
-from curation.schema import schema_of
-from curation.stage import (
-    DatasetStage,
-    Engine,
-    Resources,
-    Shard,
-    StageFolder,
-    StageInputs,
-    Task,
-    reject,
-)
-from embedder.images import Pixels, decode_within
+from curation.schema import ID, schema_of
+from curation.stage import Limit, Resources, Shard, StageInputs, reject
+from embedder.images import Pixels
 from embedder.rows import unit_rows
 
-_SIDE = 512
-"""Text is looked for at this size."""
 _STROKE = 7
 """Strokes of letters are thinner than this, in pixels."""
 _INK = 40
@@ -43,8 +33,10 @@ _FLAT = 15
 """Largest standard deviation of what text stands on: paper and screens are flat, nature is not."""
 
 
-class Relevance(DatasetStage):
+class Relevance(ImageFilter):
     """Keeps the share of text and the cosine to the nearest seed; judges by both."""
+
+    version = 2
 
     max_text: float | None = Field(0.12, ge=0, le=1)
     """Share of the image in lines of text; images with more are dropped. null: do not look."""
@@ -60,10 +52,17 @@ class Relevance(DatasetStage):
     """Seeds compared with, at most: those with the smallest hash of the seed and their id."""
     assume_same_space: bool = False
     """Compare embeddings whose spaces are unknown or differ."""
-    threads: int = Field(2, ge=1)
-    """Images looked at at once."""
+    _sources: tuple[VectorSource, ...] = PrivateAttr(())
+    _seed: int = PrivateAttr(0)
+    _read: tuple[int, pa.Table] | None = PrivateAttr(None)
 
     reasons = ("text", "far_from_seeds", "bad_vector", UNREADABLE)
+    scores = ("text_share",)
+    side = 512
+    limits = (
+        Limit("text_share", "<=", "max_text", "text"),
+        Limit("seed_similarity", ">=", "min_similarity", "far_from_seeds"),
+    )
 
     @model_validator(mode="after")
     def _seeds_have_embeddings(self) -> "Relevance":
@@ -73,14 +72,10 @@ class Relevance(DatasetStage):
             raise ValueError("nothing to judge by: give 'max_text', or 'seeds' and 'embeddings'")
         return self
 
-    def required_columns(self) -> tuple[str, ...]:
-        """The image where text is looked for, vectors where seeds are."""
-        images = () if self.max_text is None else ("image",)
-        return (*images, *((self.embedding_column,) if self.seeds else ()))
-
-    def optional_columns(self) -> tuple[str, ...]:
-        """Faces, which are blurred for every stage after the one that found them."""
-        return () if self.max_text is None else ("boxes",)
+    @property
+    def looks_at_pixels(self) -> bool:
+        """Where text is looked for."""
+        return self.max_text is not None
 
     def set_names(self) -> tuple[str, ...]:
         """The seed sets."""
@@ -90,75 +85,62 @@ class Relevance(DatasetStage):
         """Share of text, and cosine to the nearest seed; null where not asked."""
         return schema_of(["text_share", "seed_similarity"])
 
-    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
-        """Judge the shards that have no receipt yet."""
-        sources: tuple[VectorSource, ...] = ()
-        if self.embeddings is not None:
-            sources = sources_of(
-                inputs,
-                self.seeds,
-                self.embeddings,
-                self.embedding_column,
-                assume_same_space=self.assume_same_space,
-            )
-        done = finished_shards(folder)
-        waiting = [index for index in range(inputs.pool.num_shards) if index not in done]
-        for _ in engine.map(_JudgeShard(self, inputs, sources, folder), waiting, folder.stage):
-            pass
-        num_seeds = sum(source.pool.num_rows for source in sources[1:])
+    def resources(self) -> Resources:
+        """What one shard's task needs."""
+        return Resources(cpus=1, memory=2 << 30)
+
+    def bound(self, inputs: StageInputs) -> Self:
+        """The stage with the vectors of the pool and of the seeds."""
+        if self.embeddings is None:
+            return self
+        bound = self.model_copy()
+        bound._seed = inputs.seed
+        bound._sources = sources_of(
+            inputs,
+            self.seeds,
+            self.embeddings,
+            self.embedding_column,
+            assume_same_space=self.assume_same_space,
+        )
+        return bound
+
+    def figures(self) -> dict[str, Any]:
+        """How many seeds there are, and how many were compared with."""
+        num_seeds = sum(source.pool.num_rows for source in self._sources[1:])
         return {"seeds": num_seeds, "seeds_compared": min(num_seeds, self.max_seeds)}
 
+    def measure(self, pixels: Pixels, opened: Any) -> tuple[float]:
+        """The share of text."""
+        return (text_share(pixels),)
 
-@dataclass(frozen=True)
-class _JudgeShard(Task[int, np.ndarray, int]):
-    stage: Relevance
-    inputs: StageInputs
-    sources: tuple[VectorSource, ...]
-    folder: StageFolder
-
-    @property
-    def resources(self) -> Resources:
-        return Resources(memory=2 << 30)
-
-    def open(self) -> np.ndarray:
-        """(S, D) float32: the seeds, unit rows."""
-        return _read_seeds(self.sources[1:], self.stage.max_seeds, self.inputs.seed)
-
-    def __call__(self, item: int, opened: np.ndarray) -> int:
-        stage, pool = self.stage, self.inputs.pool
-        used = [name for name in stage.optional_columns() if name in pool.columns]
-        columns = [name for name in stage.required_columns() if name != stage.embedding_column]
-        shard = Shard(pool.read(item, [*columns, *used]), item)
-        self._judge_text(shard)
-        self._judge_distance(shard, opened)
-        commit_shard(stage, self.folder, shard)
-        return shard.num_rows
-
-    def _judge_text(self, shard: Shard) -> None:
-        shares = np.full(shard.num_rows, np.nan)
-        if self.stage.max_text is not None:
-            found = measure_images(
-                shard, text_share, threads=self.stage.threads, decode=_decode_small
-            )
-            shares = np.array([np.nan if share is None else share for share in found], np.float64)
-            shard.record_score(shares, self.stage.max_text)
-            reject(shard, shares > self.stage.max_text, "text")
-        shard.note("text_share", shares.astype(np.float32))
-
-    def _judge_distance(self, shard: Shard, seeds: np.ndarray) -> None:
+    def judge(self, shard: Shard, scores: dict[str, np.ndarray]) -> None:
+        """Judge by the text, then by the distance."""
+        super().judge(shard, scores)
         cosines = np.full(shard.num_rows, np.nan, np.float32)
-        if self.sources:
-            source = self.sources[0]
-            rows = source.pool.only(source.layer).read(shard.index, [source.column])
-            vectors = vectors_of(rows[source.column], source.where(shard.index))
+        if self._sources:
+            vectors = self._vectors(shard)
             bad = bad_rows(vectors)
             reject(shard, bad, "bad_vector")
-            if len(seeds):
-                cosines[~bad] = assign_exactly(vectors[~bad], seeds)[1]
-            shard.record_score(cosines, self.stage.min_similarity)
-            far = ~(cosines >= self.stage.min_similarity)  # with no seed at all, everything is far
-            reject(shard, far, "far_from_seeds")
+            if len(self.seed_rows):
+                cosines[~bad] = assign_exactly(vectors[~bad], self.seed_rows)[1]
+            self.judge_by_limits(shard, {"seed_similarity": cosines})
+            reject(shard, np.isnan(cosines), "far_from_seeds")  # without a seed, everything is far
         shard.note("seed_similarity", cosines)
+
+    @cached_property
+    def seed_rows(self) -> np.ndarray:
+        """(S, D) float32: the seeds that are compared with, unit rows."""
+        return _read_seeds(self._sources[1:], self.max_seeds, self._seed)
+
+    def _vectors(self, shard: Shard) -> np.ndarray:
+        """(N, D) vectors of the rows, which may be a part of their shard's."""
+        source = self._sources[0]
+        if self._read is None or self._read[0] != shard.index:
+            rows = source.pool.only(source.layer).read(shard.index, [source.column])
+            self._read = shard.index, rows
+        table = self._read[1]
+        rows = table.take(pc.index_in(shard.ids, value_set=table[ID].combine_chunks()))
+        return vectors_of(rows[source.column], source.where(shard.index))
 
 
 def _read_seeds(sources: tuple[VectorSource, ...], count: int, seed: int) -> np.ndarray:
@@ -174,10 +156,6 @@ def _read_seeds(sources: tuple[VectorSource, ...], count: int, seed: int) -> np.
             order = np.argsort(hashes, kind="stable")[:count]
             hashes, kept = hashes[order], kept[order]
     return np.empty((0, 0), np.float32) if kept is None else kept
-
-
-def _decode_small(data: bytes) -> Pixels:
-    return decode_within(data, _SIDE)
 
 
 def text_share(pixels: Pixels) -> float:

@@ -37,6 +37,7 @@ class Retrieve(DatasetStage):
 
     version = 5
     reasons = ("not_retrieved",)
+    compares_rows = True
 
     embeddings: str
     """Name of the side-car with the vectors, in the pool and in every seed set."""

@@ -66,10 +66,10 @@ def certify(
         DatasetError: the run looked for no leaks, or made no manifest.
     """
     work = WorkFolder(path.rstrip("/"))
-    stage = work.stage(POOL, "leaks") or work.stage(POOL, "near_dedup")
-    names = tuple(stage.entry.record.settings.get("against", ())) if stage else ()
-    if stage is None or not names or work.manifest is None:
+    stage = _checking(work)
+    if stage is None or work.manifest is None:
         raise DatasetError(f"{path}: this run has no manifest, or looked for leaks of no benchmark")
+    names = tuple(stage.entry.record.settings["against"])
     folder = scratch or storage.join(work.path, "work", "certificate")
     if encoder is None:
         sides = _own_sides(work, stage, names, threshold)
@@ -96,12 +96,22 @@ def embeddings_of_leaks(work: WorkFolder) -> tuple[str, float | None, float | No
     Raises:
         DatasetError: the run looked for no copies.
     """
-    dedup, leak = work.stage(POOL, "near_dedup"), work.stage(POOL, "leaks")
+    dedup, leak = work.deciding(POOL, "component"), _checking(work)
     stage = dedup or leak
     if stage is None:
         raise DatasetError(f"{work.path}: this run has no embeddings for copies (no 'near_dedup')")
     limit = dedup.entry.record.figures.get("threshold") if dedup else None
     return str(stage.entry.record.settings["embeddings"]), limit, _limit_of(leak or stage)
+
+
+def _checking(work: WorkFolder) -> FinishedStage | None:
+    """The last stage that looked for leaks of some benchmark."""
+    found = [
+        stage
+        for stage in work.stages(POOL)
+        if stage.entry.kind.checks_benchmarks and stage.entry.record.settings["against"]
+    ]
+    return found[-1] if found else None
 
 
 def markdown(certificate: dict[str, Any]) -> str:
@@ -336,7 +346,7 @@ def _sides_of(
 
 def _last(work: WorkFolder) -> FinishedStage:
     """The stage whose decisions say what is in the set."""
-    return [stage for stage in work.stages(POOL) if stage.name in ("select", "pack")][-1]
+    return [stage for stage in work.stages(POOL) if stage.entry.kind.on_union][-1]
 
 
 def _kept_of(parts: tuple[Pool, ...], last: FinishedStage) -> Pool:

@@ -168,10 +168,9 @@ def _places(folder: WorkFolder, flow: str) -> list[tuple[WorkFolder, str]]:
 
 def _hits(folder: WorkFolder, flow: str, row_id: str) -> list[Row]:
     """Seeds that fetched a row of the pool, or what a seed fetched."""
-    stage = folder.stage(POOL, "retrieve")
-    if stage is None or not stage.has("hits") or flow in folder.record.as_is:
+    hits = folder.hits
+    if hits is None or flow in folder.record.as_is:
         return []
-    hits = stage.output("hits")
     if flow == POOL:
         rows = find_rows(hits, bucket_of_id(row_id, hits.num_shards), [row_id]).to_pylist()
         return sorted(rows, key=lambda row: (-row["similarity"], row["seed_set"]))[:_SHOWN_HITS]
@@ -186,7 +185,7 @@ def _hits(folder: WorkFolder, flow: str, row_id: str) -> list[Row]:
 
 def _in_manifest(folder: WorkFolder, flow: str, row_id: str) -> Row | None:
     """The row of the published manifest, which leaves out the empty shards of `select`."""
-    stage = folder.stage(POOL, "select")
+    stage = folder.making(POOL, "manifest")
     if stage is None or folder.manifest is None:
         return None
     shard = stage.shard_of(row_id, flow)
@@ -200,7 +199,7 @@ def _in_manifest(folder: WorkFolder, flow: str, row_id: str) -> Row | None:
 
 def place_in_tar(folder: WorkFolder, flow: str, row_id: str) -> Row | None:
     """The tar that holds an image: tars take neighbouring shards in their order."""
-    stage, packed = folder.stage(POOL, "pack"), folder.packed
+    stage, packed = folder.packing, folder.packed
     if stage is None or packed is None:
         return None
     place = _tar_of(stage.decisions, packed, stage.shard_of(row_id, flow))

@@ -215,7 +215,7 @@ def _forget_in_stage(
         hits = stage.output("hits")
         _rewrite(hits, range(hits.num_shards), found.get(POOL, set()), found)
     figures = done.figures
-    if stage.name == "pack" and work.packed is not None and (touched or everywhere):
+    if "packed" in figures and work.packed is not None and (touched or everywhere):
         packed = _forget_in_tars(work.packed, ids)
         figures = {**figures, "images": packed.num_rows}
     digests = {name: dataset.manifest.content_digest for name, dataset in aligned.items()}

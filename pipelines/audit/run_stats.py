@@ -16,14 +16,6 @@ from pipelines.run.run_record import POOL
 _MOST_COMMON = 20
 _ALL_HOSTS = 1_000_000
 _NO_SCORE = ("rank", "cluster", "component_size", "threshold", "score")
-_LIMITS = {
-    "short_side": "min_side",
-    "aspect": "max_aspect",
-    "contrast": "min_contrast",
-    "entropy": "min_entropy",
-    "sharpness": "min_sharpness",
-}
-"""Scores of `quality`, and the setting that each is judged by."""
 
 
 def run_stats(work: WorkFolder) -> Stats:
@@ -144,9 +136,10 @@ def score_columns(stage: FinishedStage) -> list[str]:
 
 def thresholds(stage: FinishedStage, score: str) -> list[float]:
     """What a score was judged by; none where it is only noted."""
-    if score in _LIMITS:
-        limit = stage.entry.record.settings.get(_LIMITS[score])
-        return [] if limit is None else [float(limit)]
+    for limit in stage.entry.kind.limits:
+        if limit.score == score:
+            value = stage.entry.record.settings.get(limit.setting)
+            return [] if value is None else [float(value)]
     found = select(
         stage.decisions,
         "select threshold, count(*) as n from rows where threshold is not null "

@@ -9,11 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.config import parse_settings
 from curation.dataset import Dataset
 from curation.errors import DatasetError, SpaceError
 from curation.neighbors.rows.vectors import vectors_of
-from curation.registry import load_stage
 from curation.schema import ID, KEEP, column_type
 from curation.sources.references import Reference
 from curation.stage import Shard, ShardStage
@@ -27,8 +25,6 @@ from pipelines.audit.work_folder import FinishedStage, WorkFolder
 from pipelines.run.run_record import POOL
 
 _NEAREST = 5
-_NO_FILTERS = ("download", "embed")
-"""Stages that work on one row at a time, and judge no picture."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,7 @@ def look_for(file: Path, path: str) -> dict[str, Any]:
     vector = _embed(work, name, image)
     kept = _nearest(work, name, vector)
     benchmarks = [
-        match
-        for flow, roles in work.record.roles.items()
-        if set(roles) & {"leaks", "near_dedup"}
-        for match in _nearest_of(work, flow, name, vector, None)
+        match for flow in work.benchmarks for match in _nearest_of(work, flow, name, vector, None)
     ]
     sources = _sources(work, [*kept, *benchmarks])
     verdicts = filter_verdicts(work, data)
@@ -96,7 +89,7 @@ def look_for(file: Path, path: str) -> dict[str, Any]:
 
 
 def _settings(work: WorkFolder) -> dict[str, Any]:
-    stage = work.stage(POOL, "canonicalize")
+    stage = work.making(POOL, "images")
     return stage.entry.record.settings if stage else {}
 
 
@@ -124,11 +117,11 @@ def filter_verdicts(work: WorkFolder, data: bytes) -> list[Row]:
     table = pa.table({name: pa.array([one], column_type(name)) for name, one in columns.items()})
     found = []
     for stage in work.stages(POOL):
-        filter_ = parse_settings(
-            load_stage(stage.name, stage.path), stage.entry.record.settings, stage.path
-        )
+        filter_ = stage.entry.built()
         known = set(filter_.required_columns()) <= set(table.column_names)
-        if not isinstance(filter_, ShardStage) or stage.name in _NO_FILTERS or not known:
+        if not isinstance(filter_, ShardStage) or not (filter_.judges_images and known):
+            continue
+        if filter_.set_names():
             continue
         shard = Shard(table, 0)
         filter_.process(shard, filter_.open())
@@ -200,7 +193,7 @@ def _embed(work: WorkFolder, name: str, image: CanonicalImage) -> np.ndarray:
 
 def _nearest(work: WorkFolder, name: str, vector: np.ndarray) -> list[_Match]:
     """The most similar images of the finished set."""
-    last = [stage for stage in work.stages(POOL) if stage.is_union or stage.name == "select"]
+    last = [stage for stage in work.stages(POOL) if stage.entry.kind.on_union]
     if not last:
         raise DatasetError(f"{work.path}: its recipe has no 'select', so there is no set")
     found = [

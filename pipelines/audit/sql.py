@@ -93,10 +93,10 @@ def _views_of_stage(stage: FinishedStage) -> list[tuple[str, Dataset]]:
     for name in stage.entry.record.outputs:
         if name in _SIDE_CARS and stage.has(name):
             found.append((name, stage.output(name)))
-        elif stage.name == "embed" and name != "decisions":
+        elif name in stage.embeddings:
             clean = re.sub(r"\W", "_", name)
             found.append((f"embedding_{clean}", stage.output(name)))
-    if stage.name == "retrieve" and stage.has("hits"):
+    if "seed_set" in stage.decisions.columns and stage.has("hits"):
         found.append(("hits", stage.output("hits")))
     return list(dict(found).items())
 

@@ -94,10 +94,10 @@ def _verify_packed(work: WorkFolder, checked: Checked) -> None:
     for index, info in enumerate(packed.manifest.shards):
         for name in info.companion:
             _check_tar(packed, index, name, checked)
-    stage = work.stage(POOL, "pack")
+    stage = work.packing
     if stage is not None and packed.num_rows != stage.entry.record.rows_out:
         kept = stage.entry.record.rows_out
-        checked.blame("", f"{packed.num_rows:,} images are packed, 'pack' kept {kept:,}")
+        checked.blame("", f"{packed.num_rows:,} images are packed, '{stage.name}' kept {kept:,}")
 
 
 def _verify_manifest(work: WorkFolder, checked: Checked) -> None:
@@ -105,13 +105,13 @@ def _verify_manifest(work: WorkFolder, checked: Checked) -> None:
     path = storage.join(work.path, str(work.record.manifest))
     checked.include(verify_dataset(path))
     dataset = Dataset.open(path)
-    stage = work.stage(POOL, "select")
+    stage = work.making(POOL, "manifest")
     if stage is not None:
         if dataset.manifest.content_digest != stage.entry.record.outputs.get("manifest"):
-            checked.blame("", "content digest is not that of the stage 'select'")
+            checked.blame("", f"content digest is not that of the stage '{stage.name}'")
         if dataset.num_rows != stage.entry.record.rows_out:
             kept = stage.entry.record.rows_out
-            checked.blame("", f"holds {dataset.num_rows:,} rows, 'select' kept {kept:,}")
+            checked.blame("", f"holds {dataset.num_rows:,} rows, '{stage.name}' kept {kept:,}")
     check_unique(path, checked)
 
 

@@ -28,7 +28,7 @@ def verify_stage(work: WorkFolder, stage: FinishedStage, checked: Checked) -> No
     _check_record(stage, checked)
     for name, digest in stage.entry.record.outputs.items():
         path = storage.join(stage.path, name)
-        deletable = name == "raw" and work.stage(stage.flow, "canonicalize") is not None
+        deletable = name == "raw" and work.making(stage.flow, "images") is not None
         checked.include(verify_dataset(path, may_be_deleted=deletable), name)
         if Dataset.is_finished(path) and _content_digest(path) != digest:
             checked.blame(name, "content digest is not the one in the stage's record")

@@ -47,6 +47,12 @@ class FinishedStage:
         """
         return _open_once(storage.join(self.path, name), self.opened)
 
+    @cached_property
+    def embeddings(self) -> list[str]:
+        """Names of its outputs that are vectors of an embedding space."""
+        names = (name for name in self.entry.record.outputs if name != DECISIONS)
+        return [name for name in names if "space" in self.output(name).attributes]
+
     def has(self, name: str) -> bool:
         """Whether the stage wrote an output of that name."""
         return Dataset.is_finished(storage.join(self.path, name))
@@ -121,8 +127,23 @@ class WorkFolder:
     @property
     def hits(self) -> Dataset | None:
         """What retrieval found, where the recipe retrieves."""
-        stage = self.stage(POOL, "retrieve")
+        stage = self.deciding(POOL, "seed_set")
         return stage.output("hits") if stage is not None and stage.has("hits") else None
+
+    def deciding(self, flow: str, column: str) -> FinishedStage | None:
+        """The first stage of a flow whose decisions have a column, such as `component`."""
+        return next((one for one in self.stages(flow) if column in one.decisions.columns), None)
+
+    @property
+    def packing(self) -> FinishedStage | None:
+        """The stage that wrote the packed shards."""
+        return next((s for s in self.stages(POOL) if "packed" in s.entry.record.figures), None)
+
+    @cached_property
+    def benchmarks(self) -> list[str]:
+        """Sets that the pool was checked for leaks of."""
+        checking = {one.name for one in self.stages(POOL) if one.entry.kind.checks_benchmarks}
+        return [name for name, roles in self.record.roles.items() if checking & set(roles)]
 
     def shards_of(self, flow: str) -> int:
         """How many shards each side-car of a flow has."""

@@ -13,6 +13,7 @@ from typing import Any
 from curation import storage
 from curation.dataset import Dataset
 from curation.errors import ConfigError
+from curation.image_filter import ImageFilter
 from pipelines.engines.local_engine import LocalEngine
 from pipelines.engines.metered_engine import MeteredEngine
 from pipelines.operate.events import EventLog, RunObserver, read_events
@@ -26,8 +27,6 @@ from pipelines.run.stage_runner import Silent
 
 PLAN_FILE = "plan.json"
 """In a work folder: the report compares the run with it."""
-_PAIRWISE = frozenset({"near_dedup", "leaks", "retrieve", "cluster", "balance"})
-_ON_DEVICES = frozenset({"embed"})
 _EXHAUSTIVE_ROWS = 50_000
 """Up to so many rows all pairs are compared: time grows by the square at most; by lists beyond."""
 _LEAST_UNCERTAINTY = 0.1
@@ -52,10 +51,9 @@ class Sample:
         usage, steps = iter(self.usage), []
         for name, entries in flows:
             left = [_bytes_left(entry, self.work) for entry in entries]
-            stages = [entry.stage for entry in entries]
             full, num_shards = _shards_of(entries)
             for number, entry in enumerate(entries):
-                read = _bytes_read(stages, left, number)
+                read = _bytes_read(entries, self.work, number)
                 held = entry.record.rows_in / num_shards
                 share = entry.record.rows_in / max(entries[0].record.rows_in, 1)
                 shard = ShardRows(held, max(held, full * share))
@@ -84,7 +82,7 @@ class Step:
     bytes_left: int
     """Bytes on disk afterwards."""
     bytes_read: int
-    """Bytes of images that it decodes."""
+    """Bytes of the files that it decodes."""
     shard: ShardRows
 
     @property
@@ -174,12 +172,12 @@ def _scale_of_set(entries: Sequence[StageEntry]) -> float:
 
 
 def _plan_step(small: Step, large: Step, scale: float, cluster: ClusterSpec | None) -> StagePlan:
-    stage, usage = large.entry.stage, large.usage
+    kind, usage = large.entry.kind, large.usage
     rows = large.entry.record.rows_in * scale
-    once, work_s, doubt = _extrapolate(small.usage, usage, stage, rows)
+    once, work_s, doubt = _extrapolate(small.usage, usage, rows, pairwise=kind.compares_rows)
     busy = max(1.0, usage["cpu_s"] / max(usage["item_s"], 1e-9))  # cores of one worker
     network = (large.bytes_left + large.bytes_read) * scale
-    on_devices = cluster is not None and stage in _ON_DEVICES and cluster.devices > 0
+    on_devices = cluster is not None and kind.runs_on_gpus and cluster.devices > 0
     compute_s, network_s, device_s = work_s, 0.0, 0.0
     if cluster is not None:
         network_s = network / (1e9 * cluster.network_gb_s * cluster.nodes)
@@ -212,7 +210,7 @@ def _shards_of(entries: Sequence[StageEntry]) -> tuple[float, int]:
 def _peak_bytes(small: Step, large: Step, rows: float) -> float:
     """Memory of a worker at its peak: grows with the rows of a shard, or up to a stage's bound."""
     peak = float(large.usage["peak_bytes"])
-    if large.entry.stage in _PAIRWISE:
+    if large.entry.kind.compares_rows:
         comparison = large.entry.record.settings.get("comparison") or {}
         bound = comparison.get("memory_gb", 0.0) * 1e9
         return max(peak, bound) if rows > _EXHAUSTIVE_ROWS else peak
@@ -223,7 +221,7 @@ def _peak_bytes(small: Step, large: Step, rows: float) -> float:
 
 
 def _extrapolate(
-    small: dict[str, Any], large: dict[str, Any], stage: str, rows: float
+    small: dict[str, Any], large: dict[str, Any], rows: float, *, pairwise: bool
 ) -> tuple[float, float, float]:
     """Seconds once, seconds of workers for so many rows, and their relative uncertainty."""
     n1, n2 = max(small["rows_in"], 1), max(large["rows_in"], 1)
@@ -234,7 +232,7 @@ def _extrapolate(
     once = max(0.0, large["seconds"] - large["item_s"]) + (t2 - each * n2)
     doubt = max(_LEAST_UNCERTAINTY, doubt, 1 - each / mean if mean else 0.0)
     work_s = each * rows
-    if stage in _PAIRWISE and rows > n2:
+    if pairwise and rows > n2:
         most = 1.0 if rows <= _EXHAUSTIVE_ROWS else 0.3
         measured = math.log(max(t2, 1e-3) / max(t1, 1e-3)) / math.log(n2 / n1) if n2 > n1 else 1
         growth = (rows / n2) ** min(most, max(0.0, measured - 1))
@@ -259,23 +257,29 @@ def _undisturbed(small: dict[str, Any], large: dict[str, Any]) -> tuple[float, f
     return small["cpu_s"] / most, large["cpu_s"] / most, 1 - min(got) / most
 
 
-def _bytes_read(stages: Sequence[str], left: Sequence[int], number: int) -> int:
-    """Bytes of the images or raw bytes that a stage reads, where it decodes them."""
-    reads = {"canonicalize": "download", "pack": "canonicalize", "embed": "canonicalize"}
-    reads |= dict.fromkeys(("quality", "nsfw", "faces"), "canonicalize")
-    wanted = reads.get(stages[number])
-    return left[stages.index(wanted)] if wanted in stages else 0
+def _bytes_read(entries: Sequence[StageEntry], work: str, number: int) -> int:
+    """Bytes of the files that a stage decodes: as fetched, or as they are stored."""
+    are_filters = [issubclass(one.kind, ImageFilter) for one in entries[: number + 1]]
+    if are_filters[-2:] == [True, True]:
+        return 0  # the first of filters that follow each other decodes for all of them
+    columns = entries[number].built().required_columns()
+    return sum(
+        _bytes_of(storage.join(work, entry.folder, output))
+        for column, output in (("raw", "raw"), ("image", "images"))
+        for entry in entries[:number]
+        if column in columns and output in entry.record.outputs
+    )
+
+
+def _bytes_of(path: str) -> int:
+    return sum(shard.num_bytes for shard in Dataset.open(path).manifest.shards)
 
 
 def _bytes_left(entry: StageEntry, work: str) -> int:
     """Bytes of the outputs that are still there: raw bytes go once canonicalize has committed."""
     folder = storage.join(work, entry.folder)
-    total = 0
-    for output in entry.record.outputs:
-        if output == "raw":
-            continue
-        dataset = Dataset.open(storage.join(folder, output))
-        total += sum(shard.num_bytes for shard in dataset.manifest.shards)
+    outputs = (name for name in entry.record.outputs if name != "raw")
+    total = sum(_bytes_of(storage.join(folder, output)) for output in outputs)
     packed = storage.join(folder, "packed")
     if Dataset.is_finished(packed):
         total += sum(Dataset.open(packed).read(["num_bytes"])["num_bytes"].to_pylist())

@@ -13,7 +13,6 @@ from curation.dataset import Dataset, open_foreign
 from curation.digest import digest_of
 from curation.errors import ConfigError, DatasetError
 from curation.pool import Pool, UnionPool
-from curation.registry import load_stage
 from curation.stage import DECISIONS, Stage
 from pipelines.audit.work_folder import FinishedStage, WorkFolder
 from pipelines.run.run_record import POOL
@@ -105,9 +104,7 @@ def whole_flow(work: WorkFolder, flow: str) -> Pool:
 
 def _with(pool: Pool, stage: FinishedStage) -> Pool:
     """The pool with the outputs of one more stage that are still there and do not vary."""
-    settings = stage.entry.record.settings
-    kind = parse_settings(load_stage(stage.name, stage.path), settings, stage.path)
-    left_out = {DECISIONS, "raw", *kind.varying_outputs()}
+    left_out = {DECISIONS, "raw", *stage.entry.built().varying_outputs()}
     names = [name for name in stage.entry.record.outputs if name not in left_out]
     return pool.with_stage({name: stage.output(name) for name in names}, stage.decisions)
 

@@ -13,6 +13,7 @@ from curation.config import Name, Settings, apply_changes, find_config, parse_se
 from curation.errors import ConfigError
 from curation.registry import load_stage
 from curation.stage import Stage
+from curation.stages.canonicalize import Canonicalize
 from curation.stages.ingest import Ingest
 from pipelines.audit.tombstones import id_files, with_tombstones
 from pipelines.run.demo_site import DemoSite
@@ -110,7 +111,12 @@ class CheckedRecipe:
 
     def benchmarks(self) -> list[str]:
         """Sets that must not leak: they are compared with, and never taken."""
-        return [name for name, stages in self.roles().items() if stages & {"leaks", "near_dedup"}]
+        checking = self._checking()
+        return [name for name, stages in self.roles().items() if stages & checking]
+
+    def _checking(self) -> set[str]:
+        """Names of the stages that look for leaks of the sets that they name."""
+        return {stage.name() for stage in self.stages if stage.checks_benchmarks}
 
     def set_stages(self, name: str) -> list[Stage]:
         """The stages that a set passes: its own ingest, then the pool's where they fit."""
@@ -136,13 +142,13 @@ class CheckedRecipe:
         """
         if not stage.set_names():
             return stage
-        roles = self.roles()
-        pure = tuple(n for n in stage.set_names() if roles[n] <= {"leaks", "near_dedup"})
+        roles, checking = self.roles(), self._checking()
+        pure = tuple(n for n in stage.set_names() if roles[n] <= checking)
         return stage.replace(against=pure) if pure else None
 
     @staticmethod
     def _fetches(stage: Stage, source: SetSource) -> bool:
-        return stage.name() == "download" and source.urls is not None
+        return stage.fetches and source.urls is not None
 
 
 def load_recipe(name: str, variables: dict[str, str], changes: Iterable[str] = ()) -> CheckedRecipe:
@@ -171,7 +177,7 @@ def check_columns(checked: CheckedRecipe) -> None:
         ConfigError: names the stage, the column, and the stages before it.
     """
     stages = checked.stages
-    if stages[0].name() != "ingest":
+    if not isinstance(stages[0], Ingest):
         raise ConfigError(f"{checked.where}: the first stage must be 'ingest'")
     checked.roles()
     flows = [("pool", stages), *((n, checked.set_stages(n)) for n in checked.recipe.sets)]
@@ -211,11 +217,11 @@ def _build_stage(
     else:
         raise ConfigError(f"{where}: pool: one stage an entry, found {', '.join(entry)}")
     kind = load_stage(name, f"{where}: pool")
-    if name == "ingest":
+    if kind is Ingest:
         settings.setdefault("rows_per_shard", recipe.rows_per_shard)
         settings.setdefault("max_rows", recipe.max_rows)
         settings.setdefault("forgotten", id_files(recipe.forgotten))
-    if name == "canonicalize" and recipe.forgotten:
+    if kind is Canonicalize and recipe.forgotten:
         settings["blocklists"] = with_tombstones(settings.get("blocklists"), recipe.forgotten)
     return parse_settings(kind, settings, f"{where}: {name}")
 

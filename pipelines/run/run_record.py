@@ -9,7 +9,9 @@ from curation.config import Settings, parse_settings
 from curation.dataset import Dataset
 from curation.errors import DatasetError
 from curation.ledger import StageRecord
+from curation.registry import load_stage
 from curation.sources.places import RUN_FILE as RUN_FILE
+from curation.stage import Stage
 
 POOL = "pool"
 
@@ -32,6 +34,15 @@ class StageEntry(Settings):
     """Its folder, relative to the work folder."""
     record: StageRecord
     """What it did."""
+
+    @property
+    def kind(self) -> type[Stage]:
+        """The stage's class, which says what stages of its name do."""
+        return load_stage(self.stage, self.folder)
+
+    def built(self) -> Stage:
+        """The stage with the settings that it ran with."""
+        return parse_settings(self.kind, self.record.settings, self.folder)
 
 
 class RunRecord(Settings):

@@ -4,6 +4,7 @@
 """
 
 import importlib.metadata
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from curation import storage
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
 from curation.digest import digest_of
+from curation.image_filter import ImageFilter
 from curation.ledger import StageRecord, read_stage
 from curation.lost_files import lost_files, lost_of, reopen, unfinished_shards
 from curation.pool import Pool, UnionPool
@@ -29,6 +31,9 @@ from pipelines.run.settling import Settling, settled_file
 from pipelines.run.stage_runner import StageRunner, Watcher, stage_key
 
 logger = logging.getLogger(__name__)
+
+_SCORES = "_scores"
+"""Folder of a flow for what filters that follow each other measure together."""
 
 
 @dataclass
@@ -91,23 +96,55 @@ class RecipeRun:
         benchmarks = self._checked.benchmarks()
         others = [name for name in self._recipe.sets if name not in benchmarks]
         for name in [*benchmarks, *others]:
-            flow = _Flow(Pool(name, {}))
-            for stage in self._checked.set_stages(name):
-                self._advance(flow, stage, storage.join("sets", name))
-            self._sets[name] = flow
-        flow = _Flow(Pool(POOL, {}))
-        for stage in self._checked.stages:
+            self._sets[name] = self._run_flow(
+                _Flow(Pool(name, {})), self._checked.set_stages(name), storage.join("sets", name)
+            )
+        return self._run_flow(_Flow(Pool(POOL, {})), self._checked.stages, POOL)
+
+    def _run_flow(self, flow: _Flow, stages: Sequence[Stage], where: str) -> _Flow:
+        shared = None
+        for number, stage in enumerate(stages):
             if stage.on_union and not isinstance(flow.pool, UnionPool):
                 flow.pool = self._union(flow.pool, stage.set_names())
-            self._advance(flow, stage, POOL)
+            followers = self._followers(flow, stages[number:])
+            if followers and shared is None:
+                shared = self._shared_scores(flow, [stage, *followers], where)
+            self._advance(flow, stage, where, followers, shared)
+            if shared is not None and not followers:
+                storage.remove(storage.join(self._work, "work", where, _SCORES))
+                shared = None
         return flow
 
-    def _advance(self, flow: _Flow, stage: Stage, where: str) -> None:
+    def _followers(self, flow: _Flow, stages: Sequence[Stage]) -> tuple[ImageFilter, ...]:
+        """The filters right behind the first of some stages, which is one itself."""
+        filters = itertools.takewhile(lambda one: isinstance(one, ImageFilter), stages)
+        return tuple(
+            one.bound(StageInputs(flow.pool, self._named_sets(one), self._recipe.seed))
+            for one in list(filters)[1:]
+            if isinstance(one, ImageFilter)
+        )
+
+    def _shared_scores(self, flow: _Flow, filters: Sequence[Stage], where: str) -> str:
+        """Folder of what filters that follow each other measure together, named by its key."""
+        made_by = [(f.name(), f.version, f.model_dump_json(), f.fingerprint()) for f in filters]
+        images = [name for name in ("image", "boxes") if name in flow.pool.columns]
+        key = digest_of(flow.pool.fingerprint(images), made_by, self._recipe.seed)
+        return storage.join(self._work, "work", where, _SCORES, key)
+
+    def _advance(
+        self,
+        flow: _Flow,
+        stage: Stage,
+        where: str,
+        followers: tuple[ImageFilter, ...] = (),
+        shared: str | None = None,
+    ) -> None:
         """Run one stage of a flow and put its outputs on top of the pool."""
         stage = self._settling.settle(stage)
         is_pool = where == POOL
         kept_before = self._previous.kept_by(stage) if self._previous and is_pool else ()
-        inputs = StageInputs(flow.pool, self._named_sets(stage), self._recipe.seed, kept_before)
+        sets, seed = self._named_sets(stage), self._recipe.seed
+        inputs = StageInputs(flow.pool, sets, seed, kept_before, followers, shared)
         key = stage_key(stage, inputs)
         name = f"{len(flow.passed) + 1:02d}-{stage.name()}-{key[:8]}"
         folder = _folder_of(self._work, storage.join("work", where, name), stage.name())
@@ -160,8 +197,10 @@ class RecipeRun:
         """Write the manifest where people look for it, and the record of the run."""
         previous = self._previous
         entries = flow.entries(self._work)
-        packs = (entry.folder for entry in entries if entry.stage == "pack")
-        packed = next((storage.join(folder, "packed") for folder in packs), None)
+        packs = (entry for entry in entries if "packed" in entry.record.figures)
+        packed = next(
+            (storage.join(one.folder, one.record.figures["packed"]) for one in packs), None
+        )
         record = RunRecord(
             recipe=self._recipe.name,
             recipe_file=self._checked.where,

@@ -10,6 +10,7 @@ from curation import storage
 from curation.dataset import Dataset
 from curation.digest import digest_of
 from curation.errors import ConfigError, EngineError, FailedShardsError, StageError
+from curation.image_filter import ImageFilter, measure_in_turn
 from curation.ledger import (
     Receipt,
     StageRecord,
@@ -23,6 +24,7 @@ from curation.ledger import (
 from curation.lock import LOCK_FILE, locked
 from curation.lost_files import lost_files, reopen, reopen_failed
 from curation.pool import Pool
+from curation.score_files import ScoreFiles
 from curation.stage import (
     DatasetStage,
     Engine,
@@ -52,6 +54,45 @@ class Watcher(Protocol):
 
     def finished(self, stage: str, record: StageRecord, reused: bool) -> None:
         """A stage is committed, or was found committed."""
+
+
+@dataclass(frozen=True)
+class _FilterShard(Task[int, dict[int, Any], Receipt]):
+    """One shard through a filter, and through those behind it as far as they look at pixels.
+
+    What these measure is kept for their own turn; then they decode nothing.
+    """
+
+    filters: tuple[ImageFilter, ...]
+    pool: Pool
+    folder: StageFolder
+    shared_scores: str
+
+    @property
+    def resources(self) -> Resources:
+        return max((one.resources() for one in self.filters), key=lambda one: one.memory)
+
+    def open(self) -> dict[int, Any]:
+        """Models by filter, opened with the first shard that is measured here."""
+        return {}
+
+    def __call__(self, item: int, opened: dict[int, Any]) -> Receipt:
+        stage, *others = (ScoreFiles(one, self.shared_scores) for one in self.filters)
+        columns = {name: None for one in self.filters for name in columns_read(one, self.pool)}
+        scores = stage.read(item, self.pool.live_ids(item))
+        if scores is not None:
+            columns = {name: None for name in columns if name not in ("image", "boxes")}
+        shard = Shard(self.pool.read(item, [*columns]), item)
+        if scores is None:
+            for number, one in enumerate(self.filters):
+                if number not in opened:
+                    opened[number] = one.open()
+            pairs = [(one, opened[number]) for number, one in enumerate(self.filters)]
+            scores, *further = measure_in_turn(shard, pairs)
+            for other, measured in zip(others, further, strict=True):
+                other.write(item, shard.ids, measured)
+        scores.judge(stage.stage, shard)
+        return commit_shard(stage.stage, self.folder, shard)
 
 
 @dataclass(frozen=True)
@@ -87,7 +128,8 @@ def columns_read(stage: Stage, pool: Pool) -> tuple[str, ...]:
 def stage_key(stage: Stage, inputs: StageInputs) -> str:
     """Digest of the stage's version and settings and of the content of its inputs."""
     pools = [inputs.pool, *(inputs.sets[name] for name in sorted(inputs.sets))]
-    needed = columns_read(stage, inputs.pool) if isinstance(stage, ShardStage) else None
+    of_shards = isinstance(stage, ShardStage) and not stage.set_names()
+    needed = columns_read(stage, inputs.pool) if of_shards else None
     contents = [pool.fingerprint(needed) for pool in pools if pool.has_rows]
     contents += [f"base {pool.fingerprint(needed)}" for pool in inputs.base]
     return digest_of(
@@ -163,7 +205,9 @@ class StageRunner:
         figures: dict[str, Any] = {}
         try:
             if isinstance(stage, ShardStage):
-                self._process_shards(stage, inputs.pool, folder, step)
+                bound = stage.bound(inputs)
+                self._process_shards(bound, inputs, folder, step)
+                figures = bound.figures()
             elif isinstance(stage, DatasetStage):
                 self.watcher.started(step, 0, 0)
                 figures = stage.run(inputs, folder, self.engine)
@@ -183,16 +227,20 @@ class StageRunner:
         )
 
     def _process_shards(
-        self, stage: ShardStage, pool: Pool, folder: StageFolder, step: str
+        self, stage: ShardStage, inputs: StageInputs, folder: StageFolder, step: str
     ) -> None:
         """Commit the shards that have no receipt yet."""
+        pool = inputs.pool
         done = {index for index, one in finished_shards(folder).items() if not one.failure}
         waiting = [index for index in range(pool.num_shards) if index not in done]
         self.watcher.started(step, pool.num_shards, len(done))
         if done:
             text = "%s: %d of %d shards were finished"
             logger.info(text, folder.stage, len(done), pool.num_shards)
-        task = _ProcessShard(stage, pool, folder)
+        task: Task[int, Any, Receipt] = _ProcessShard(stage, pool, folder)
+        if isinstance(stage, ImageFilter) and inputs.shared_scores is not None:
+            filters = (stage, *(one for one in inputs.followers if isinstance(one, ImageFilter)))
+            task = _FilterShard(filters, pool, folder, inputs.shared_scores)
         try:
             for _, receipt in self.engine.map(task, waiting, folder.stage):
                 self.watcher.advanced(step, receipt)

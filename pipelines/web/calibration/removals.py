@@ -32,7 +32,7 @@ def _merged(work: WorkFolder, thresholds: Floats) -> NDArray[np.int64]:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    stage = work.stage(POOL, "near_dedup")
+    stage = work.deciding(POOL, "component")
     with Tables() as tables:
         if stage is None or not tables.add("verdicts", stage.decisions):
             return np.zeros(len(thresholds), np.int64)

@@ -80,7 +80,7 @@ def _some_images(work: WorkFolder, images: int, seed: int) -> list[Pixels]:
 
     Ids are hashes, so the first rows of a shard are random ones.
     """
-    stage, judge = work.making(POOL, "images"), work.stage(POOL, "near_dedup")
+    stage, judge = work.making(POOL, "images"), work.deciding(POOL, "component")
     if stage is None:
         raise DatasetError(f"{work.path}: this run stored no images to edit")
     dataset = stage.output("images")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-from curation.stage import DECISIONS
 from pipelines.audit.tables import Tables
 from pipelines.audit.work_folder import FinishedStage, WorkFolder
 from pipelines.run.run_record import POOL
@@ -78,11 +77,11 @@ def _may_hover(picture: Picture) -> bool:
 
 
 def embedding_map(work: WorkFolder, pictures: Pictures) -> EmbeddingMap | None:
-    """The map of the last stage `embed`, of its last embedding; None without any."""
-    stage = work.stage(POOL, "embed")
-    if stage is None:
+    """The map of the last embedding that the pool has; None without any."""
+    found = [(stage, name) for stage in work.stages(POOL) for name in stage.embeddings]
+    if not found:
         return None
-    name = [output for output in stage.entry.record.outputs if output != DECISIONS][-1]
+    stage, name = found[-1]
     ids, vectors = _sample(stage, name)
     if len(ids) < 3:
         return None

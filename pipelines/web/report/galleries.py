@@ -22,8 +22,6 @@ _FALLEN = 12
 _FINAL = 16
 _GROUPS = 12
 """Sets, reasons or seed sets that get a gallery of their own; the rest are counted."""
-_PRIVATE = ("blocklist",)
-"""Stages whose hits are never shown."""
 
 
 @dataclass
@@ -99,11 +97,9 @@ class GalleryMaker:
 
     def retrieval(self) -> list[Gallery]:
         """Seeds and what they fetched; clusters and what they gave."""
-        stage = self._work.stage(POOL, "retrieve")
-        if stage is None or not stage.has("hits"):
-            return []
+        hits = self._work.hits
         with Tables() as tables:
-            if not tables.add("hits", stage.output("hits")):
+            if hits is None or not tables.add("hits", hits):
                 return []
             query = "select seed_set, rule, count(*) as n from hits group by all order by all"
             return [self._hits_of(row, tables) for row in tables.rows(query)[:_GROUPS]]
@@ -112,7 +108,7 @@ class GalleryMaker:
         """A sample of the images dropped for each reason that names no other image."""
         made = []
         for stage in self._work.stages(POOL):
-            if stage.name in _PRIVATE or not self._has_images(stage):
+            if stage.entry.kind.shows_dropped == "hidden" or not self._has_images(stage):
                 continue
             with Tables() as tables:
                 if not tables.add("verdicts", stage.decisions):
@@ -124,7 +120,7 @@ class GalleryMaker:
 
     def faces(self) -> list[Gallery]:
         """Images with most faces found; they are blurred here as in the packed shards."""
-        stage = self._work.stage(POOL, "faces")
+        stage = self._work.deciding(POOL, "num_faces")
         if stage is None:
             return []
         with Tables() as tables:
@@ -137,7 +133,7 @@ class GalleryMaker:
             )
         items = [self._shown(POOL, row["id"], "", row) for row in rows]
         intro = "Shown as every later stage and training see them."
-        return [Gallery("faces: found", intro, [Group(items)], count)] if items else []
+        return [Gallery(f"{stage.name}: found", intro, [Group(items)], count)] if items else []
 
     def final(self) -> list[Gallery]:
         """A sample of the finished set by seed set, or by source set where none was retrieved."""
@@ -296,7 +292,8 @@ class GalleryMaker:
             "select * from verdicts where reason = ? order by id limit ?", [reason, _FALLEN]
         )
         items = [self._shown(stage.flow, row["id"], "", row) for row in rows]
-        intro = "Blurred: click an image to see it." if reason == "nsfw" else ""
+        veiled = stage.entry.kind.shows_dropped == "veiled"
+        intro = "Blurred: click an image to see it." if veiled else ""
         groups = [Group(items)] if items else []
         return Gallery(f"{stage.name}: {reason}", intro, groups, count)
 

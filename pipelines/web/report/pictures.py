@@ -131,16 +131,16 @@ class Pictures:
             self.chosen[(flow, row["id"])].source = row["source"] or ""
 
     def _mark(self, flow: str, shard: int, ids: list[str]) -> None:
-        """Veil what the NSFW filter dropped, hide what a blocklist names."""
-        for name in ("nsfw", "blocklist"):
-            stage = self.work.stage(flow, name)
-            if stage is None:
+        """Veil or hide what stages dropped whose images are not for every eye."""
+        for stage in self.work.stages(flow):
+            shows = stage.entry.kind.shows_dropped
+            if shows == "clear":
                 continue
             verdicts = find_rows(stage.output(DECISIONS), shard, ids, ["keep"])
             for row in verdicts.to_pylist():
                 picture = self.chosen[(flow, row["id"])]
-                picture.veiled |= name == "nsfw" and not row["keep"]
-                picture.hidden |= name == "blocklist" and not row["keep"]
+                picture.veiled |= shows == "veiled" and not row["keep"]
+                picture.hidden |= shows == "hidden" and not row["keep"]
 
     def _add_thumbnails(
         self,

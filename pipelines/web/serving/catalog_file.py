@@ -205,7 +205,8 @@ def _fill(work: WorkFolder, flow: str, tables: Tables, scores: list[Score], shar
         first = stage.ranges[flow][0]
         own = range(first + shards.start, first + shards.stop)
         if tables.add(f"d{number}", stage.decisions, shards=own):
-            judged[stage.name] = _Judge(stage.name, f"d{number}", set(stage.decisions.columns))
+            shows, columns = stage.entry.kind.shows_dropped, set(stage.decisions.columns)
+            judged[stage.name] = _Judge(stage.name, f"d{number}", columns, shows)
     if not judged:
         return
     values = _of_judges(list(judged.values()))
@@ -240,6 +241,8 @@ class _Judge:
     stage: str
     view: str
     columns: set[str]
+    shows_dropped: str
+    """How people see what it drops: a mark of `images`, or clear."""
 
 
 def _of_judges(judges: list[_Judge]) -> dict[str, str]:
@@ -251,8 +254,8 @@ def _of_judges(judges: list[_Judge]) -> dict[str, str]:
         "reason": f"coalesce({', '.join(f'{j.view}.reason' for j in judges)})",
     }
     for judge in judges:
-        if judge.stage in ("nsfw", "blocklist"):
-            values[_MARKS[judge.stage]] = f"coalesce(not {judge.view}.keep, false)"
+        if judge.shows_dropped != "clear":
+            values[judge.shows_dropped] = f"coalesce(not {judge.view}.keep, false)"
         if "component" in judge.columns:
             grouped = f"case when {judge.view}.component_size > 1 then {judge.view}"
             values["component"] = f"{grouped}.component end"
@@ -268,10 +271,6 @@ def _of_judges(judges: list[_Judge]) -> dict[str, str]:
     return values
 
 
-_MARKS = {"nsfw": "veiled", "blocklist": "hidden"}
-"""Images that the first drops are blurred until clicked; those of the second are never shown."""
-
-
 def _of_side_car(name: str, view: str, columns: dict[str, str]) -> dict[str, str]:
     wanted = ("source", "source_set", "alt") if name == "rows" else ("format", "width", "height")
     values = {column: f"{view}.{column}" for column in wanted if column in columns}
@@ -282,8 +281,7 @@ def _of_side_car(name: str, view: str, columns: dict[str, str]) -> dict[str, str
 
 def _copy_hits(work: WorkFolder, tables: Tables) -> None:
     """What retrieval fetched, sorted so that each seed's images lie together."""
-    stage = work.stage(POOL, "retrieve")
-    if stage is None or not stage.has("hits") or not tables.add("found", stage.output("hits")):
+    if work.hits is None or not tables.add("found", work.hits):
         return
     tables.run(
         "create table hits as select seed_set, rule, seed_id, cluster, rank, similarity, id "

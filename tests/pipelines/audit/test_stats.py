@@ -9,9 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation.errors import ConfigError, DatasetError
+from curation.ledger import StageRecord
 from pipelines.audit.dataset_stats import balance
+from pipelines.audit.run_stats import thresholds
 from pipelines.audit.stats import count_by_column, stats_of, write_csv
+from pipelines.audit.work_folder import FinishedStage
 from pipelines.cli import audit
+from pipelines.run.run_record import StageEntry
 from tests.pipelines.audited_run import finished_run
 
 
@@ -154,3 +158,22 @@ def test_stats_of__languages_of_alternative_texts(tmp_path):
 def test_count_by_column__source_is_the_set_and_cluster_a_column():
     assert count_by_column(str(finished_run()), "source")[0] == {"value": "web", "rows": 14}
     assert sum(row["rows"] for row in count_by_column(str(finished_run()), "cluster")) == 17
+
+
+def test_thresholds__are_those_that_each_score_of_a_stage_is_judged_by(tmp_path):
+    settings = {"max_text": 0.12, "seeds": ["s"], "embeddings": "copy", "min_similarity": 0.25}
+    record = StageRecord(
+        stage="relevance",
+        version=1,
+        key="",
+        settings=settings,
+        outputs={},
+        rows_in=1,
+        rows_out=1,
+        dropped={},
+        seconds=1,
+    )
+    entry = StageEntry(stage="relevance", folder="r", record=record)
+    stage = FinishedStage("pool", entry, str(tmp_path), {"pool": (0, 1)})
+    assert thresholds(stage, "text_share") == [0.12]
+    assert thresholds(stage, "seed_similarity") == [0.25]

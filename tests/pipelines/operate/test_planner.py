@@ -1,9 +1,11 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from small_pictures import picture
 
+from curation.dataset import write_dataset
 from curation.errors import ConfigError
 from curation.ledger import StageRecord
 from embedder.images import decode, encode_jpeg, resize
@@ -25,6 +27,10 @@ pool:
 """
 
 
+NEEDED = {"ingest": {"images": "x"}, "near_dedup": {"embeddings": "x"}}
+"""Settings without which a stage cannot be."""
+
+
 def usage_of(stage: str, rows: int, item_s: float, **other: float) -> dict[str, float | str]:
     usage = {"stage": stage, "rows_in": rows, "seconds": item_s + 1, "item_s": item_s}
     memory = {"peak_bytes": 1 << 30, "grown_bytes": 1 << 20}
@@ -40,7 +46,7 @@ def sample_of(work, *stages: tuple[str, int, float]) -> Sample:
                 stage=name,
                 version=1,
                 key="",
-                settings={},
+                settings=NEEDED.get(name, {}),
                 rows_in=rows,
                 rows_out=rows,
                 dropped={},
@@ -55,8 +61,8 @@ def sample_of(work, *stages: tuple[str, int, float]) -> Sample:
 
 
 def test_plan_stages__tells_what_a_stage_costs_once_from_what_a_row_costs(tmp_path):
-    small = sample_of(tmp_path, ("a", 100, 1.2), ("embed", 50, 0.5))
-    large = sample_of(tmp_path, ("a", 400, 1.8), ("embed", 200, 2.0))
+    small = sample_of(tmp_path, ("quality", 100, 1.2), ("embed", 50, 0.5))
+    large = sample_of(tmp_path, ("quality", 400, 1.8), ("embed", 200, 2.0))
     a, embed = plan_stages(small, large, 1_000_000, ClusterSpec())
     assert (a.rows, embed.rows) == (1e6, 5e5)  # half of the rows reach it, as in the sample
     assert a.wall_s == pytest.approx(1 + 1.0 + 0.002 * 1e6)
@@ -68,6 +74,27 @@ def test_plan_stages__tells_what_a_stage_costs_once_from_what_a_row_costs(tmp_pa
     assert embed.wall_s == pytest.approx(1 + 0.01 * 5e5 / (16 * 120))
     assert (embed.limited_by, embed.core_hours) == ("devices", 0)
     assert embed.uncertainty == 1.0  # a stated rate
+
+
+def test_plan_stages__what_looks_at_images_is_planned_to_read_them(tmp_path):
+    rows = pa.table({"id": ["a"], "image": [b"x" * 1000]})
+    images = write_dataset(str(tmp_path / "canonicalize" / "images"), [rows], rows.schema)
+    size = sum(shard.num_bytes for shard in images.manifest.shards)
+
+    def planned(*names: str, settings: dict[str, object]) -> list[float]:
+        sample = sample_of(tmp_path, *((name, 10, 0.1) for name in ("canonicalize", *names)))
+        first, *others = sample.record.pool
+        made = first.replace(record=first.record.replace(outputs={"images": ""}))
+        others = [one.replace(record=one.record.replace(settings=settings)) for one in others]
+        record = sample.record.replace(pool=(made, *others))
+        plans = plan_stages(*(Sample(record, sample.work, sample.usage),) * 2, 10, None)
+        return [plan.network_bytes for plan in plans[1:]]
+
+    for name in ("relevance", "quality", "nsfw", "faces", "embed", "pack"):
+        assert planned(name, settings={}) == [size]
+    assert planned("exact_dedup", settings={}) == [0]
+    without_text = {"max_text": None, "seeds": ["s"], "embeddings": "copy"}
+    assert planned("relevance", settings=without_text) == [0]
 
 
 def test_plan_stages__sets_keep_their_size_and_the_pool_grows(tmp_path):
@@ -125,7 +152,7 @@ def test_plan_stages__memory_grows_with_the_rows_of_a_shard_and_not_beyond(tmp_p
     def measured(rows: int, peak: float) -> Sample:
         sample = sample_of(tmp_path, ("ingest", rows, 0.1), ("embed", rows // 2, 0.1))
         first = sample.record.pool[0]
-        record = first.record.replace(settings={"rows_per_shard": 10_000})
+        record = first.record.replace(settings={"images": "x", "rows_per_shard": 10_000})
         flow = (first.replace(record=record), sample.record.pool[1])
         usage = tuple(
             {**one, "peak_bytes": peak, "grown_bytes": peak - 1e9} for one in sample.usage
@@ -142,7 +169,7 @@ def test_plan_stages__memory_grows_with_the_rows_of_a_shard_and_not_beyond(tmp_p
 def test_plan_stages__what_compares_lists_may_fill_the_memory_that_it_is_given(tmp_path):
     small, large = (sample_of(tmp_path, ("near_dedup", rows, 0.1)) for rows in (250, 1000))
     (entry,) = large.record.pool
-    record = entry.record.replace(settings={"comparison": {"memory_gb": 4.0}})
+    record = entry.record.replace(settings={"embeddings": "x", "comparison": {"memory_gb": 4.0}})
     large = Sample(
         large.record.replace(pool=(entry.replace(record=record),)), large.work, large.usage
     )

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 from curation.errors import DatasetError
+from curation.stages.blocklist import Blocklist
+from curation.stages.leaks import Leaks
+from curation.stages.near_dedup import NearDedup
+from curation.stages.nsfw import Nsfw
 from pipelines.audit.funnel import FunnelRow
 from pipelines.audit.work_folder import WorkFolder
 from pipelines.web.report import charts
@@ -101,21 +105,23 @@ def test_render__losses_and_evaluation(tmp_path):
     assert len(points.group(1).split()) == 400
 
 
-def test_pictures__nsfw_is_veiled_and_blocklisted_hidden(monkeypatch):
+def test_pictures__stages_say_what_is_veiled_and_what_hidden(monkeypatch):
     work = WorkFolder(str(finished_run()))
     pictures = Pictures(work)
-    stages = {"nsfw": work.stage("pool", "near_dedup"), "blocklist": work.stage("pool", "leaks")}
-    monkeypatch.setattr(WorkFolder, "stage", lambda self, flow, name: stages.get(name))
+    assert (Nsfw.shows_dropped, Blocklist.shows_dropped) == ("veiled", "hidden")
+    stages = {"veiled": work.stage("pool", "near_dedup"), "hidden": work.stage("pool", "leaks")}
+    monkeypatch.setattr(NearDedup, "shows_dropped", "veiled")
+    monkeypatch.setattr(Leaks, "shows_dropped", "hidden")
     verdicts = {
         name: stage.decisions.read(["id", "keep"]).to_pylist() for name, stage in stages.items()
     }
     fallen = {name: next(r["id"] for r in rows if not r["keep"]) for name, rows in verdicts.items()}
     keys = {name: pictures.want("pool", one) for name, one in fallen.items()}
     pictures.load()
-    assert pictures.get(keys["nsfw"]).veiled
-    assert pictures.get(keys["nsfw"]).data
-    assert pictures.get(keys["blocklist"]).hidden
-    assert not pictures.get(keys["blocklist"]).data
+    assert pictures.get(keys["veiled"]).veiled
+    assert pictures.get(keys["veiled"]).data
+    assert pictures.get(keys["hidden"]).hidden
+    assert not pictures.get(keys["hidden"]).data
 
 
 def test_thumbnail__is_small_and_survives_rubbish():
