@@ -25,6 +25,7 @@ DECODED = "images_decoded"
 """Counter of the run summary: images that this stage decoded, for itself and for those after it."""
 _ROWS_AT_ONCE = 32
 """Rows that pass through several filters together: their decoded images are in memory meanwhile."""
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
 class ImageFilter(ShardStage):
@@ -207,3 +208,9 @@ class _Images:
                 return list(columns["boxes"][row])
         known = "boxes" in self._rows.table.column_names
         return self._rows.table["boxes"][row].as_py() if known else None
+
+
+def luma_of(pixels: Pixels) -> np.ndarray:
+    """(H, W) float32 whole numbers from 0 to 255: how bright each pixel is."""
+    luma: np.ndarray = np.rint(pixels @ _LUMA)
+    return luma

@@ -11,15 +11,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from curation.image_filter import UNREADABLE, ImageFilter
+from curation.image_filter import UNREADABLE, ImageFilter, luma_of
 from curation.schema import schema_of
 from curation.stage import Shard, reject
 from embedder.images import Pixels
 
 Boxes = np.ndarray  # (F, 4) x0, y0, x1, y1 in pixels of the canonical image
 Detector = Callable[[Pixels], Boxes]
-
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
 class Faces(ImageFilter):
@@ -142,7 +140,7 @@ class HaarCascades:
 
     def __call__(self, pixels: Pixels) -> Boxes:
         """Search one image."""
-        gray = np.rint(pixels @ _LUMA).astype(np.uint8)
+        gray = luma_of(pixels).astype(np.uint8)
         first = self._boxes(0, gray)
         if len(first) == 0:
             return first

@@ -6,12 +6,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from curation.image_filter import UNREADABLE, ImageFilter
+from curation.image_filter import UNREADABLE, ImageFilter, luma_of
 from curation.schema import schema_of
 from curation.stage import Limit, Shard
 from embedder.images import Pixels
-
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
 class Quality(ImageFilter):
@@ -65,19 +63,19 @@ class Quality(ImageFilter):
 
     def measure(self, pixels: Pixels, opened: Any) -> tuple[float, float, float]:
         """Contrast, entropy and sharpness of one image."""
-        luma = np.rint(pixels @ _LUMA)  # (H, W)
+        luma = luma_of(pixels)
         return float(luma.std(dtype=np.float64)), entropy_bits(luma), laplacian_variance(luma)
 
 
 def entropy_bits(luma: np.ndarray) -> float:
-    """Entropy of the histogram of 256 grey levels, in bits."""
+    """Entropy of the histogram of 256 gray levels, in bits."""
     counts = np.bincount(luma.astype(np.uint8).ravel(), minlength=256)
     shares = counts[counts > 0] / luma.size
     return float(-(shares * np.log2(shares)).sum())
 
 
 def laplacian_variance(luma: np.ndarray) -> float:
-    """Variance of the 4-neighbour Laplacian over the inner pixels; low where edges are soft."""
+    """Variance of the 4-neighbor Laplacian over the inner pixels; low where edges are soft."""
     if min(luma.shape) < 3:
         return 0.0
     inner = luma[1:-1, 1:-1]
