@@ -53,7 +53,7 @@ def test_stage__is_one_class_with_a_test(name):
 OTHER_MEANINGS = {
     "cluster": "curation/.*|pipelines/.*",  # a column, and a rule of retrieval
     "faces": "pipelines/audit/sql.py",  # an output
-    "nsfw|leaks": "pipelines/cli/calibrate.py",  # what is calibrated
+    ".*": "pipelines/cli/app.py",  # names of commands
     "filters": "pipelines/cli/.*",  # a setting
     "blocklist": "curation/(blocklists|schema).py",  # a column
     "balance": "pipelines/(audit|cli)/.*",  # a part of the statistics
