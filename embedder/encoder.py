@@ -295,7 +295,7 @@ def load_encoder(
 
     Raises: EncoderError, in one line, for an unknown name, a missing library or a missing file.
     """
-    key, argument = _family_of(name)
+    key, argument = family_of(name)
     family = FAMILIES[key]
     if missing := _missing_libraries(family):
         raise EncoderError(f"encoder {name!r} needs {missing}")
@@ -311,7 +311,7 @@ def load_encoder(
     return encoder
 
 
-def _family_of(name: str) -> tuple[str, str]:
+def family_of(name: str) -> tuple[str, str]:
     """Key of the family that a name belongs to, and what stands behind its colon.
 
     Raises: EncoderError.

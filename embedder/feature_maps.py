@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from embedder.encoder import FAMILIES, LoadOptions
+from embedder.encoder import FAMILIES, LoadOptions, family_of
 from embedder.encoders.torch_trunk import IMAGENET_MEAN, IMAGENET_STD, Placement
 from embedder.errors import EncoderError
 
@@ -114,8 +114,8 @@ def load_feature_model(
 
     Raises: EncoderError where it is unknown, or shows its last vectors only.
     """
-    family, _, argument = name.partition(":")
-    module = importlib.import_module(FAMILIES[family].module) if family in FAMILIES else None
+    key, argument = family_of(name)
+    module = importlib.import_module(FAMILIES[key].module)
     load = getattr(module, "load_features", None)
     if load is None:
         raise EncoderError(
