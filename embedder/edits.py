@@ -4,12 +4,13 @@ Pixels are uint8 (H, W, 3); every edit takes (pixels, rng) and returns new pixel
 """
 
 import io
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import numpy as np
 from numpy.random import Generator
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from embedder.images import Pixels
 
@@ -52,8 +53,7 @@ def write_text(pixels: Pixels, rng: Generator, share: float = 0.12) -> Pixels:
     image = Image.fromarray(pixels)
     font = ImageFont.load_default(max(8, round(image.height * share)))
     at = (image.width * rng.uniform(0, 0.3), image.height * rng.uniform(0.1, 0.8))
-    colour = tuple(int(v) for v in rng.integers(0, 256, 3))
-    ImageDraw.Draw(image).text(at, "SAMPLE TEXT", fill=colour, font=font)
+    ImageDraw.Draw(image).text(at, "SAMPLE TEXT", fill=_random_paint(rng), font=font)
     return np.asarray(image)
 
 
@@ -81,17 +81,78 @@ def random_edit(pixels: Pixels, rng: Generator) -> Pixels:
         pixels = rotate(pixels, rng.uniform(-10, 10))
     if rng.random() < 0.3:
         pixels = write_text(pixels, rng, rng.uniform(0.06, 0.2))
-    pixels = _random_colour(pixels, rng)
+    pixels = _random_color(pixels, rng)
     if rng.random() < 0.4:
         pixels = scale(pixels, rng.uniform(0.35, 0.9))
     return jpeg(pixels, int(rng.integers(20, 95)))
 
 
-def _random_colour(pixels: Pixels, rng: Generator) -> Pixels:
+def strong_edit(pixels: Pixels, rng: Generator) -> Pixels:
+    """Compose the edits that a copy may still be known by: what SSCD calls strong.
+
+    A window of a quarter of the area or more, turns, borders, text and shapes above it, colors
+    far off or none, a size down to 24 pixels, and JPEG down to quality 15.
+    """
+    if rng.random() < 0.8:
+        pixels = crop_area(pixels, rng.uniform(0.25, 1), rng)
+    if rng.random() < 0.5:
+        pixels = np.ascontiguousarray(pixels[:, ::-1])
+    if rng.random() < 0.25:
+        pixels = rotate(pixels, rng.uniform(-30, 30))
+    pixels = _random_color(pixels, rng, chance=0.6, change=(0.45, 1.7))
+    for chance, edit in ((0.2, add_border), (0.3, _write_any_text), (0.15, draw_shapes)):
+        if rng.random() < chance:
+            pixels = edit(pixels, rng)
+    if rng.random() < 0.5:
+        least = min(1.0, 24 / min(pixels.shape[:2]))
+        pixels = scale(pixels, max(least, math.exp(rng.uniform(math.log(0.2), 0))))
+    return jpeg(pixels, int(rng.integers(15, 95)))
+
+
+def crop_area(pixels: Pixels, share: float, rng: Generator) -> Pixels:
+    """Cut out a window of `share` of the area, anywhere, its aspect up to a third off."""
+    stretch = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    height, width = pixels.shape[:2]
+    high = min(height, max(1, round(height * math.sqrt(share / stretch))))
+    wide = min(width, max(1, round(width * math.sqrt(share * stretch))))
+    top, left = rng.integers(height - high + 1), rng.integers(width - wide + 1)
+    return pixels[top : top + high, left : left + wide]
+
+
+def add_border(pixels: Pixels, rng: Generator) -> Pixels:
+    """Put the picture on a plain ground, each border up to a quarter of its side."""
     image = Image.fromarray(pixels)
-    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        if rng.random() < 0.4:
-            image = change(image).enhance(rng.uniform(0.6, 1.5))
+    borders = tuple(int(side * rng.uniform(0, 0.25)) for side in (*image.size, *image.size))
+    return np.asarray(ImageOps.expand(image, borders, _random_paint(rng)))
+
+
+def draw_shapes(pixels: Pixels, rng: Generator) -> Pixels:
+    """Draw up to three filled ellipses or boxes, each side up to a third of the picture's."""
+    image = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.integers(1, 4)):
+        wide, high = (side * rng.uniform(0.1, 0.35) for side in image.size)
+        left, top = rng.uniform(0, image.width - wide), rng.uniform(0, image.height - high)
+        shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
+        shape((left, top, left + wide, top + high), fill=_random_paint(rng))
+    return np.asarray(image)
+
+
+def _write_any_text(pixels: Pixels, rng: Generator) -> Pixels:
+    return write_text(pixels, rng, rng.uniform(0.06, 0.25))
+
+
+def _random_paint(rng: Generator) -> tuple[int, ...]:
+    return tuple(int(value) for value in rng.integers(0, 256, 3))
+
+
+def _random_color(
+    pixels: Pixels, rng: Generator, chance: float = 0.4, change: tuple[float, float] = (0.6, 1.5)
+) -> Pixels:
+    image = Image.fromarray(pixels)
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        if rng.random() < chance:
+            image = enhance(image).enhance(rng.uniform(*change))
     if rng.random() < 0.2:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5)))
     return np.asarray(image)

@@ -222,6 +222,13 @@ FAMILIES: Mapping[str, Family] = {
         "Apache-2.0",
         "retrieval and clustering; shares its pass with lite-copy",
     ),
+    "copy:": Family(
+        "copy:FILE",
+        "embedder.encoders.copies",
+        _LITE,
+        "that of its trunk",
+        "copies; what `curate pretrain copy` left: its file, or the folder of its run",
+    ),
     "sscd-small": Family(
         "sscd-small",
         "embedder.encoders.packaged_sscd",

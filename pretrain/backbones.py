@@ -88,6 +88,8 @@ def find_saved(path: Path, step: int | None = None) -> SavedBackbone | None:
         return SavedBackbone(run, found, student, prefixes[student])
     if student:
         return None
+    if not prefixes:
+        raise ConfigError(f"{path}: holds no backbone; is it a run of the method copy?")
     named = ", ".join(str(run / name) for name in prefixes)
     raise ConfigError(f"{path}: is of several students; name one: {named}")
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from curation.config import Settings, apply_changes, find_config, parse_settings, read_mapping
 from curation.errors import ConfigError
 from embedder.vit import ViTConfig, vit_config
+from pretrain.schedules import Cosine, Linear
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +241,68 @@ class KnnSettings(Settings):
     """Neighbours."""
 
 
-class PretrainConfig(Settings):
+class TrainConfig(Settings):
+    """What the training loop goes by, whatever the method."""
+
+    optim: OptimSettings = OptimSettings()
+    """Optimiser, schedules and length."""
+    data: DataSettings = DataSettings()
+    """Reading images."""
+    run: RunSettings = RunSettings()
+    """Seed, device, precision, checkpoints."""
+
+    def momentum(self, step: int) -> float:
+        """Momentum of the student's moving average at a step; 0 where it is the student."""
+        return 0.0
+
+    def temperature(self, step: int) -> float:
+        """Temperature of the targets at a step."""
+        raise NotImplementedError
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """What is logged of the method's own schedules at a step."""
+        return {}
+
+    @property
+    def probe_every_steps(self) -> int | None:
+        """Steps between measurements on images that are not trained on; None for none."""
+        return None
+
+    def rehearsed(self) -> Self:
+        """Settings by which a dry run takes its steps."""
+        return self
+
+    def as_yaml(self) -> str:
+        """Every setting, as `load_config` reads it."""
+        values = self.model_dump(mode="json")
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+    def misfits(self) -> list[tuple[str, str]]:
+        """Schedules that would not be through within the run; a backbone may stay frozen."""
+        optim = self.optim
+        found = {
+            ("optim", "warmup_steps"): optim.warmup_steps > optim.steps,
+            ("optim", "freeze_last_layer_steps"): optim.freeze_last_layer_steps >= optim.steps,
+        }
+        return [key for key, is_longer in found.items() if is_longer]
+
+    @property
+    def fits_heads(self) -> bool:
+        """Whether the backbone stays as it is throughout."""
+        return self.optim.freeze_backbone_steps >= self.optim.steps
+
+    def effective_batch(self, processes: int) -> int:
+        """Images a step."""
+        return self.optim.batch_size * self.optim.accumulate * processes
+
+    def peak_lr(self, processes: int) -> float:
+        """Learning rate after warm-up."""
+        if self.optim.lr_scaling == "none":
+            return self.optim.base_lr
+        return self.optim.base_lr * math.sqrt(self.effective_batch(processes) / 1024)
+
+
+class PretrainConfig(TrainConfig):
     """Everything that decides a pretraining run but its data."""
 
     model: ModelSettings = ModelSettings()
@@ -253,12 +315,6 @@ class PretrainConfig(Settings):
     """Losses and heads."""
     teacher: TeacherSettings = TeacherSettings()
     """The EMA teacher."""
-    optim: OptimSettings = OptimSettings()
-    """Optimiser, schedules and length."""
-    data: DataSettings = DataSettings()
-    """Reading images."""
-    run: RunSettings = RunSettings()
-    """Seed, device, precision, checkpoints."""
     knn: KnnSettings | None = None
     """k-NN during training; null for none."""
     init: str | None = None
@@ -300,38 +356,36 @@ class PretrainConfig(Settings):
             **changes,
         )
 
-    def as_yaml(self) -> str:
-        """Every setting, as `load_config` reads it."""
-        values = self.model_dump(mode="json")
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    def momentum(self, step: int) -> float:
+        """Momentum of the teacher at a step."""
+        return Cosine(*self.teacher.momentum, self.optim.steps)(step)
+
+    def temperature(self, step: int) -> float:
+        """Temperature of the teacher at a step."""
+        teacher = self.teacher
+        return Linear(*teacher.temperature, teacher.temperature_warmup_steps)(step)
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """Momentum and temperature of the teacher at a step."""
+        return {
+            "teacher_momentum": self.momentum(step),
+            "teacher_temperature": self.temperature(step),
+        }
+
+    @property
+    def probe_every_steps(self) -> int | None:
+        """Steps between k-NN classifications."""
+        return None if self.knn is None else self.knn.every_steps
 
     def misfits(self) -> list[tuple[str, str]]:
         """Schedules that would not be through within the run; a backbone may stay frozen."""
-        steps = self.optim.steps
-        found = {
-            ("optim", "warmup_steps"): self.optim.warmup_steps > steps,
-            ("teacher", "temperature_warmup_steps"): self.teacher.temperature_warmup_steps > steps,
-            ("optim", "freeze_last_layer_steps"): self.optim.freeze_last_layer_steps >= steps,
-        }
-        return [key for key, is_longer in found.items() if is_longer]
-
-    @property
-    def fits_heads(self) -> bool:
-        """Whether the backbone stays as it is throughout."""
-        return self.optim.freeze_backbone_steps >= self.optim.steps
-
-    def effective_batch(self, processes: int) -> int:
-        """Images a step."""
-        return self.optim.batch_size * self.optim.accumulate * processes
-
-    def peak_lr(self, processes: int) -> float:
-        """Learning rate after warm-up."""
-        if self.optim.lr_scaling == "none":
-            return self.optim.base_lr
-        return self.optim.base_lr * math.sqrt(self.effective_batch(processes) / 1024)
+        found = super().misfits()
+        if self.teacher.temperature_warmup_steps > self.optim.steps:
+            found.insert(1, ("teacher", "temperature_warmup_steps"))
+        return found
 
 
-C = TypeVar("C", bound=PretrainConfig)
+C = TypeVar("C", bound=TrainConfig)
 
 
 class StudentSettings(ModelSettings):
@@ -403,7 +457,7 @@ def load_config(path_or_name: str, overrides: list[str] | tuple[str, ...] = ()) 
     Raises:
         ConfigError: no such file or name, or a setting that cannot be.
     """
-    return _loaded(PretrainConfig, "pretrain", path_or_name, overrides)
+    return load_as(PretrainConfig, "pretrain", path_or_name, overrides)
 
 
 def load_distill_config(
@@ -414,12 +468,17 @@ def load_distill_config(
     Raises:
         ConfigError: no such file or name, or a setting that cannot be.
     """
-    return _loaded(DistillConfig, "distill", path_or_name, overrides)
+    return load_as(DistillConfig, "distill", path_or_name, overrides)
 
 
-def _loaded(
+def load_as(
     model: type[C], kind: str, path_or_name: str, overrides: list[str] | tuple[str, ...]
 ) -> C:
+    """Do as `load_config` does, for settings of a kind.
+
+    Raises:
+        ConfigError: no such file or name, or a setting that cannot be.
+    """
     file = read_mapping(find_config(kind, path_or_name))
     values = copy.deepcopy(file)
     apply_changes(values, overrides)
@@ -437,7 +496,7 @@ def fitted(config: C, layers: list[dict[str, Any]], overrides: Iterable[str]) ->
     """
     named: dict[str, Any] = {}
     apply_changes(named, overrides)
-    meant = _lengths_meant([PretrainConfig().model_dump(), *layers, named])
+    meant = _lengths_meant([type(config)().model_dump(), *layers, named])
     values, steps = config.model_dump(mode="json"), config.optim.steps
     unfit = config.misfits()
     if not unfit and not (config.fits_heads and meant[_FREEZE] > steps):

@@ -36,8 +36,9 @@ def load_continued_config(
     """
     begun = out is not None and bool(checkpoint.saved_steps(Path(out)))
     saved = saved_settings(*find_checkpoint(str(out) if begun else run))
-    if "teacher_run" in saved:
-        raise ConfigError(f"{run}: is a distillation; only `curate pretrain` runs can be continued")
+    if "teacher_run" in saved or "method" in saved:
+        kind = saved.get("method", "distillation")
+        raise ConfigError(f"{run}: is a run of {kind}; only those of DINOv2 can be continued")
     above = read_mapping(find_config("pretrain", path_or_name))
     values = laid_over({**saved, "init": None}, above)
     apply_changes(values, overrides)

@@ -13,6 +13,8 @@ from typing import TypedDict
 from curation.lock import LOCK_FILE
 
 DIGESTS = "digests.json"
+FEATURES = "features-"
+"""Begins the names of folders that a run can make again; their files have no digests."""
 _GROWING = (".jsonl",)
 _TENSORBOARD = "tensorboard/"
 
@@ -115,7 +117,8 @@ def _is_apart(name: str) -> bool:
     # _step.json is of who runs the training, and written after these digests; the lock goes when
     # the run ends. Torch's own files begin with underscores, too.
     of_the_runner = name == LOCK_FILE or (name.startswith("_") and name.endswith(".json"))
-    return name == DIGESTS or of_the_runner or name.startswith("checkpoints/") or ".partial" in name
+    apart = name.startswith(("checkpoints/", FEATURES)) or ".partial" in name
+    return name == DIGESTS or of_the_runner or apart
 
 
 def _encoded(digests: Mapping[str, FileDigest]) -> bytes:

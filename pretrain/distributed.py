@@ -4,7 +4,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -65,6 +66,16 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         total = sum_over_ranks(grads[0])
         return total.chunk(world_size())[rank()]
+
+
+def whole(x: Tensor) -> Tensor:
+    """Gather a divided tensor; every process must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """Gather a module's state dict on the CPU; every process must ask."""
+    return {name: whole(value).detach().cpu() for name, value in module.state_dict().items()}
 
 
 def _several() -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pretrain.config import OptimSettings, PretrainConfig
+from pretrain.config import OptimSettings, TrainConfig
 from pretrain.schedules import Cosine
 
 
@@ -68,7 +68,7 @@ class Schedules:
     freeze_backbone: int
 
     @classmethod
-    def of(cls, config: PretrainConfig, processes: int) -> "Schedules":
+    def of(cls, config: TrainConfig, processes: int) -> "Schedules":
         """Compute the schedules; the learning rate follows the effective batch."""
         optim = config.optim
         return cls(

@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 
 from curation.errors import ConfigError
 from embedder.vit import VisionTransformer
-from pretrain.config import PretrainConfig
+from pretrain.config import TrainConfig
 from pretrain.distributed import world_size
 from pretrain.methods.dinov2 import Network
 from pretrain.methods.distillation import FeatureStudent
@@ -56,7 +55,7 @@ def local_device(name: str) -> torch.device:
     return torch.device(name, index)
 
 
-def divide(method: nn.Module, config: PretrainConfig, device: torch.device) -> None:
+def divide(method: nn.Module, config: TrainConfig, device: torch.device) -> None:
     """Divide parameters, gradients and optimiser state among the processes, block by block.
 
     Every unit is resharded after its forward pass, the roots too: the EMA then always sees both
@@ -75,18 +74,8 @@ def divide(method: nn.Module, config: PretrainConfig, device: torch.device) -> N
             _divide_backbone(network, mesh, config, device)
 
 
-def whole(x: Tensor) -> Tensor:
-    """Gather a divided tensor; every process must ask."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """Gather a module's state dict on the CPU; every process must ask."""
-    return {name: whole(value).detach().cpu() for name, value in module.state_dict().items()}
-
-
 def _divide_network(
-    network: nn.Module, mesh: Any, config: PretrainConfig, device: torch.device
+    network: nn.Module, mesh: Any, config: TrainConfig, device: torch.device
 ) -> None:
     _divide_backbone(network.get_submodule("backbone"), mesh, config, device)
     head = {"mesh": mesh, "reshard_after_forward": True, **_precision(config, device, half=False)}
@@ -95,9 +84,7 @@ def _divide_network(
             fully_shard(module, **head)
 
 
-def _divide_backbone(
-    backbone: Any, mesh: Any, config: PretrainConfig, device: torch.device
-) -> None:
+def _divide_backbone(backbone: Any, mesh: Any, config: TrainConfig, device: torch.device) -> None:
     settings = {
         "mesh": mesh,
         "reshard_after_forward": True,
@@ -110,7 +97,7 @@ def _divide_backbone(
 
 
 def _precision(
-    config: PretrainConfig, device: torch.device, *, half: bool
+    config: TrainConfig, device: torch.device, *, half: bool
 ) -> dict[str, MixedPrecisionPolicy]:
     """On GPUs, weights travel in half precision, and so do the backbone's gradients."""
     if device.type != "cuda" or config.run.precision == "float32":

@@ -20,6 +20,8 @@ class Purpose(IntEnum):
     SUBSTITUTE = 5
     DEPTH = 6
     ORDER = 7
+    VIEW_EDITS = 8
+    VIEW_PAIRS = 9
 
 
 def stream(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -3,13 +3,15 @@
 import resource
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pretrain.config import PretrainConfig
+from pretrain.config import TrainConfig
+from pretrain.copy_config import REHEARSED, CopyConfig
 from pretrain.distributed import world_size
 from pretrain.parallel import local_device, process_group
 from pretrain.train import Trainer, threads
@@ -29,11 +31,13 @@ class Rehearsal:
     schedules: list[dict[str, float]]
     """What the schedules give at five steps, from the first to the last."""
     seconds_per_step: float
+    seconds_before: float
+    """Before the first step, where features are computed once."""
     peak_bytes: int
     """Most memory that this process held: of its GPU, where it has one."""
 
 
-def rehearse(config: PretrainConfig, data: str) -> Rehearsal:
+def rehearse(config: TrainConfig, data: str) -> Rehearsal:
     """Take two real steps in a folder that goes away.
 
     Raises:
@@ -45,7 +49,9 @@ def rehearse(config: PretrainConfig, data: str) -> Rehearsal:
         threads(config.run.threads),
         process_group(device),
     ):
-        trainer = Trainer(config, data, Path(folder), device)
+        begun = time.perf_counter()
+        trainer = Trainer(config.rehearsed(), data, Path(folder), device)
+        prepared = time.perf_counter() - begun
         seconds = trainer.try_steps(STEPS_TAKEN)
         last = config.optim.steps - 1
         return Rehearsal(
@@ -53,8 +59,16 @@ def rehearse(config: PretrainConfig, data: str) -> Rehearsal:
             config.effective_batch(world_size()),
             [{"step": step + 1, **trainer.scheduled(step)} for step in _five(last)],
             seconds[-1],
+            prepared * _share_prepared(config, trainer.facts["data"]["images"]),
             _peak_bytes(device),
         )
+
+
+def _share_prepared(config: TrainConfig, images: int) -> float:
+    """How many times the images of the dry run those of the run are."""
+    if not isinstance(config, CopyConfig):
+        return 0.0
+    return min(images, config.max_images or images) / min(images, REHEARSED)
 
 
 def _five(last: int) -> list[int]:

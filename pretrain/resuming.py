@@ -9,7 +9,7 @@ from curation.config import laid_over
 from embedder.errors import CheckpointError
 from pretrain import checkpoint
 from pretrain.backbones import find_saved
-from pretrain.config import SCHEDULES, DistillConfig, PretrainConfig
+from pretrain.config import SCHEDULES, DistillConfig, TrainConfig
 from pretrain.continuing import find_checkpoint, has_checkpoint
 from pretrain.digests import DIGESTS, digest_of
 from pretrain.distributed import world_size
@@ -31,6 +31,10 @@ FREE = (
     "run.log_every_steps",
     "run.tensorboard",
     "knn",
+    "held_out.every_steps",
+    "held_out.recall",
+    "held_out.false_pairs",
+    "held_out.false_leaks",
 )
 """What decides no number but by rounding: the machine, and what is written down."""
 
@@ -54,6 +58,8 @@ FIXED = (
     "loss.separate_heads",
     "loss.dino_head",
     "loss.ibot_head",
+    "trunk",
+    "width",
 )
 """What the tensors of a checkpoint have the shape of, or were begun with."""
 RESHAPES_NOTHING = ("model.drop_path", "model.layerscale")
@@ -74,7 +80,7 @@ class Change(NamedTuple):
         return {"step": step, "setting": self.setting, "before": self.before, "now": self.now}
 
 
-def facts_of(config: PretrainConfig, data: dict[str, Any]) -> dict[str, Any]:
+def facts_of(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the numbers of a run, as its checkpoints hold it."""
     origins = {key: _origin_digest(config, key) for key in ORIGINS}
     return {
@@ -173,7 +179,7 @@ def _told_data(data: dict[str, Any]) -> str:
     return f"{data['path']} ({data['images']:,} images, digest {digest[:12]})"
 
 
-def _origin_digest(config: PretrainConfig, key: str) -> str | None:
+def _origin_digest(config: TrainConfig, key: str) -> str | None:
     """Digest of the weights that a setting names; None where there are none."""
     value = getattr(config, key, None)
     if value is None:

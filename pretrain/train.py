@@ -16,25 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embedder.checkpoint import save_state
 from embedder.errors import CheckpointError
 from pretrain import checkpoint
 from pretrain.batch import Batch
-from pretrain.building import build_method, refuse_too_many_prototypes
+from pretrain.building import build_method, build_probe, open_feed, refuse_misfit
 from pretrain.collapse import Flatness, alarms
-from pretrain.config import PretrainConfig
-from pretrain.data import STOPS, read_batches
+from pretrain.config import TrainConfig
+from pretrain.data import STOPS
 from pretrain.digests import DIGESTS, write_digests
 from pretrain.distributed import any_rank, barrier, rank, sum_over_ranks, world_size
 from pretrain.errors import TrainingError
-from pretrain.evaluation.knn import KnnProbe
 from pretrain.methods.learners import learners
 from pretrain.optim import Schedules, clip_gradients, parameter_groups, prepare_state
-from pretrain.parallel import divide, local_device, process_group, whole_state
+from pretrain.parallel import divide, local_device, process_group
 from pretrain.random_streams import Purpose, torch_stream
 from pretrain.resuming import accepted_changes, facts_of
 from pretrain.run_log import Record, RunLog, read_lines
-from pretrain.schedules import Cosine, Linear
 from pretrain.sources import describe_source, open_source
 
 logger = logging.getLogger(__name__)
@@ -58,8 +55,8 @@ class TrainResult:
     checkpoint: Path
     """Folder of the last checkpoint."""
     backbone: Path
-    """The student's moving average, with its architecture; absent while the run is unfinished.
-    Of several students, that of the first."""
+    """What the run leaves: the student's moving average with its architecture, or a copy head;
+    absent while the run is unfinished. Of several students, that of the first."""
     log: Path
     """JSON lines, one a logged step."""
     steps: int
@@ -75,7 +72,7 @@ class TrainResult:
 
 
 def run(
-    config: PretrainConfig,
+    config: TrainConfig,
     data: str,
     out: str,
     *,
@@ -94,11 +91,12 @@ def run(
             numbers.
     """
     device = local_device(config.run.device)
-    with threads(config.run.threads), _stop_request() as stop, process_group(device):
+    with threads(config.run.threads), process_group(device):
         trainer = Trainer(
             config, data, Path(out), device, resume=resume, allow_changed=allow_changed
         )
-        return trainer.train(stop, progress)
+        with _stop_request() as stop:
+            return trainer.train(stop, progress)
 
 
 class Trainer:
@@ -106,7 +104,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: TrainConfig,
         data: str,
         out: Path,
         device: torch.device,
@@ -117,13 +115,14 @@ class Trainer:
         self.config = config
         self.out = out
         self.device = device
-        refuse_too_many_prototypes(config, world_size())
+        refuse_misfit(config, world_size())
         self.source = open_source(data)
         self.facts = facts_of(config, describe_source(data, self.source))
         self.changes: list[dict[str, Any]] = []
         begun = self._find_begun(resume=resume, allow_changed=allow_changed)
-        self.probe = None if config.knn is None else KnnProbe(config.knn)
-        self.method = build_method(config, begun).to(device).train()
+        self.feed = open_feed(config, self.source, out)
+        self.probe = build_probe(config)
+        self.method = build_method(config, begun, self.feed).to(device).train()
         divide(self.method, config, device)
         self.learners = learners(self.method)
         window = config.optim.stop_when_flat
@@ -138,10 +137,6 @@ class Trainer:
                 "%s not through in %d steps", ", ".join(map(".".join, misfits)), config.optim.steps
             )
         self.schedules = Schedules.of(config, world_size())
-        self.momentum = Cosine(*config.teacher.momentum, config.optim.steps)
-        self.temperature = Linear(
-            *config.teacher.temperature, config.teacher.temperature_warmup_steps
-        )
         self.step = self.resumed_at = 0
         self.position = 0
         out.mkdir(parents=True, exist_ok=True)
@@ -167,7 +162,7 @@ class Trainer:
         if self.step not in checkpoint.saved_steps(self.out):
             self.save()
         if self.done:
-            self._save_backbone()
+            self._save_weights()
         return self._result()
 
     def try_steps(self, count: int) -> list[float]:
@@ -183,11 +178,10 @@ class Trainer:
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optim
-        students = [learner.student for learner in self.learners.values()]
         groups = [
             group
-            for student in students
-            for group in parameter_groups(student, student.backbone.config.depth, settings)
+            for learner in self.learners.values()
+            for group in parameter_groups(learner.student, learner.depth, settings)
         ]
         return torch.optim.AdamW(groups, betas=settings.betas, fused=True)
 
@@ -205,7 +199,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         for learner in self.learners.values():
-            learner.update_teacher(self.momentum(self.step))
+            learner.update_teacher(self.config.momentum(self.step))
         self.step += 1
         self.position += self.config.effective_batch(world_size())
         loss = losses.pop("total_loss")
@@ -223,8 +217,7 @@ class Trainer:
         return {
             "lr": self.schedules.lr(step),
             "weight_decay": self.schedules.weight_decay(step),
-            "teacher_momentum": self.momentum(step),
-            "teacher_temperature": self.temperature(step),
+            **self.config.scheduled(step),
         }
 
     def _submodules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -249,12 +242,9 @@ class Trainer:
             write_digests(self.out)
         return folder
 
-    def _save_backbone(self) -> None:
+    def _save_weights(self) -> None:
         for name, learner in self.learners.items():
-            backbone = learner.averaged.backbone
-            weights = whole_state(backbone)
-            if rank() == 0:
-                save_state(weights, backbone.config, self._backbone(name))
+            learner.save(self.out / name)
         if rank() == 0:
             write_digests(self.out)
         barrier()
@@ -299,7 +289,7 @@ class Trainer:
         logger.info("%s: resumed at step %d", self.out, self.step)
 
     def _batches(self) -> Iterator[Batch]:
-        return read_batches(self.source, self.config, self.position, rank(), world_size())
+        return self.feed.batches(self.position)
 
     def _timed_step(self, batches: Iterator[Batch]) -> Record:
         start = time.perf_counter()
@@ -318,7 +308,7 @@ class Trainer:
         sums: list[Tensor] = []
         with self._autocast():
             watch = self._is_logged(self.step + 1)
-            targets = self.method.targets(parts, self.temperature(self.step), watch=watch)
+            targets = self.method.targets(parts, self.config.temperature(self.step), watch=watch)
         for index, part in enumerate(parts):
             found: dict[str, Tensor] = {}
             for name, learner in self.learners.items():
@@ -359,10 +349,9 @@ class Trainer:
         return "resume from the last checkpoint"
 
     def _log(self, record: Record, progress: Progress | None) -> None:
-        if self.config.knn is not None and record["step"] % self.config.knn.every_steps == 0:
-            assert self.probe is not None, "made with the settings"
+        if self._is_probed(record["step"]):
             for name, learner in self.learners.items():
-                record[_named(name, "knn")] = self.probe.accuracy(learner.averaged.backbone)
+                record |= {_named(name, key): x for key, x in self.probe(learner).items()}
         if not self._is_logged(record["step"]) or rank() > 0:
             return
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -378,18 +367,19 @@ class Trainer:
             progress(record)
 
     def _is_logged(self, step: int) -> bool:
-        knn = self.config.knn is not None and step % self.config.knn.every_steps == 0
         regular = step % self.config.run.log_every_steps == 0
-        return knn or regular or step in (1, self.config.optim.steps)
+        return self._is_probed(step) or regular or step in (1, self.config.optim.steps)
 
-    def _backbone(self, student: str) -> Path:
-        return self.out / student / "backbone.safetensors"
+    def _is_probed(self, step: int) -> bool:
+        every = self.config.probe_every_steps
+        return every is not None and step % every == 0
 
     def _result(self) -> TrainResult:
         records = read_lines(self.log.path) or [{}]
+        name, learner = next(iter(self.learners.items()))
         return TrainResult(
             checkpoint.checkpoint_folder(self.out, self.step),
-            self._backbone(next(iter(self.learners))),
+            self.out / name / learner.file_name,
             self.log.path,
             self.step,
             self.done,

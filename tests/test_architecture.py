@@ -137,9 +137,9 @@ def test_config__loads(path, tmp_path):
     if path.parent.name == "recipes":
         load_recipe(str(path), {"work": str(tmp_path)})
     elif path.parent.name == "pretrain":
-        from pretrain.config import load_config
+        from pretrain.copy_config import load_training_config
 
-        load_config(str(path))
+        load_training_config(str(path))
     elif path.parent.name == "distill":
         from pretrain.config import load_distill_config
 

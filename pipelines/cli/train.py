@@ -9,7 +9,7 @@ import typer
 from pipelines.cli.options import AllowChanged, Changes, Json, Out, Recipe, TrainingData
 
 if TYPE_CHECKING:
-    from pretrain.config import PretrainConfig
+    from pretrain.config import TrainConfig
 
 
 def pretrain(
@@ -32,7 +32,7 @@ def pretrain(
         typer.Option("--dry-run", help="Take two steps; show settings, schedules, time, memory."),
     ] = False,
 ) -> None:
-    """Pretrain DINOv2 on a manifest; the same command resumes a stopped run.
+    """Pretrain DINOv2, or a copy encoder, on a manifest; the same command resumes a stopped run.
 
     Examples:
 
@@ -41,12 +41,15 @@ def pretrain(
         curate pretrain vits14 --data build/demo/manifest --dry-run
 
         curate pretrain highres_518 --continue runs/vitl14 --data manifest --out runs/vitl14-518
+
+        curate pretrain copy --data build/demo/manifest --out build/demo/copy
     """
     from curation.errors import ConfigError
     from pipelines.operate import console
     from pipelines.run.training import train
-    from pretrain.config import load_config
+    from pretrain.config import TrainConfig
     from pretrain.continuing import load_continued_config
+    from pretrain.copy_config import load_training_config
 
     if config and config_file:
         raise ConfigError(f"curate pretrain {config}: and --config {config_file}; give one of them")
@@ -56,8 +59,9 @@ def pretrain(
     if name is None:
         raise ConfigError("curate pretrain: name a config, a YAML file or one that ships")
     console.set_up_logging(True)
+    settings: TrainConfig
     if continued is None:
-        settings = load_config(name, changes or [])
+        settings = load_training_config(name, changes or [])
     else:
         settings = load_continued_config(name, changes or [], continued, out)
     if out is None or dry_run:
@@ -67,7 +71,7 @@ def pretrain(
     console.print_pairs(result, title="pretrain")
 
 
-def _rehearse(settings: "PretrainConfig", data: str) -> None:
+def _rehearse(settings: "TrainConfig", data: str) -> None:
     """Take two steps, and show settings, schedules, time and memory."""
     from pipelines.operate import console
     from pretrain.rehearsal import rehearse
@@ -78,7 +82,7 @@ def _rehearse(settings: "PretrainConfig", data: str) -> None:
     names = list(found.schedules[0])
     rows = [[f"{row[name]:.4g}" for name in names] for row in found.schedules]
     console.print_rows(names, rows, title="schedules")
-    hours = found.seconds_per_step * settings.optim.steps / 3600
+    seconds = found.seconds_before + found.seconds_per_step * settings.optim.steps
     console.print_pairs(
         {
             "data": found.data["path"],
@@ -86,7 +90,8 @@ def _rehearse(settings: "PretrainConfig", data: str) -> None:
             "images a step": found.batch,
             "epochs": f"{found.batch * settings.optim.steps / found.data['images']:,.2f}",
             "seconds a step": f"{found.seconds_per_step:,.3f}",
-            "hours in all": f"{hours:,.2f}",
+            "hours before the first step": f"{found.seconds_before / 3600:,.2f}",
+            "hours in all": f"{seconds / 3600:,.2f}",
             "peak memory, GB": f"{found.peak_bytes / 1e9:,.2f}",
         },
         title="dry run: nothing is written",

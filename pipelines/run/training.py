@@ -8,11 +8,11 @@ from typing import Any
 from curation.errors import ConfigError
 from curation.lock import locked
 from pipelines.operate.console import TrainingWatcher
-from pretrain.config import PretrainConfig
+from pretrain.config import TrainConfig
 
 
 def train(
-    settings: PretrainConfig,
+    settings: TrainConfig,
     data: str,
     out: str,
     *,

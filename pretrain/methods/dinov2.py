@@ -5,16 +5,19 @@ Legend: B images, L local crops, M masked patches, D width, b bottleneck, K prot
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from embedder.checkpoint import save_state
 from embedder.vit import Tokens, VisionTransformer, ViTConfig
 from pretrain.batch import Batch
 from pretrain.collapse import health
 from pretrain.config import PretrainConfig
+from pretrain.distributed import rank, whole_state
 from pretrain.heads import Projected, PrototypeHead
 from pretrain.losses.centering import Center
 from pretrain.losses.dino import dino_global_loss, dino_local_loss
@@ -22,6 +25,9 @@ from pretrain.losses.ibot import ibot_loss
 from pretrain.losses.koleo import koleo_loss
 from pretrain.losses.sinkhorn import sinkhorn_targets
 from pretrain.losses.targets import Targets
+
+FILE_NAME = "backbone.safetensors"
+"""What a run leaves."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class Network(nn.Module):
 
 class DINOv2(nn.Module):
     """Student, teacher and losses."""
+
+    file_name = FILE_NAME
 
     def __init__(self, config: PretrainConfig, vit: ViTConfig | None = None) -> None:
         super().__init__()
@@ -142,6 +150,15 @@ class DINOv2(nn.Module):
         """The student's moving average, whose backbone a run leaves: here the teacher."""
         return self.teacher
 
+    @property
+    def depth(self) -> int:
+        """Layers that the learning rate decays over."""
+        return self.student.backbone.config.depth
+
+    def save(self, folder: Path) -> None:
+        """Leave the average's backbone with its architecture; every process must ask."""
+        save_averaged(self.averaged.backbone, folder)
+
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Move the average: t <- momentum t + (1 - momentum) s, heads included."""
@@ -209,6 +226,13 @@ def move_average(average: nn.Module, student: nn.Module, momentum: float) -> Non
     ours = [_local(parameter) for parameter in average.parameters()]
     theirs = [_local(parameter) for parameter in student.parameters()]
     torch._foreach_lerp_(ours, theirs, 1 - momentum)
+
+
+def save_averaged(backbone: VisionTransformer, folder: Path) -> None:
+    """Write a backbone that may be divided among processes; every process must ask."""
+    weights = whole_state(backbone)
+    if rank() == 0:
+        save_state(weights, backbone.config, folder / FILE_NAME)
 
 
 def _total(losses: dict[str, Tensor]) -> Tensor:

@@ -25,7 +25,14 @@ from pretrain.backbones import find_saved
 from pretrain.batch import Batch, index_masks
 from pretrain.config import DistillConfig, PretrainConfig
 from pretrain.continuing import refuse_other_size, saved_settings
-from pretrain.methods.dinov2 import DINOv2, Network, StepTargets, move_average
+from pretrain.methods.dinov2 import (
+    FILE_NAME,
+    DINOv2,
+    Network,
+    StepTargets,
+    move_average,
+    save_averaged,
+)
 
 
 class FeatureTargets(NamedTuple):
@@ -98,6 +105,8 @@ class FeatureDistillation(nn.Module):
     The baseline for a teacher whose heads are not at hand.
     """
 
+    file_name = FILE_NAME
+
     def __init__(
         self,
         config: DistillConfig,
@@ -139,6 +148,15 @@ class FeatureDistillation(nn.Module):
         cls = _distance(self.student.cls_map(seen.cls), taught.cls)
         patches = _distance(self.student.patch_map(seen.patches), taught.patches)
         return {"cls_loss": cls, "patch_loss": patches, "total_loss": cls + patches}
+
+    @property
+    def depth(self) -> int:
+        """Layers that the learning rate decays over."""
+        return self.student.backbone.config.depth
+
+    def save(self, folder: Path) -> None:
+        """Leave the average's backbone with its architecture; every process must ask."""
+        save_averaged(self.averaged.backbone, folder)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -1,4 +1,10 @@
-"""Several students that share one frozen teacher, and how the training loop sees them."""
+"""What the training loop asks of a method, and several students that share one frozen teacher.
+
+A method has `targets(parts, temperature, watch=)` for all parts of a step. It is, or has, learners:
+each with a `student` that is optimized, whose learning rate decays over `depth` layers; `losses`
+of one part; `update_teacher(momentum)`; `submodules()` whose gradients are clipped apart; and
+`save(folder)`, which leaves `file_name`.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -24,7 +24,7 @@ from torchvision import transforms
 from embedder.checkpoint import save_backbone
 from embedder.encoder import Encoder, LoadOptions, embed_images, load_encoder
 from embedder.encoders.lite import load_trunk
-from embedder.encoders.lite_network import gem, load_lite_network
+from embedder.encoders.lite_network import NUM_FEATURES, load_lite_network
 from embedder.encoders.torch_trunk import is_convolutional
 from embedder.errors import EncoderError
 from embedder.images import decode
@@ -106,7 +106,8 @@ def test_lite__bfloat16_stays_close_to_float32() -> None:
     trunks = [load_trunk(LoadOptions(precision=p)) for p in ("float32", "bfloat16")]
     photos = [astronaut(), chelsea(), coffee(), rocket()]
     batch = np.stack([trunks[0].preprocess(p) for p in photos])
-    cosines = nn.functional.cosine_similarity(*(gem(t.features(batch), 1) for t in trunks))
+    means = (trunk.features(batch)[:, :NUM_FEATURES] for trunk in trunks)
+    cosines = nn.functional.cosine_similarity(*means)
     assert cosines.mean() >= 0.999
     assert cosines.min() >= 0.997
 

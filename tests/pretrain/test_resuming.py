@@ -59,7 +59,7 @@ def resume(begun: Path, images: str = "images", /, **changes: Any) -> Trainer:
         ({"crops": {"local_count": 1}}, r"crops\.local_count = 2, now it is 1;"),
         (
             {"run": {"seed": 5}, "masks": {"probability": 0.1}},
-            r"masks\.probability = 0\.5, now it is 0\.1, and run\.seed = 0, now it is 5;",
+            r"run\.seed = 0, now it is 5, and masks\.probability = 0\.5, now it is 0\.1;",
         ),
     ],
 )

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from pretrain.building import build_method
 from pretrain.config import PretrainConfig
 from pretrain.data import Batches, Part
-from pretrain.distributed import rank, world_size
+from pretrain.distributed import rank, whole_state, world_size
 from pretrain.optim import Schedules, build_optimizer, clip_gradients
-from pretrain.parallel import divide, whole_state
+from pretrain.parallel import divide
 from pretrain.run_log import RunLog
 from pretrain.schedules import Cosine
 from pretrain.sources import open_source
