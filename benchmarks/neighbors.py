@@ -26,7 +26,6 @@ import psutil
 import pyarrow as pa
 
 from curation.dataset import Dataset, write_dataset
-from curation.neighbors.index.routes import Routes
 from curation.neighbors.index.vector_index import (
     SEARCHED,
     Comparison,
@@ -40,6 +39,7 @@ from curation.neighbors.kernels.components import connected_components
 from curation.neighbors.kernels.k_means import assign_exactly, spherical_kmeans
 from curation.neighbors.kernels.products import Products
 from curation.neighbors.kernels.threads import limit_threads
+from curation.neighbors.rows.routes import Routes
 from curation.neighbors.rows.row_files import RowFiles
 from curation.neighbors.rows.vectors import VectorSource
 from curation.neighbors.search.search import Search

@@ -42,6 +42,75 @@ def test_imports__only_pipelines_knows_ray_and_the_terminal():
             assert not tops & {"ray", "rich", "typer", "click"}, file
 
 
+NEIGHBORS = ROOT / "curation" / "neighbors"
+MAY_IMPORT = {
+    "kernels": "",
+    "rows": "kernels",
+    "index": "kernels rows",
+    "join": "kernels rows index",
+    "search": "kernels rows index",
+    "clusters": "kernels rows",
+    "dedup": "kernels rows index join",
+    "retrieval": "kernels rows index search clusters",
+}
+"""The folders of neighbors, and those that each builds on."""
+FRONT_DOOR = "index/vector_index.py"
+"""Chooses between exhaustive comparison and lists for joins and searches, and so imports them."""
+
+
+WITHOUT_TEST = re.compile(
+    r"index/(coarse_training|probe_margin|probes|recall|train_quantizer|vector_index).py"
+    r"|join/(join|listed_pairs).py|retrieval/.*"
+)
+"""Modules that the tests of stages hold, until each has a test of its own."""
+
+
+def neighbor_modules() -> list[Path]:
+    return [file for file in sorted(NEIGHBORS.rglob("*.py")) if file.name != "__init__.py"]
+
+
+def test_neighbors__folders_build_on_each_other_in_order():
+    for file in neighbor_modules():
+        place = file.relative_to(NEIGHBORS)
+        allowed = {place.parts[0], *MAY_IMPORT[place.parts[0]].split()}
+        if str(place) == FRONT_DOOR:
+            allowed |= {"join", "search"}
+        for name in imported_modules(file):
+            parts = name.split(".")
+            if parts[:2] == ["curation", "neighbors"]:
+                assert parts[2] in allowed, f"{place} imports {name}"
+
+
+def test_neighbors__kernels_are_arithmetic_alone():
+    for file in (NEIGHBORS / "kernels").glob("*.py"):
+        ours = {name for name in imported_modules(file) if name.partition(".")[0] in LEFT_TO_RIGHT}
+        kernels = {name for name in ours if name.startswith("curation.neighbors.kernels.")}
+        assert ours - kernels <= {"embedder.rows"}, file
+
+
+def test_neighbors__folders_say_what_goes_in_and_out():
+    for folder in MAY_IMPORT:
+        text = ast.get_docstring(ast.parse((NEIGHBORS / folder / "__init__.py").read_text()))
+        assert text, folder
+    assert {file.relative_to(NEIGHBORS).parts[0] for file in neighbor_modules()} == {*MAY_IMPORT}
+
+
+@pytest.mark.parametrize(
+    "file", neighbor_modules(), ids=lambda file: str(file.relative_to(NEIGHBORS))
+)
+def test_neighbors__every_module_has_its_test(file):
+    place = file.relative_to(NEIGHBORS)
+    if WITHOUT_TEST.fullmatch(str(place)):
+        return
+    test = ROOT / "tests" / "curation" / "neighbors" / place.parent / f"test_{file.name}"
+    text = test.read_text()
+    assert re.search(r"^def test_", text, re.MULTILINE), f"{test} tests nothing"
+    name = ".".join(("curation", "neighbors", *place.with_suffix("").parts))
+    folder, _, module = name.rpartition(".")
+    imports_it = rf"from {re.escape(name)} import|from {re.escape(folder)} import .*\b{module}\b"
+    assert re.search(imports_it, text), f"{test} does not import {name}"
+
+
 @pytest.mark.parametrize("name", stage_names())
 def test_stage__is_one_class_with_a_test(name):
     stage = load_stage(name, "here")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from curation import storage
-from curation.neighbors.index.routes import Routes
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
+from curation.neighbors.rows.routes import Routes
 from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
 from curation.stage import Engine
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from curation.neighbors.index.coarse_training import chain, grown_centroids
-from curation.neighbors.index.routes import ProbeLimits, Routes, bounds_of
 from curation.neighbors.kernels.centroid_index import ranks_of_groups
 from curation.neighbors.kernels.grouping import by_group
 from curation.neighbors.kernels.quantized import (
@@ -32,6 +31,7 @@ from curation.neighbors.kernels.selection import columns_near, ranks_within
 from curation.neighbors.kernels.sketches import least_product, sketches_of
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.routers import Router
+from curation.neighbors.rows.routes import ProbeLimits, Routes, bounds_of
 from curation.neighbors.rows.row_files import map_array, write_array
 
 _UNGROUPED = 1 << 14

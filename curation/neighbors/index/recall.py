@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from curation import storage
-from curation.neighbors.index.routes import Routes
 from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.products import Products
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
+from curation.neighbors.rows.routes import Routes
 from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
 from curation.neighbors.rows.vectors import exact_similarities
 from curation.stage import Engine

@@ -13,7 +13,6 @@ import numpy as np
 from curation import storage
 from curation.neighbors.index.coarse_training import FLAT, lists_of
 from curation.neighbors.index.quantizer import FIRST_GROUPS, CoarseQuantizer, QuantizerRouter
-from curation.neighbors.index.routes import ProbeLimits
 from curation.neighbors.index.seed_groups import sample_duplicate_groups
 from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.quantized import integer_products, lengths_of, quantize_rows
@@ -25,6 +24,7 @@ from curation.neighbors.rows.file_tasks import (
     finished_summaries,
     run_file_tasks,
 )
+from curation.neighbors.rows.routes import ProbeLimits
 from curation.neighbors.rows.row_files import map_array, write_array
 from curation.neighbors.rows.vectors import VectorSource, bad_rows, check_widths, storage_dtype
 from curation.stage import Engine, Resources

@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from curation import storage
 from curation.exchange import Exchange
-from curation.neighbors.index.routes import Routes
 from curation.neighbors.kernels.identical import first_identical
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.column_file import ColumnFile, write_columns
@@ -26,6 +25,7 @@ from curation.neighbors.rows.file_tasks import (
 )
 from curation.neighbors.rows.packed_rows import id_keys, one_chunk, pack_rows, unpack_rows
 from curation.neighbors.rows.routers import Router
+from curation.neighbors.rows.routes import Routes
 from curation.neighbors.rows.row_files import PLACE_TYPES, RowFiles
 from curation.neighbors.rows.unique_ids import check_unique_ids
 from curation.neighbors.rows.vectors import VectorSource, bad_rows, check_widths, storage_dtype

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from curation.neighbors.index.routes import Routes
 from curation.neighbors.kernels.identical import fingerprints
+from curation.neighbors.rows.routes import Routes
 
 
 class Router(ABC):

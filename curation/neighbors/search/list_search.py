@@ -18,11 +18,11 @@ from curation.neighbors.index.probe_margin import narrowest_margin
 from curation.neighbors.index.probes import Probes
 from curation.neighbors.index.quantizer import CoarseQuantizer, QuantizerRouter
 from curation.neighbors.index.recall import lists_within
-from curation.neighbors.index.routes import ProbeLimits
 from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.column_file import ColumnFile, write_columns
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
+from curation.neighbors.rows.routes import ProbeLimits
 from curation.neighbors.search.candidates import QueryHits, nearest_in
 from curation.neighbors.search.search import Search, rescore
 from curation.stage import Engine, Opened

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from curation.neighbors.rows.row_files import map_array, write_array
+from curation.neighbors.rows.column_file import ColumnFile, write_columns
 
 
 @dataclass(frozen=True)
@@ -109,19 +109,21 @@ class Routes:
 
     def write(self, path: str) -> None:
         """Write to a file."""
-        bounds, home = self.bounds.astype(np.int64), self.home.astype(np.int32)
-        write_array(path, bounds, home, self.probes, self.margins)
+        columns: dict[str, np.ndarray] = {
+            "bounds": self.bounds.astype(np.int64),
+            "home": self.home.astype(np.int32),
+            "probes": self.probes,
+            "margins": self.margins,
+        }
+        write_columns(path, columns)
 
     @classmethod
     def read(cls, path: str, num_rows: int) -> "Routes":
         """Read those of so many rows, mapped where the file is local."""
-        head = 8 * (num_rows + 1)
-        bounds = np.asarray(map_array(path, "int64", 0, (num_rows + 1,)))
-        home = np.asarray(map_array(path, "int32", head, (num_rows,)))
-        head, count = head + 4 * num_rows, int(bounds[-1])
-        probes = np.asarray(map_array(path, "int32", head, (count,)))
-        margins = np.asarray(map_array(path, "float16", head + 4 * count, (count,)))
-        return cls(home, bounds, probes, margins)
+        file = ColumnFile.open(path)
+        (home,) = file.read(["home"], 0, num_rows)
+        probes, margins = file.read(["probes", "margins"], 0, file.num_rows("probes"))
+        return cls(home, file["bounds"], probes, margins)
 
 
 def bounds_of(counts: np.ndarray) -> np.ndarray:
