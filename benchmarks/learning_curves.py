@@ -46,7 +46,7 @@ def smooth(points: list[tuple[float, float]], window: int) -> list[tuple[float, 
 
 
 def draw(runs: list[Path], window: int) -> str:
-    from pipelines.web.report.charts import Series, line_chart
+    from pipelines.web.charts import Series, line_chart
     from pretrain.checkpoint import read_about, saved_steps
     from pretrain.run_log import read_lines
 

@@ -26,7 +26,7 @@ def test_wheel__ships_packages_configs_and_data(tmp_path):
         "configs/recipes/lvd142m.yaml",
         "configs/pretrain/demo.yaml",
         "embedder/encoders/lite_copy_whitening.npz",
-        "pipelines/web/serving/templates/base.html.j2",
+        "pipelines/web/templates/base.html.j2",
     ):
         assert needed in names
     shipped = {name for name in names if name.startswith("pipelines/web/report/")}

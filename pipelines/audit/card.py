@@ -7,7 +7,7 @@ from curation import storage
 from curation.dataset import MANIFEST, Dataset
 from curation.errors import DatasetError
 from pipelines.audit.dataset_stats import Stats
-from pipelines.audit.funnel import FunnelRow, funnel
+from pipelines.audit.funnel import funnel
 from pipelines.audit.markdown import as_code, as_text
 from pipelines.audit.run_stats import run_stats
 from pipelines.audit.work_folder import WorkFolder
@@ -15,6 +15,8 @@ from pipelines.run.run_record import POOL, RunRecord
 
 Json = dict[str, Any]
 
+_SHARDS = "shards"
+"""Id of the files that fields name as their source."""
 _MAX_FILES = 1000
 """Croissant lists so many files one by one."""
 _TYPES = {
@@ -26,12 +28,12 @@ _TYPES = {
     "bool": "sc:Boolean",
 }
 _ABOUT = {
-    "id": "32 hex characters: blake2b-128 of the normalised source",
+    "id": "32 hex characters: blake2b-128 of the normalized source",
     "source": "URL, or path below the set's folder",
     "source_set": "set that the image came with",
     "alt": "alternative text of the page, where the list had it",
     "page": "page that showed the image, where the list had it",
-    "license": "licence, where the list had it",
+    "license": "license, where the list had it",
     "crawled_at": "when a crawler saw that page, for rows from web archives",
     "width": "pixels of the stored image",
     "height": "pixels of the stored image",
@@ -46,11 +48,11 @@ _ABOUT = {
     "rule": "sample: nearest images of a seed; cluster: images of a cluster with seeds",
     "seed_id": "the seed image, for rule sample",
     "rank": "place among the images of the seed or the cluster",
-    "similarity": "cosine to the seed, or to the cluster's centre",
+    "similarity": "cosine to the seed, or to the cluster's center",
     "cluster": "number of the cluster, for rule cluster",
 }
 _LIMITS = (
-    "Images come from the web: licences are known only where the list of URLs told them.",
+    "Images come from the web: licenses are known only where the list of URLs told them.",
     "Filters err: harmless images are dropped, and unsafe ones can pass below the thresholds.",
     "Copies beyond the threshold's reach (heavy crops, collages) can remain, and so can leaks.",
     "Retrieval follows curated seeds: their bias towards places, people and objects is inherited.",
@@ -87,33 +89,38 @@ def card_text(work: WorkFolder) -> str:
         "\n## Sources\n",
         *_sources(record),
         "\n## How it was made\n",
-        *_stage_table(funnel(record)),
+        "| stage | in | added | dropped | out | reasons |",
+        "|---|---:|---:|---:|---:|---|",
+        *(
+            f"| {as_text(row.stage)} | {row.rows_in:,} | {row.added:,} | {row.num_dropped:,} "
+            f"| {row.rows_out:,} | {as_text(row.reasons)} |"
+            for row in funnel(record)
+        ),
         "\n## Composition\n",
         *_composition(facts),
         "\n## Thresholds\n",
-        *_thresholds(facts),
+        *(
+            f"- {as_text(score['stage'])}: {as_text(score['score'])} against "
+            + ", ".join(f"{value:.6g}" for value in score["thresholds"])
+            for score in facts["scores"]
+            if score["thresholds"]  # an encoder's own, too
+        ),
         *_encoders(work),
         "\n## Settings\n",
-        *_settings(record),
+        *(
+            f"- {as_text(one.stage)}: {as_code(json.dumps(one.record.settings, sort_keys=True))}"
+            for one in record.pool
+            if one.record.settings
+        ),
         "\n## Known limits\n",
         *(f"- {limit}" for limit in _LIMITS),
         "\n## Columns\n",
         *(
             f"- {as_code(name)}: {_ABOUT.get(name, '')}"
-            for name in (work.manifest or _none()).columns
+            for name in (work.manifest.columns if work.manifest else ())
         ),
     ]
     return "\n".join(parts) + "\n"
-
-
-def _thresholds(facts: Stats) -> list[str]:
-    """What each score was judged by in fact, an encoder's own threshold included."""
-    return [
-        f"- {as_text(score['stage'])}: {as_text(score['score'])} against "
-        + ", ".join(f"{value:.6g}" for value in score["thresholds"])
-        for score in facts["scores"]
-        if score["thresholds"]
-    ]
 
 
 def _encoders(work: WorkFolder) -> list[str]:
@@ -135,7 +142,7 @@ def _encoders(work: WorkFolder) -> list[str]:
 
 def croissant(record: RunRecord, manifest: Dataset) -> Json:
     """The card for machines: Croissant 1.0, the Parquet files and the fields of their rows."""
-    files, source = _files(manifest)
+    files = _files(manifest)
     return {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
@@ -152,14 +159,24 @@ def croissant(record: RunRecord, manifest: Dataset) -> Json:
                 "name": "images",
                 "description": "One image of the set a row.",
                 "key": {"@id": "images/id"},
-                "field": [_field(n, t, source) for n, t in manifest.manifest.columns.items()],
+                "field": [
+                    {
+                        "@type": "cr:Field",
+                        "@id": f"images/{name}",
+                        "name": name,
+                        "description": _ABOUT.get(name, ""),
+                        "dataType": _TYPES.get(kind, "sc:Text"),
+                        "source": {"fileSet": {"@id": _SHARDS}, "extract": {"column": name}},
+                    }
+                    for name, kind in manifest.manifest.columns.items()
+                ],
             }
         ],
     }
 
 
-def _files(manifest: Dataset) -> tuple[list[Json], str]:
-    """What the data lies in, and the id that fields name as their source."""
+def _files(manifest: Dataset) -> list[Json]:
+    """What the data lies in."""
     shards = manifest.manifest.shards
     index = {
         "@type": "cr:FileObject",
@@ -170,39 +187,27 @@ def _files(manifest: Dataset) -> tuple[list[Json], str]:
         "encodingFormat": "application/json",
         "sha256": storage.digest_file(storage.join(manifest.path, MANIFEST))["sha256"],
     }
-    listed = [_file(one.name, one.sha256, one.num_bytes) for one in shards[:_MAX_FILES]]
+    listed = [
+        {
+            "@type": "cr:FileObject",
+            "@id": one.name,
+            "name": one.name,
+            "contentUrl": f"manifest/{one.name}",
+            "contentSize": f"{one.num_bytes} B",
+            "encodingFormat": "application/x-parquet",
+            "sha256": one.sha256,
+        }
+        for one in shards[:_MAX_FILES]
+    ]
     together = {
         "@type": "cr:FileSet",
-        "@id": "shards",
-        "name": "shards",
+        "@id": _SHARDS,
+        "name": _SHARDS,
         "containedIn": [{"@id": one["@id"]} for one in listed],
         "encodingFormat": "application/x-parquet",
         "includes": "*.parquet",
     }
-    return [index, *listed, together], "shards"
-
-
-def _file(name: str, sha256: str, num_bytes: int) -> Json:
-    return {
-        "@type": "cr:FileObject",
-        "@id": name,
-        "name": name,
-        "contentUrl": f"manifest/{name}",
-        "contentSize": f"{num_bytes} B",
-        "encodingFormat": "application/x-parquet",
-        "sha256": sha256,
-    }
-
-
-def _field(name: str, kind: str, source: str) -> Json:
-    return {
-        "@type": "cr:Field",
-        "@id": f"images/{name}",
-        "name": name,
-        "description": _ABOUT.get(name, ""),
-        "dataType": _TYPES.get(kind, "sc:Text"),
-        "source": {"fileSet": {"@id": source}, "extract": {"column": name}},
-    }
+    return [index, *listed, together]
 
 
 def _sources(record: RunRecord) -> list[str]:
@@ -214,18 +219,6 @@ def _sources(record: RunRecord) -> list[str]:
         rows = entries[0].record.rows_in
         shown = f"{as_text(flow)} ({as_text(used)})"
         lines.append(f"- {shown}: {rows:,} rows of {as_code(place)}")
-    return lines
-
-
-def _stage_table(rows: list[FunnelRow]) -> list[str]:
-    lines = ["| stage | in | added | dropped | out | reasons |", "|---|---:|---:|---:|---:|---|"]
-    for row in rows:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in row.dropped.items())
-        dropped = sum(row.dropped.values())
-        lines.append(
-            f"| {as_text(row.stage)} | {row.rows_in:,} | {row.added:,} | {dropped:,} "
-            f"| {row.rows_out:,} | {as_text(reasons)} |"
-        )
     return lines
 
 
@@ -245,20 +238,8 @@ def _composition(facts: Stats) -> list[str]:
     return [*lines, *([f"- hosts: {hosts}"] if hosts else [])]
 
 
-def _settings(record: RunRecord) -> list[str]:
-    return [
-        f"- {as_text(entry.stage)}: {as_code(json.dumps(entry.record.settings, sort_keys=True))}"
-        for entry in record.pool
-        if entry.record.settings
-    ]
-
-
 def _code(text: str | None) -> str:
     return "none" if text is None else as_code(text)
-
-
-def _none() -> Dataset:
-    raise DatasetError("there is no manifest")
 
 
 _CONTEXT: Json = {

@@ -1,6 +1,6 @@
 """What changed between two builds, and why: `curate diff`."""
 
-from typing import Any
+from collections.abc import Mapping
 
 from curation.dataset import Dataset
 from curation.errors import DatasetError
@@ -8,7 +8,7 @@ from pipelines.audit.tables import Row, Tables
 from pipelines.audit.work_folder import WorkFolder
 from pipelines.run.run_record import RunRecord
 
-Diff = dict[str, Any]
+Diff = Row
 
 _EXAMPLES = 5
 _COMPARED = ("seed_set", "rule", "seed_id", "rank", "similarity", "source_set", "sha256")
@@ -64,7 +64,7 @@ def changed_stages(before: RunRecord, after: RunRecord) -> list[Row]:
     ]
 
 
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[Row]:
+def _changed(old: Mapping[str, object], new: Mapping[str, object]) -> list[Row]:
     return [
         {"setting": name, "old": old.get(name), "new": new.get(name)}
         for name in dict.fromkeys([*old, *new])
@@ -76,7 +76,13 @@ def _changed_images(before: WorkFolder, after: WorkFolder) -> Diff:
     """Images that left and came, each with what the other build did with them."""
     with Tables() as tables:
         for name, work in (("old", before), ("new", after)):
-            _define(tables, name, work)
+            if not tables.add(f"{name}_manifest", _manifest(work)):
+                empty = ", ".join(f"null as {column}" for column in ("id", *_COMPARED))
+                tables.run(f"create temp view {name}_manifest as select {empty} where false")
+            stages = work.all_stages()
+            order = [{"place": number} for number in range(len(stages))]
+            if not tables.add(f"{name}_decisions", *(s.decisions for s in stages), labels=order):
+                raise DatasetError(f"{work.path}: its stages hold no decisions")
         left, came = _moved(tables, "old", "new"), _moved(tables, "new", "old")
         same = " and ".join(f"o.{c} is not distinct from n.{c}" for c in _COMPARED)
         stayed = tables.first(
@@ -84,17 +90,6 @@ def _changed_images(before: WorkFolder, after: WorkFolder) -> Diff:
             "from old_manifest o join new_manifest n using (id)"
         )
     return {"left": left, "came": came, "stayed": stayed["rows"], "changed": stayed["changed"]}
-
-
-def _define(tables: Tables, name: str, work: WorkFolder) -> None:
-    """Views of one build: its manifest, and who fell where."""
-    empty = ", ".join(f"null as {column}" for column in ("id", *_COMPARED))
-    if not tables.add(f"{name}_manifest", _manifest(work)):
-        tables.run(f"create temp view {name}_manifest as select {empty} where false")
-    stages = work.all_stages()
-    order = [{"place": number} for number in range(len(stages))]
-    if not tables.add(f"{name}_decisions", *(s.decisions for s in stages), labels=order):
-        raise DatasetError(f"{work.path}: its stages hold no decisions")
 
 
 def _moved(tables: Tables, one: str, other: str) -> list[Row]:

@@ -1,22 +1,20 @@
 """One image's whole life: where it came from, every verdict on it, and where it lies now."""
 
 import re
-from typing import Any
 
 import numpy as np
 
 from curation import storage
-from curation.dataset import Dataset
 from curation.errors import DatasetError
 from curation.exchange import bucket_of_id
 from curation.identity import file_source, normalise_url
 from curation.schema import ID, make_id
 from pipelines.audit.lookup import find_rows
+from pipelines.audit.tables import Row, select
 from pipelines.audit.work_folder import FinishedStage, WorkFolder
 from pipelines.run.run_record import POOL
 
-Life = dict[str, Any]
-Row = dict[str, Any]
+Life = Row
 
 _SHOWN_HITS = 10
 _BULKY = ("image", "raw", "embedding")
@@ -70,26 +68,20 @@ def ids_in(folder: WorkFolder, flow: str, text: str) -> list[str]:
     first = folder.stages(flow)[0]
     settings = first.entry.record.settings
     wanted = possible_ids(text, [settings.get("source_set") or flow])
-    if re.fullmatch("[0-9a-fA-F]{8,31}", text):
-        return _with_prefix(first, text.lower())
-    return [one for one in wanted if _holds(first, one)]
-
-
-def _holds(stage: FinishedStage, row_id: str) -> bool:
-    shard = stage.shard_of(row_id)
-    return len(find_rows(stage.decisions, shard, [row_id], [])) > 0
-
-
-def _with_prefix(stage: FinishedStage, prefix: str) -> list[str]:
-    """Ids that begin with some digits: 8 of them tell the shard."""
-    shard = stage.shard_of(prefix.ljust(32, "0"))
-    ids = stage.decisions.read_shard(shard, [ID])[ID].to_pylist()
-    return sorted({one for one in ids if one.startswith(prefix)})
+    if re.fullmatch("[0-9a-fA-F]{8,31}", text):  # 8 digits tell the shard
+        shard = first.shard_of(text.lower().ljust(32, "0"))
+        ids = first.decisions.read_shard(shard, [ID])[ID].to_pylist()
+        return sorted({one for one in ids if one.startswith(text.lower())})
+    return [i for i in wanted if find_rows(first.decisions, first.shard_of(i), [i], []).num_rows]
 
 
 def explain_row(folder: WorkFolder, flow: str, row_id: str) -> Life:
     """The life of a row that a flow surely holds."""
-    verdicts = [row for stage in path_of(folder, flow) for row in _verdicts(stage, flow, row_id)]
+    verdicts = []
+    for stage in path_of(folder, flow):
+        rows = find_rows(stage.decisions, stage.shard_of(row_id, flow), [row_id]).to_pylist()
+        rows.sort(key=lambda row: not row["keep"])  # two where the list held its URL repeatedly
+        verdicts += [_verdict(stage, row) for row in rows[:2]]
     life: Life = {"id": row_id, "flow": flow, "fate": fate(verdicts)}
     life["origin"] = side_car_row(folder, flow, "rows", row_id)
     life["fetch"] = side_car_row(folder, flow, "fetches", row_id)
@@ -97,16 +89,12 @@ def explain_row(folder: WorkFolder, flow: str, row_id: str) -> Life:
     life["verdicts"] = verdicts
     life["sources"] = _sources_of_twins(folder, verdicts, flow)
     life["hits"] = _hits(folder, flow, row_id)
-    if verdicts[-1]["keep"] and _joins(folder, flow):
+    if verdicts[-1]["keep"] and flow in (POOL, *folder.record.as_is):
         life["manifest"] = _in_manifest(folder, flow, row_id)
         life["packed"] = place_in_tar(folder, flow, row_id)
         if life["manifest"]:
             life["fate"] = "in the set"
     return life
-
-
-def _joins(folder: WorkFolder, flow: str) -> bool:
-    return flow == POOL or flow in folder.record.as_is
 
 
 def path_of(folder: WorkFolder, flow: str) -> list[FinishedStage]:
@@ -115,13 +103,6 @@ def path_of(folder: WorkFolder, flow: str) -> list[FinishedStage]:
     if flow == POOL or flow not in folder.record.as_is:
         return own
     return [*own, *(stage for stage in folder.stages(POOL) if stage.is_union)]
-
-
-def _verdicts(stage: FinishedStage, flow: str, row_id: str) -> list[Row]:
-    """A stage's decisions on a row; more than one where the list held its URL repeatedly."""
-    shard = stage.shard_of(row_id, flow)
-    rows = find_rows(stage.decisions, shard, [row_id]).to_pylist()
-    return [_verdict(stage, row) for row in sorted(rows, key=lambda row: not row["keep"])][:2]
 
 
 def _verdict(stage: FinishedStage, row: Row) -> Row:
@@ -168,19 +149,12 @@ def _places(folder: WorkFolder, flow: str) -> list[tuple[WorkFolder, str]]:
 
 def _hits(folder: WorkFolder, flow: str, row_id: str) -> list[Row]:
     """Seeds that fetched a row of the pool, or what a seed fetched."""
-    hits = folder.hits
-    if hits is None or flow in folder.record.as_is:
-        return []
-    if flow == POOL:
+    hits = None if flow in folder.record.as_is else folder.hits
+    if hits is not None and flow == POOL:
         rows = find_rows(hits, bucket_of_id(row_id, hits.num_shards), [row_id]).to_pylist()
         return sorted(rows, key=lambda row: (-row["similarity"], row["seed_set"]))[:_SHOWN_HITS]
-    from pipelines.audit.tables import Tables
-
-    with Tables() as tables:
-        if not tables.add("hits", hits):
-            return []
-        query = "select * from hits where seed_set = ? and seed_id = ? order by rank limit ?"
-        return tables.rows(query, [flow, row_id, _SHOWN_HITS])
+    query = "select * from rows where seed_set = ? and seed_id = ? order by rank limit ?"
+    return select(hits, query, [flow, row_id, _SHOWN_HITS])
 
 
 def _in_manifest(folder: WorkFolder, flow: str, row_id: str) -> Row | None:
@@ -198,24 +172,18 @@ def _in_manifest(folder: WorkFolder, flow: str, row_id: str) -> Row | None:
 
 
 def place_in_tar(folder: WorkFolder, flow: str, row_id: str) -> Row | None:
-    """The tar that holds an image: tars take neighbouring shards in their order."""
+    """The tar that holds an image: tars take neighboring shards in their order."""
     stage, packed = folder.packing, folder.packed
     if stage is None or packed is None:
         return None
-    place = _tar_of(stage.decisions, packed, stage.shard_of(row_id, flow))
-    if place is None:
+    shard = stage.shard_of(row_id, flow)
+    kept = [info.num_kept or 0 for info in stage.decisions.manifest.shards]
+    if not kept[shard]:
         return None
+    ends = np.cumsum([info.num_rows for info in packed.manifest.shards])
+    place = int(np.searchsorted(ends, sum(kept[:shard]), side="right"))
     rows = find_rows(packed, place, [row_id]).to_pylist()
     if not rows:
         return None
     tar = next(iter(packed.manifest.shards[place].companion), "")
     return {"file": storage.join(packed.path, tar), **rows[0]}
-
-
-def _tar_of(decisions: Dataset, packed: Dataset, shard: int) -> int | None:
-    """Number of the tar that holds a shard's rows; None where the shard kept none."""
-    kept = [info.num_kept or 0 for info in decisions.manifest.shards]
-    if not kept[shard]:
-        return None
-    ends = np.cumsum([info.num_rows for info in packed.manifest.shards])
-    return int(np.searchsorted(ends, sum(kept[:shard]), side="right"))

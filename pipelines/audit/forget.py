@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,12 +23,11 @@ from curation.lock import locked
 from curation.schema import ID, KEEP
 from curation.stage import DECISIONS, StageFolder
 from pipelines.audit import tombstones
-from pipelines.audit.explain import ids_in
-from pipelines.audit.seal import SEAL_FILE, write_seal
-from pipelines.audit.tables import Row, Tables
-from pipelines.audit.work_folder import FinishedStage, WorkFolder
-from pipelines.run.run_record import POOL, RUN_FILE, StageEntry, read_run
-from pipelines.web.serving.catalog_file import FILE as CATALOG
+from pipelines.audit.explain import ids_in, side_car_row
+from pipelines.audit.seal import PRETRAIN, REPORT, SEAL_FILE, write_seal
+from pipelines.audit.tables import Row, select
+from pipelines.audit.work_folder import CATALOG_FILE, FinishedStage, WorkFolder
+from pipelines.run.run_record import POOL, RUN_FILE, read_run
 
 Kind = Literal["ids", "urls", "hashes"]
 Targets = dict[str, set[str]]
@@ -36,6 +35,9 @@ Targets = dict[str, set[str]]
 
 JOURNAL = "_forgetting.json"
 _BLOCK = 512
+_HASHES = ("sha256", "pixel_hash", "phash")
+_WEIGHTS = (".safetensors", ".pt", ".pth")
+"""Files below `pretrain`: all were trained on the set as it was."""
 
 
 @dataclass
@@ -67,69 +69,76 @@ def forget(path: str, kind: Kind, wanted: Sequence[str], *, near: bool = False) 
     """
     read_run(path.rstrip("/"))
     with locked(path.rstrip("/")):
-        return _forget(WorkFolder(path.rstrip("/")), kind, wanted, near=near)
+        work = WorkFolder(path.rstrip("/"))
+        return _forget(work, *_find(work, kind, wanted, near=near))
 
 
-def _forget(work: WorkFolder, kind: Kind, wanted: Sequence[str], *, near: bool) -> Forgotten:
-    found, not_found = _resolve(work, kind, wanted)
-    if near:
-        found = {flow: _with_copies(work, flow, ids) for flow, ids in found.items()}
+def _forget(work: WorkFolder, found: Targets, not_found: list[str]) -> Forgotten:
     journal = storage.join(work.path, JOURNAL)
     resumed = storage.exists(journal)
-    rows = _describe(work, found)
+    rows: list[Row] = [
+        {"flow": flow, "id": row_id, **{name: image.get(name) for name in _HASHES}}
+        for flow, ids in found.items()
+        for row_id in sorted(ids)
+        for image in [side_car_row(work, flow, "images", row_id) or {}]
+    ]
     if resumed:
-        before = storage.read_json(journal)
-        rows = [*before["rows"], *(row for row in rows if row not in before["rows"])]
-        found = _targets(rows)
+        before = storage.read_json(journal)["rows"]
+        rows = [*before, *(row for row in rows if row not in before)]
+        found = {row["flow"]: set() for row in rows}
+        for row in rows:
+            found[row["flow"]].add(row["id"])
     if not rows:
         return Forgotten(not_found=not_found)
     storage.write_json(journal, {"rows": rows})
-    storage.remove(storage.join(work.path, CATALOG))
-    _forget_all(work, found, everywhere=resumed)
+    storage.remove(storage.join(work.path, CATALOG_FILE))
+    _rewrite_all(work, found, everywhere=resumed)
+    weights = storage.walk_files(storage.join(work.path, PRETRAIN))
     done = WorkFolder(work.path)
-    result = Forgotten(rows, not_found, _checkpoints(work))
-    result.tombstones = _write_tombstones(work.path, rows)
-    if done.manifest is not None:
-        result.content_digest = done.manifest.manifest.content_digest
-    _write_page_again(done)
+    result = Forgotten(
+        rows=rows,
+        not_found=not_found,
+        checkpoints=[
+            storage.join(work.path, PRETRAIN, name) for name in weights if name.endswith(_WEIGHTS)
+        ],
+        content_digest=done.manifest.manifest.content_digest if done.manifest else "",
+        tombstones=_write_tombstones(work.path, rows),
+    )
+    page = storage.join(work.path, REPORT)
+    if storage.exists(page):  # it shows thumbnails
+        from pipelines.web.report.page import write_page
+
+        write_page(work.path, page)
     if storage.exists(storage.join(work.path, SEAL_FILE)):
         write_seal(work.path, done.record)
     storage.remove(journal)
     return result
 
 
-def _resolve(work: WorkFolder, kind: Kind, wanted: Sequence[str]) -> tuple[Targets, list[str]]:
+def _find(
+    work: WorkFolder, kind: Kind, wanted: Sequence[str], *, near: bool
+) -> tuple[Targets, list[str]]:
     """Ids by flow, and the texts that stand for none."""
     texts = [text.strip() for text in wanted if text.strip()]
     if not texts:
         raise ConfigError("curate forget: the list names nothing")
     found: Targets = {}
     missing = []
+    query = "select id from rows where sha256 = ? union select id from rows where pixel_hash = ?"
     for text in texts:
-        hits = _by_hash(work, text) if kind == "hashes" else _by_name(work, text)
-        for flow, ids in hits.items():
-            found.setdefault(flow, set()).update(ids)
+        hits: Targets = {}
+        for flow in work.flows:
+            if kind == "hashes":
+                rows = select(work.output(flow, "images"), query, [text.lower()] * 2)
+                hits[flow] = {row["id"] for row in rows}
+            else:
+                hits[flow] = set(ids_in(work, flow, text))
+            found.setdefault(flow, set()).update(hits[flow])
         if not any(hits.values()):
             missing.append(text)
+    if near:
+        found = {flow: _with_copies(work, flow, ids) for flow, ids in found.items()}
     return found, missing
-
-
-def _by_name(work: WorkFolder, text: str) -> Targets:
-    return {flow: set(ids_in(work, flow, text)) for flow in work.flows}
-
-
-def _by_hash(work: WorkFolder, text: str) -> Targets:
-    found: Targets = {}
-    for flow in work.flows:
-        stage = work.making(flow, "images")
-        with Tables() as tables:
-            if stage is not None and tables.add("images", stage.output("images")):
-                query = (
-                    "select id from images where sha256 = ? union "
-                    "select id from images where pixel_hash = ?"
-                )
-                found[flow] = {row["id"] for row in tables.rows(query, [text.lower()] * 2)}
-    return found
 
 
 def _with_copies(work: WorkFolder, flow: str, ids: set[str]) -> set[str]:
@@ -138,63 +147,37 @@ def _with_copies(work: WorkFolder, flow: str, ids: set[str]) -> set[str]:
     for stage in work.stages(flow):
         columns = stage.decisions.columns
         key = "component" if "component" in columns else "twin"
-        if key not in columns or ("twin_set" in columns and key == "twin"):
-            continue
-        with Tables() as tables:
-            if tables.add("verdicts", stage.decisions):
-                query = (
-                    f"with named as (select id from verdicts where list_contains(?, id) union "
-                    f"select {key} from verdicts where list_contains(?, id) and {key} is not null) "
-                    f"select id from verdicts where id in (select id from named) "
-                    f"or {key} in (select id from named)"
-                )
-                found |= {row["id"] for row in tables.rows(query, [sorted(found)] * 2)}
-    return found
-
-
-def _describe(work: WorkFolder, found: Targets) -> list[Row]:
-    """What tombstones say of each image."""
-    from pipelines.audit.explain import side_car_row
-
-    rows = []
-    for flow, ids in found.items():
-        for row_id in sorted(ids):
-            image = side_car_row(work, flow, "images", row_id) or {}
-            rows.append(
-                {
-                    "flow": flow,
-                    "id": row_id,
-                    **{name: image.get(name) for name in ("sha256", "pixel_hash", "phash")},
-                }
+        if key in columns and (key == "component" or "twin_set" not in columns):
+            query = (
+                f"with named as (select id from rows where list_contains(?, id) union "
+                f"select {key} from rows where list_contains(?, id) and {key} is not null) "
+                f"select id from rows where id in (select id from named) "
+                f"or {key} in (select id from named)"
             )
-    return rows
-
-
-def _targets(rows: Iterable[Row]) -> Targets:
-    found: Targets = {}
-    for row in rows:
-        found.setdefault(row["flow"], set()).add(row["id"])
+            rows = select(stage.decisions, query, [sorted(found)] * 2)
+            found |= {row["id"] for row in rows}
     return found
 
 
-def _forget_all(work: WorkFolder, found: Targets, *, everywhere: bool) -> None:
+def _rewrite_all(work: WorkFolder, found: Targets, *, everywhere: bool) -> None:
     """Rewrite stages, packed shards and manifest, then the record of the run."""
     flows = {}
     for flow in work.flows:
-        entries = []
-        for stage in work.stages(flow):
-            record = _forget_in_stage(work, stage, found, everywhere=everywhere)
-            entries.append(stage.entry.replace(record=record.model_dump()))
-        flows[flow] = entries
-    for dataset in (work.manifest,):
-        if dataset is not None:
-            _rewrite(dataset, range(dataset.num_shards), set().union(*found.values()))
+        flows[flow] = [
+            {
+                **stage.entry.model_dump(),
+                "record": _forget_in_stage(work, stage, found, everywhere=everywhere).model_dump(),
+            }
+            for stage in work.stages(flow)
+        ]
+    if work.manifest is not None:
+        _rewrite(work.manifest, range(work.manifest.num_shards), set().union(*found.values()))
     _write_run(work, flows)
 
 
-def _write_run(work: WorkFolder, flows: dict[str, list[StageEntry]]) -> None:
-    sets = {name: [e.model_dump() for e in flows[name]] for name in work.record.sets}
-    record = work.record.replace(pool=[e.model_dump() for e in flows[POOL]], sets=sets)
+def _write_run(work: WorkFolder, flows: dict[str, list[Row]]) -> None:
+    sets = {name: flows[name] for name in work.record.sets}
+    record = work.record.replace(pool=flows[POOL], sets=sets)
     storage.write_json(storage.join(work.path, RUN_FILE), record.model_dump(mode="json"))
 
 
@@ -202,12 +185,15 @@ def _forget_in_stage(
     work: WorkFolder, stage: FinishedStage, found: Targets, *, everywhere: bool
 ) -> StageRecord:
     """Rewrite the shards that hold forgotten rows, their receipts and the stage's record."""
-    ids, touched = _places(stage, found)
     done = stage.entry.record
+    mine = {flow: found.get(flow, set()) for flow in stage.ranges}
+    ids = set().union(*mine.values())
+    touched = sorted({stage.shard_of(one, flow) for flow, some in mine.items() for one in some})
     aligned = {}
     for name in done.outputs:
         dataset = stage.output(name)
-        if dataset.num_shards == stage.decisions.num_shards and _is_present(dataset):
+        present = all(storage.exists(dataset.shard_path(i)) for i in range(dataset.num_shards))
+        if dataset.num_shards == stage.decisions.num_shards and present:  # raw bytes are deleted
             aligned[name] = _rewrite(dataset, touched, ids)
     for shard in touched:
         _rewrite_receipt(stage, shard, aligned)
@@ -224,13 +210,6 @@ def _forget_in_stage(
     return record
 
 
-def _places(stage: FinishedStage, found: Targets) -> tuple[set[str], list[int]]:
-    """Ids that the stage may hold, and the shards where they lie."""
-    mine = {flow: found.get(flow, set()) for flow in stage.ranges}
-    touched = {stage.shard_of(one, flow) for flow, ids in mine.items() for one in ids}
-    return set().union(*mine.values()), sorted(touched)
-
-
 def _rewrite(
     dataset: Dataset, shards: Iterable[int], ids: set[str], seeds: Targets | None = None
 ) -> Dataset:
@@ -244,15 +223,11 @@ def _rewrite(
             seed = pc.is_in(table["seed_id"], pa.array(sorted(some), pa.string()))
             gone = pc.or_(gone, pc.and_(pc.fill_null(of_set, False), seed))
         left = table.filter(pc.invert(gone))
-        if left.num_rows < table.num_rows or shard in _unlike(dataset, shard, table):
+        rewritten = table.num_rows != infos[shard].num_rows  # by a run that was then killed
+        if rewritten or left.num_rows < table.num_rows:
             companion = infos[shard].companion
             infos[shard] = write_shard(dataset.path, shard, left, companion=companion)
     return _recommit(dataset, infos)
-
-
-def _unlike(dataset: Dataset, shard: int, table: pa.Table) -> set[int]:
-    """The shard, if it was written again by a run of this command that was then killed."""
-    return {shard} if table.num_rows != dataset.manifest.shards[shard].num_rows else set()
 
 
 def _recommit(dataset: Dataset, infos: Sequence[ShardInfo]) -> Dataset:
@@ -338,7 +313,8 @@ def _copy_tar(path: str, ids: set[str]) -> tuple[str, dict[str, int]]:
             if stem in ids:
                 continue
             header = member.offset_data - member.offset
-            data = _read_at(source, member.offset, header + -(-member.size // _BLOCK) * _BLOCK)
+            source.seek(member.offset)
+            data = source.read(header + -(-member.size // _BLOCK) * _BLOCK)
             if ending == "jpg":
                 offsets[stem] = position + header
             target.write(data)
@@ -348,11 +324,6 @@ def _copy_tar(path: str, ids: set[str]) -> tuple[str, dict[str, int]]:
         target.write(end)
         digest.update(end)
     return digest.hexdigest(), offsets
-
-
-def _read_at(file: IO[bytes], offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
 
 
 def _write_tombstones(path: str, rows: list[Row]) -> list[str]:
@@ -366,26 +337,3 @@ def _write_tombstones(path: str, rows: list[Row]) -> list[str]:
         storage.write_bytes(file, "".join(f"{line}\n" for line in lines).encode())
         paths.append(file)
     return paths
-
-
-def _checkpoints(work: WorkFolder) -> list[str]:
-    """Weights below the work folder: all were trained on the set as it was."""
-    root = storage.join(work.path, "pretrain")
-    if not storage.exists(root):
-        return []
-    endings = (".safetensors", ".pt", ".pth")
-    return [storage.join(root, name) for name in storage.walk_files(root) if name.endswith(endings)]
-
-
-def _write_page_again(work: WorkFolder) -> None:
-    """The report shows thumbnails: write it anew where there is one."""
-    page = storage.join(work.path, "report.html")
-    if storage.exists(page):
-        from pipelines.web.report.page import write_page
-
-        write_page(work.path, page)
-
-
-def _is_present(dataset: Dataset) -> bool:
-    """Whether its shards are there: raw bytes are deleted after use."""
-    return all(storage.exists(dataset.shard_path(i)) for i in range(dataset.num_shards))

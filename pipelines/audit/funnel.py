@@ -17,6 +17,16 @@ class FunnelRow:
     dropped: dict[str, int]
     rows_out: int
 
+    @property
+    def num_dropped(self) -> int:
+        """Rows dropped for any reason."""
+        return sum(self.dropped.values())
+
+    @property
+    def reasons(self) -> str:
+        """The reasons, each with its rows."""
+        return ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.items())
+
 
 def funnel(record: RunRecord) -> list[FunnelRow]:
     """Rows of the pool's stages, in order; each one's rows in are the last one's rows out."""
@@ -38,7 +48,7 @@ def set_funnels(record: RunRecord) -> dict[str, list[FunnelRow]]:
 
 def adds_up(rows: list[FunnelRow]) -> bool:
     """Whether rows in + added = dropped + rows out, at every stage."""
-    return all(row.rows_in + row.added == sum(row.dropped.values()) + row.rows_out for row in rows)
+    return all(row.rows_in + row.added == row.num_dropped + row.rows_out for row in rows)
 
 
 def _row(flow: str, entry: StageEntry, before: int | None) -> FunnelRow:

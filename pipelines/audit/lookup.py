@@ -19,8 +19,7 @@ def find_rows(
     """Rows of one shard with some ids; columns that the data set lacks are left out."""
     names = None if columns is None else [ID, *(c for c in columns if c in dataset.columns)]
     with dataset.open_shard(shard) as file:
-        groups = groups_with(file, ids)
-        table = file.read_row_groups(groups, columns=names)
+        table = file.read_row_groups(groups_with(file, ids), columns=names)
     return table.filter(pc.is_in(table[ID], pa.array(list(ids), pa.string())))
 
 

@@ -4,13 +4,13 @@ import html
 import re
 
 
-def as_text(text: object) -> str:
+def as_text(text: str | float | None) -> str:
     """A text on one line, with all that Markdown or HTML would take for markup escaped."""
     line = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
-def as_code(text: object) -> str:
+def as_code(text: str | float | None) -> str:
     """A text as code: the fence is longer than any run of backticks in it."""
     line = " ".join(str(text).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))

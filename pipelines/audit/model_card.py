@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import yaml
 
 from curation import storage
@@ -16,7 +15,7 @@ from pipelines.audit.markdown import as_code, as_text
 from pipelines.audit.work_folder import WorkFolder
 
 UNKNOWN = "unknown"
-_LICENCES_SHOWN = 20
+_LICENSES_SHOWN = 20
 _LOADING = {
     "safetensors": "from embedder.checkpoint import load_backbone\n"
     'model = load_backbone("{out}/model.safetensors")',
@@ -27,6 +26,12 @@ _LOADING = {
     'model = AutoModel.from_pretrained("{out}")\n'
     'processor = AutoImageProcessor.from_pretrained("{out}")',
     "timm": 'import timm\nmodel = timm.create_model("local-dir:{out}", pretrained=True)',
+}
+_LIBRARIES = {
+    "safetensors": "pytorch",
+    "onnx": "onnx",
+    "huggingface": "transformers",
+    "timm": "timm",
 }
 _POSITIONS = {
     "huggingface": "`transformers` interpolates positions of models without registers without the "
@@ -49,8 +54,8 @@ class DataFacts:
     """Rows that the recipe began with."""
     sets: Counter[str] = field(default_factory=Counter)
     """Images by set."""
-    licences: Counter[str] = field(default_factory=Counter)
-    """Images by licence, `unknown` for those without one."""
+    licenses: Counter[str] = field(default_factory=Counter)
+    """Images by license, `unknown` for those without one."""
 
 
 def data_facts(path: str | None, recorded: dict[str, Any] | None = None) -> DataFacts:
@@ -60,7 +65,8 @@ def data_facts(path: str | None, recorded: dict[str, Any] | None = None) -> Data
     """
     recorded = recorded or {}
     path = path or recorded.get("path")
-    work = None if path is None else _work_folder(path)
+    places = [] if path is None else [path.rstrip("/"), path.rstrip("/").rpartition("/")[0]]
+    work = next((WorkFolder(place) for place in places if WorkFolder.is_one(place)), None)
     if work is not None and work.manifest is not None:
         record, dataset = work.record, work.manifest
         entries = [record.pool[0], *(record.sets[name][0] for name in record.as_is)]
@@ -73,19 +79,14 @@ def data_facts(path: str | None, recorded: dict[str, Any] | None = None) -> Data
     return DataFacts(str(path or UNKNOWN), digest, recorded.get("images"))
 
 
-def _work_folder(path: str) -> WorkFolder | None:
-    """The finished run that a path is, or lies in."""
-    parent = path.rstrip("/").rpartition("/")[0]
-    return next((WorkFolder(p) for p in (path.rstrip("/"), parent) if WorkFolder.is_one(p)), None)
-
-
 def _facts(path: str, dataset: Dataset, recipe: str, listed: int | None) -> DataFacts:
     counters: dict[str, Counter[str]] = {"source_set": Counter(), "license": Counter()}
     present = [name for name in counters if name in dataset.columns]
     for index in range(dataset.num_shards if present else 0):
         table = dataset.read_shard(index, present)
         for name in present:
-            counters[name].update(_counted(table[name]))
+            for pair in table[name].value_counts().to_pylist():
+                counters[name][str(pair["values"] or UNKNOWN)] += pair["counts"]
     return DataFacts(
         path,
         dataset.manifest.content_digest,
@@ -95,11 +96,6 @@ def _facts(path: str, dataset: Dataset, recipe: str, listed: int | None) -> Data
         counters["source_set"],
         counters["license"],
     )
-
-
-def _counted(column: pa.ChunkedArray) -> dict[str, int]:
-    pairs = column.value_counts().to_pylist()
-    return {str(pair["values"] or UNKNOWN): pair["counts"] for pair in pairs}
 
 
 def model_card(
@@ -116,7 +112,7 @@ def model_card(
     lines = [
         "---",
         _head("license", about.get("licence", UNKNOWN)),
-        f"library_name: {_library(format)}",
+        f"library_name: {_LIBRARIES[format]}",
         "pipeline_tag: image-feature-extraction",
         "tags: [dinov2, self-supervised, curate]",
         "---",
@@ -126,16 +122,16 @@ def model_card(
         f"made for {config.image_size} px and interpolated elsewhere.\n",
         "## Load it\n",
         f"```python\n{_LOADING[format].format(out=_in_quotes(out))}\n```\n",
-        f"Inputs: RGB, short side to {round(config.side * 256 / 224)}, centre {config.side} px "
+        f"Inputs: RGB, short side to {round(config.side * 256 / 224)}, center {config.side} px "
         f"(any multiple of {config.patch} works), ImageNet's mean and deviation.",
         *_positions(format, config.registers, config.image_size),
         "\n## Data\n",
         *_data_lines(facts),
         "\n## Training\n",
         *(f"- {as_text(name)}: {as_text(value)}" for name, value in rest.items()),
-        "\n## Licences\n",
+        "\n## Licenses\n",
         f"- weights: {as_text(about.get('licence', UNKNOWN))}",
-        *_licence_lines(facts),
+        *_license_lines(facts),
     ]
     return "\n".join(lines) + "\n"
 
@@ -164,10 +160,6 @@ def told_changes(changes: list[dict[str, Any]]) -> str:
     )
 
 
-def _library(format: str) -> str:
-    return {"huggingface": "transformers", "timm": "timm", "onnx": "onnx"}.get(format, "pytorch")
-
-
 def _data_lines(facts: DataFacts) -> list[str]:
     listed = "" if facts.listed is None else f", chosen from {facts.listed:,} listed"
     images = UNKNOWN if facts.images is None else f"{facts.images:,}"
@@ -183,13 +175,13 @@ def _data_lines(facts: DataFacts) -> list[str]:
     ]
 
 
-def _licence_lines(facts: DataFacts) -> list[str]:
-    if not facts.licences:
-        return ["- images: unknown; the data names no licences"]
-    shown = facts.licences.most_common(_LICENCES_SHOWN)
+def _license_lines(facts: DataFacts) -> list[str]:
+    if not facts.licenses:
+        return ["- images: unknown; the data names no licenses"]
+    shown = facts.licenses.most_common(_LICENSES_SHOWN)
     lines = [f"- images under {as_text(name)}: {count:,}" for name, count in shown]
-    left = len(facts.licences) - len(shown)
-    return lines + ([f"- and {left} licences more"] if left else [])
+    left = len(facts.licenses) - len(shown)
+    return lines + ([f"- and {left} licenses more"] if left else [])
 
 
 def write_card(text: str, out: str) -> str:

@@ -1,6 +1,7 @@
 """Is my photo in your data? A file is compared with everything that a run kept."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.dataset import Dataset
 from curation.errors import DatasetError, SpaceError
 from curation.neighbors.rows.vectors import vectors_of
 from curation.schema import ID, KEEP, column_type
 from curation.sources.references import Reference
 from curation.stage import Shard, ShardStage
+from curation.stages.canonicalize import pixel_hash
 from embedder.encoder import Encoder, Precision, embed_images, load_encoder
 from embedder.errors import ImageError
-from embedder.images import CanonicalImage, Limits, canonicalize
+from embedder.images import CanonicalImage, Limits, canonicalize, decode
 from embedder.rows import unit_rows
 from pipelines.audit.certificate import embeddings_of_leaks
-from pipelines.audit.tables import Row, Tables
+from pipelines.audit.explain import side_car_row
+from pipelines.audit.tables import Row, select
 from pipelines.audit.work_folder import FinishedStage, WorkFolder
 from pipelines.run.run_record import POOL
 
@@ -35,17 +37,14 @@ class _Match:
     id: str
     flow: str
 
-    def shown(self, sources: dict[str, str]) -> Row:
+    def shown(self, work: WorkFolder) -> Row:
         """As a row of a table."""
-        return {
-            "flow": self.flow,
-            "id": self.id,
-            "similarity": round(self.similarity, 6),
-            "source": sources.get(self.id, ""),
-        }
+        row = side_car_row(work, self.flow, "rows", self.id) or {"source": ""}
+        told = {"flow": self.flow, "id": self.id, "similarity": round(self.similarity, 6)}
+        return {**told, "source": row["source"]}
 
 
-def look_for(file: Path, path: str) -> dict[str, Any]:
+def find_image(file: Path, path: str) -> Row:
     """What a run holds of a photo: itself, copies of it, and what would have become of it.
 
     Raises:
@@ -54,26 +53,17 @@ def look_for(file: Path, path: str) -> dict[str, Any]:
         SpaceError: the run's encoder is another one today.
     """
     work = WorkFolder(path.rstrip("/"))
-    limits = _limits(work)
-    data = Reference(str(file)).read(limits.max_bytes)
-    try:
-        image = _canonical(work, data, limits)
-    except ImageError as error:
-        detail = str(error).removeprefix(error.reason).removeprefix(": ")
-        raise ImageError(error.reason, f"{file}: {detail}" if detail else str(file)) from error
-    from curation.stages.canonicalize import pixel_hash
-
+    data, image = _as_stored(work, file)
     hashes = (hashlib.sha256(data).hexdigest(), pixel_hash(image.pixels))
-    equal = _equal(work, *hashes)
     name, dedup, leak = embeddings_of_leaks(work)
-    vector = _embed(work, name, image)
+    encoder = encoder_of(work, name)
+    vector = unit_rows(embed_images([encoder], [decode(image.data)])[0]).astype(np.float32)
     kept = _nearest(work, name, vector)
     benchmarks = [
         match for flow in work.benchmarks for match in _nearest_of(work, flow, name, vector, None)
     ]
-    sources = _sources(work, [*kept, *benchmarks])
+    ranked = _ranked(benchmarks)
     verdicts = filter_verdicts(work, data)
-    ranked = sorted(benchmarks, key=lambda one: (-one.similarity, one.id))[:_NEAREST]
     return {
         "file": str(file),
         "sha256": hashes[0],
@@ -82,30 +72,27 @@ def look_for(file: Path, path: str) -> dict[str, Any]:
         "threshold": dedup,
         "leak_threshold": leak,
         "verdicts": verdicts,
-        "equal": equal,
-        "nearest": [match.shown(sources) for match in kept],
-        "nearest_benchmark": [match.shown(sources) for match in ranked],
+        "equal": _equal(work, *hashes),
+        "nearest": [match.shown(work) for match in kept],
+        "nearest_benchmark": [match.shown(work) for match in ranked],
     }
 
 
-def _settings(work: WorkFolder) -> dict[str, Any]:
-    stage = work.making(POOL, "images")
-    return stage.entry.record.settings if stage else {}
-
-
-def _limits(work: WorkFolder) -> Limits:
-    """What this run refused before it was decoded."""
-    settings, default = _settings(work), Limits()
-    return Limits(
+def _as_stored(work: WorkFolder, file: Path) -> tuple[bytes, CanonicalImage]:
+    """The file, and the image that this run would have stored, within its limits."""
+    stage, default = work.making(POOL, "images"), Limits()
+    settings = stage.entry.record.settings if stage else {}
+    limits = Limits(
         settings.get("max_bytes", default.max_bytes),
         settings.get("max_pixels", default.max_pixels),
     )
-
-
-def _canonical(work: WorkFolder, data: bytes, limits: Limits) -> CanonicalImage:
-    """The file as this run would have stored it."""
-    settings = _settings(work)
-    return canonicalize(data, settings.get("max_side", 512), settings.get("quality", 95), limits)
+    data = Reference(str(file)).read(limits.max_bytes)
+    side, quality = settings.get("max_side", 512), settings.get("quality", 95)
+    try:
+        return data, canonicalize(data, side, quality, limits)
+    except ImageError as error:
+        detail = str(error).removeprefix(error.reason).removeprefix(": ")
+        raise ImageError(error.reason, f"{file}: {detail}" if detail else str(file)) from error
 
 
 def filter_verdicts(work: WorkFolder, data: bytes) -> list[Row]:
@@ -125,7 +112,16 @@ def filter_verdicts(work: WorkFolder, data: bytes) -> list[Row]:
             continue
         shard = Shard(table, 0)
         filter_.process(shard, filter_.open())
-        found.append(_filter_verdict(stage.name, shard))
+        score, threshold = float(shard.scores[0]), float(shard.thresholds[0])
+        found.append(
+            {
+                "stage": stage.name,
+                "keep": bool(shard.alive[0]),
+                "reason": shard.reasons[0],
+                "score": None if np.isnan(score) else score,
+                "threshold": None if np.isnan(threshold) else threshold,
+            }
+        )
         if not shard.alive[0]:
             break
         for emitted in shard.emitted.values():
@@ -134,32 +130,18 @@ def filter_verdicts(work: WorkFolder, data: bytes) -> list[Row]:
     return found
 
 
-def _filter_verdict(name: str, shard: Shard) -> Row:
-    score, threshold = float(shard.scores[0]), float(shard.thresholds[0])
-    return {
-        "stage": name,
-        "keep": bool(shard.alive[0]),
-        "reason": shard.reasons[0],
-        "score": None if np.isnan(score) else score,
-        "threshold": None if np.isnan(threshold) else threshold,
-    }
-
-
 def _equal(work: WorkFolder, sha256: str, pixels: str) -> list[Row]:
     """Rows of any flow with the same bytes or the same pixels."""
-    found: list[Row] = []
-    for flow in work.flows:
-        stage = work.making(flow, "images")
-        with Tables() as tables:
-            if stage is not None and tables.add("images", stage.output("images")):
-                # Two questions: Bloom filters answer an equation, and no "or".
-                rows = tables.rows(
-                    "select id, true as same_bytes from images where sha256 = ? union all "
-                    "select id, false from images where pixel_hash = ? and sha256 != ? order by id",
-                    [sha256, pixels, sha256],
-                )
-                found += [{"flow": flow, **row} for row in rows]
-    return found
+    # Two questions: Bloom filters answer an equation, and no "or".
+    query = (
+        "select id, true as same_bytes from rows where sha256 = ? union all "
+        "select id, false from rows where pixel_hash = ? and sha256 != ? order by id"
+    )
+    return [
+        {"flow": flow, **row}
+        for flow in work.flows
+        for row in select(work.output(flow, "images"), query, [sha256, pixels, sha256])
+    ]
 
 
 def encoder_of(work: WorkFolder, name: str) -> Encoder:
@@ -183,25 +165,20 @@ def encoder_of(work: WorkFolder, name: str) -> Encoder:
     return encoder
 
 
-def _embed(work: WorkFolder, name: str, image: CanonicalImage) -> np.ndarray:
-    """(1, D) float32 unit row of the file, in the run's space."""
-    from embedder.images import decode
-
-    encoder = encoder_of(work, name)
-    return unit_rows(embed_images([encoder], [decode(image.data)])[0]).astype(np.float32)
-
-
 def _nearest(work: WorkFolder, name: str, vector: np.ndarray) -> list[_Match]:
     """The most similar images of the finished set."""
     last = [stage for stage in work.stages(POOL) if stage.entry.kind.on_union]
     if not last:
         raise DatasetError(f"{work.path}: its recipe has no 'select', so there is no set")
-    found = [
+    return _ranked(
         match
         for flow in last[-1].ranges
         for match in _nearest_of(work, flow, name, vector, last[-1])
-    ]
-    return sorted(found, key=lambda one: (-one.similarity, one.id))[:_NEAREST]
+    )
+
+
+def _ranked(matches: Iterable[_Match]) -> list[_Match]:
+    return sorted(matches, key=lambda one: (-one.similarity, one.id))[:_NEAREST]
 
 
 def _nearest_of(
@@ -215,35 +192,16 @@ def _nearest_of(
     for shard in range(dataset.num_shards):
         table = dataset.read_shard(shard, [ID, "embedding"])
         if kept is not None:
-            alive = _alive(kept.decisions, kept.ranges[flow][0] + shard)
+            verdicts = kept.decisions.read_shard(kept.ranges[flow][0] + shard, [ID, KEEP])
+            alive = verdicts.filter(verdicts[KEEP])[ID]
             table = table.filter(pc.is_in(table[ID], alive.combine_chunks()))
         if table.num_rows:
             rows = vectors_of(table["embedding"], dataset.shard_path(shard))
             scores = unit_rows(rows) @ vector[0].astype(np.float64)
             first = np.argsort(-scores, kind="stable")[:_NEAREST]
             ids = table[ID].to_pylist()
-            best += [_Match(float(scores[i]), ids[i], flow) for i in first]
-            best = sorted(best, key=lambda one: (-one.similarity, one.id))[:_NEAREST]
+            best = _ranked([*best, *(_Match(float(scores[i]), ids[i], flow) for i in first)])
     return best
-
-
-def _alive(decisions: Dataset, shard: int) -> Any:
-    verdicts = decisions.read_shard(shard, [ID, KEEP])
-    return verdicts.filter(verdicts[KEEP])[ID]
-
-
-def _sources(work: WorkFolder, matches: list[_Match]) -> dict[str, str]:
-    """Where the images came from."""
-    from pipelines.audit.lookup import find_rows
-
-    found = {}
-    for match in matches:
-        stage = work.making(match.flow, "rows")
-        if stage is not None:
-            shard = stage.shard_of(match.id, match.flow)
-            for row in find_rows(stage.output("rows"), shard, [match.id], ["source"]).to_pylist():
-                found[match.id] = row["source"]
-    return found
 
 
 def _verdict(

@@ -7,7 +7,7 @@ from curation.dataset import Dataset
 from curation.errors import ConfigError
 from embedder.errors import one_line
 from pipelines.audit.tables import Row, Tables, host_of, named, quoted
-from pipelines.audit.work_folder import FinishedStage, WorkFolder
+from pipelines.audit.work_folder import WorkFolder
 
 _SIDE_CARS = ("rows", "images", "fetches", "hits", "faces")
 """Outputs of stages that become views of the same name, with the flow as a column."""
@@ -55,7 +55,14 @@ def define_views(work: WorkFolder, tables: Tables) -> list[str]:
     """Make the views of a run; give their names. Empty side-cars have none."""
     parts: dict[str, list[tuple[Dataset, str]]] = {"decisions": []}
     for stage in work.all_stages():
-        for view, dataset in _views_of_stage(stage):
+        named_alike = {"decisions": stage.decisions}
+        hits = ["hits"] if stage.has("hits") else []
+        for name in (*stage.entry.record.outputs, *hits):
+            if name in _SIDE_CARS and stage.has(name):
+                named_alike[name] = stage.output(name)
+            elif name in stage.embeddings:
+                named_alike["embedding_" + re.sub(r"\W", "_", name)] = stage.output(name)
+        for view, dataset in named_alike.items():
             parts.setdefault(view, []).append((dataset, stage.flow))
     for name, found in (("manifest", work.manifest), ("packed", work.packed)):
         if found is not None:
@@ -85,20 +92,6 @@ def check_select(query: str) -> None:
     kinds = [statement.type for statement in statements]
     if kinds != [duckdb.StatementType.SELECT]:
         raise ConfigError("curate sql: give one SELECT; data of a run is never changed")
-
-
-def _views_of_stage(stage: FinishedStage) -> list[tuple[str, Dataset]]:
-    """The views that a stage's outputs belong to."""
-    found = [("decisions", stage.decisions)]
-    for name in stage.entry.record.outputs:
-        if name in _SIDE_CARS and stage.has(name):
-            found.append((name, stage.output(name)))
-        elif name in stage.embeddings:
-            clean = re.sub(r"\W", "_", name)
-            found.append((f"embedding_{clean}", stage.output(name)))
-    if "seed_set" in stage.decisions.columns and stage.has("hits"):
-        found.append(("hits", stage.output("hits")))
-    return list(dict(found).items())
 
 
 def _define_stages(work: WorkFolder, tables: Tables) -> None:

@@ -1,7 +1,9 @@
 """DuckDB over our Parquet: bounded memory, only the columns asked for, texts only as parameters."""
 
 import contextlib
+import functools
 import glob
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,21 +33,10 @@ _AS_NAMED = "hive_partitioning = false"
 class Tables:
     """Some Parquet files as named views of one DuckDB connection."""
 
-    def __init__(self) -> None:
-        import duckdb
-
-        scratch = str(Path(tempfile.gettempdir()) / "curate-duckdb")
-        self._connection = duckdb.connect(
-            config={
-                "memory_limit": _MEMORY,
-                "threads": _THREADS,
-                "temp_directory": scratch,
-                # nothing is fetched, and no name of a query is looked for among Python's variables
-                "autoinstall_known_extensions": False,
-                "autoload_known_extensions": False,
-                "python_enable_replacements": False,
-            }
-        )
+    def __init__(self, connection: "DuckDBPyConnection | None" = None) -> None:
+        """connection: to a shared database in memory; to one of its own by default."""
+        self._connection = connection or _database()
+        self._is_shared = connection is not None
         self._connection.execute("set enable_progress_bar = false")
         self._remote = False
         self._files: dict[str, list[str]] = {}
@@ -87,6 +78,7 @@ class Tables:
 
     def confine(self, folder: str) -> None:
         """Let queries read nothing but what lies below a folder, and change no setting."""
+        assert not self._is_shared, "others would be confined, too"
         below = f"{storage.full_path(folder)}/"
         allowed = ", ".join(quoted(one) for one in (below, glob.escape(below)))
         self.run(f"set allowed_directories = [{allowed}]")
@@ -147,13 +139,36 @@ class Tables:
             self._remote = True
 
 
+def _database() -> "DuckDBPyConnection":
+    import duckdb
+
+    return duckdb.connect(
+        config={
+            "memory_limit": _MEMORY,
+            "threads": _THREADS,
+            "temp_directory": str(Path(tempfile.gettempdir()) / "curate-duckdb"),
+            # nothing is fetched, and no name of a query is looked for among Python's variables
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "python_enable_replacements": False,
+        }
+    )
+
+
+@functools.cache
+def _shared_database(_pid: int) -> "DuckDBPyConnection":
+    return _database()
+
+
 @contextlib.contextmanager
 def opened(dataset: Dataset | None) -> Iterator[Tables | None]:
     """A data set as the view `rows`; None where there is none, or it has no files."""
     if dataset is None:
         yield None
         return
-    with Tables() as tables:
+    # one database a process: to start one takes longer than most questions
+    shared = storage.is_local(dataset.path)
+    with Tables(_shared_database(os.getpid()).cursor() if shared else None) as tables:
         yield tables if tables.add("rows", dataset) else None
 
 

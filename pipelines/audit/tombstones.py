@@ -5,9 +5,11 @@ blocklists of `canonicalize`: the same picture stays out, whatever URL it comes 
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from curation import storage
+
+Blocklists = dict[str, dict[str, str]]
+"""Kind of hash -> name of a list -> its file."""
 
 FOLDER = "forgotten"
 FILES = {"ids": "id", "sha256": "sha256", "pdq": "phash"}
@@ -24,9 +26,9 @@ def id_files(folders: Iterable[str]) -> tuple[str, ...]:
     return tuple(list_file(folder, "ids") for folder in folders)
 
 
-def with_tombstones(blocklists: Any, folders: Iterable[str]) -> dict[str, Any]:
+def with_tombstones(blocklists: Blocklists | None, folders: Iterable[str]) -> Blocklists:
     """Settings of blocklists that hold the hashes of some folders, too."""
-    merged: dict[str, Any] = dict(blocklists or {})
+    merged = dict(blocklists or {})
     for kind in ("sha256", "pdq"):
         lists = {
             FOLDER if not number else f"{FOLDER}-{number + 1}": list_file(folder, kind)

@@ -25,29 +25,27 @@ from pipelines.run.run_record import POOL
 
 def verify_stage(work: WorkFolder, stage: FinishedStage, checked: Checked) -> None:
     """Check a stage: its record, its outputs, and its accounts shard by shard."""
-    _check_record(stage, checked)
-    for name, digest in stage.entry.record.outputs.items():
+    record, done = read_stage(StageFolder(stage.path, stage.name)), stage.entry.record
+    if record is None:
+        checked.blame(STAGE_FILE, "is missing")
+    elif record != done:
+        checked.blame(STAGE_FILE, "differs from what run.json says of the stage")
+    if done.rows_in != done.rows_out + sum(done.dropped.values()):
+        checked.blame(STAGE_FILE, "rows in are not rows out plus dropped")
+    for name, digest in done.outputs.items():
         path = storage.join(stage.path, name)
         deletable = name == "raw" and work.making(stage.flow, "images") is not None
         checked.include(verify_dataset(path, may_be_deleted=deletable), name)
-        if Dataset.is_finished(path) and _content_digest(path) != digest:
-            checked.blame(name, "content digest is not the one in the stage's record")
+        try:
+            if Dataset.is_finished(path) and Dataset.open(path).manifest.content_digest != digest:
+                checked.blame(name, "content digest is not the one in the stage's record")
+        except UNREADABLE:
+            pass  # its manifest was named already
     names = (name.rpartition("/") for name in storage.walk_files(stage.path))
     datasets = {folder for folder, _, file in names if file == MANIFEST}
     for name in sorted(datasets - set(stage.entry.record.outputs)):  # such as hits
         checked.include(verify_dataset(storage.join(stage.path, name)), name)
     _check_receipts(stage, checked)
-
-
-def _check_record(stage: FinishedStage, checked: Checked) -> None:
-    record = read_stage(StageFolder(stage.path, stage.name))
-    if record is None:
-        checked.blame(STAGE_FILE, "is missing")
-    elif record != stage.entry.record:
-        checked.blame(STAGE_FILE, "differs from what run.json says of the stage")
-    done = stage.entry.record
-    if done.rows_in != done.rows_out + sum(done.dropped.values()):
-        checked.blame(STAGE_FILE, "rows in are not rows out plus dropped")
 
 
 def _check_receipts(stage: FinishedStage, checked: Checked) -> None:
@@ -146,13 +144,6 @@ def _check_outputs(stage: FinishedStage, checked: Checked) -> None:
             kept = verdicts.filter(verdicts[KEEP])[ID]
             if not (held.equals(kept) or held.equals(verdicts[ID])):
                 checked.blame(f"{stage.name}/{name}, shard {shard}", "holds other rows than judged")
-
-
-def _content_digest(path: str) -> str:
-    try:
-        return Dataset.open(path).manifest.content_digest
-    except UNREADABLE:
-        return ""
 
 
 def _missing(wanted: pa.ChunkedArray, held: pa.ChunkedArray) -> list[str]:

@@ -10,6 +10,9 @@ from curation.exchange import bucket_of_id
 from curation.stage import DECISIONS
 from pipelines.run.run_record import POOL, RUN_FILE, RunRecord, StageEntry, read_run
 
+CATALOG_FILE = "_catalog.duckdb"
+"""What `curate serve` finds rows by."""
+
 
 @dataclass(frozen=True)
 class FinishedStage:
@@ -157,14 +160,12 @@ class WorkFolder:
     def _stages(self, flow: str) -> Iterator[FinishedStage]:
         own = {flow: (0, self.shards_of(flow))}
         for entry in self.flows[flow]:
-            union = flow == POOL and self._joins(entry, own[flow][1])
+            # a stage of the pool that saw the union has the shards of all its parts
+            joins = flow == POOL and bool(self.record.as_is)
+            union = joins and self._decisions(entry).num_shards != own[flow][1]
             ranges = self._union_ranges if union else own
             path = storage.join(self.path, entry.folder)
             yield FinishedStage(flow, entry, path, ranges, self._opened)
-
-    def _joins(self, entry: StageEntry, own: int) -> bool:
-        """Whether a stage of the pool saw the union: it has the shards of all its parts."""
-        return bool(self.record.as_is) and self._decisions(entry).num_shards != own
 
     def _decisions(self, entry: StageEntry) -> Dataset:
         return _open_once(storage.join(self.path, entry.folder, DECISIONS), self._opened)

@@ -137,9 +137,9 @@ def explain(
     from pipelines.operate import console
 
     if Path(image).is_file():
-        from pipelines.audit.seen import look_for
+        from pipelines.audit.seen import find_image
 
-        found = look_for(Path(image), work)
+        found = find_image(Path(image), work)
         if json:
             console.print_json(found)
         else:

@@ -105,9 +105,9 @@ def calibrate(
     from curation.errors import DatasetError
     from pipelines.audit.work_folder import WorkFolder
     from pipelines.operate import console
-    from pipelines.web.calibration.judgements import Judgements
     from pipelines.web.calibration.lab import Lab
     from pipelines.web.calibration.questions import Kind, draw
+    from pipelines.web.calibration.ratings import Ratings
     from pipelines.web.serving.catalog import Catalog
     from pipelines.web.serving.catalog_file import catalog_of
 
@@ -123,7 +123,7 @@ def calibrate(
 
     def lab_on(catalog: Catalog) -> Lab:
         sample = draw(catalog, folder, Kind(kind), bins, per_bin, np.random.default_rng(seed))
-        return Lab(folder, catalog, sample, Judgements.at(answers), seed)
+        return Lab(folder, catalog, sample, Ratings(answers), seed)
 
     if serving is None:
         with Catalog(file) as catalog:
@@ -132,7 +132,7 @@ def calibrate(
     from pipelines.web.calibration.app import add_lab
 
     app = serving.make_app(work, file, serving.names_of(server.host, server.allow_host or []))
-    add_lab(app, lab_on(app.state.audit.catalog))
+    add_lab(app, lab_on(app.state.site.catalog))
     with serving.listening(server.host, server.port) as listener:
         _print_address(work, listener, "/calibrate")
         serving.serve(app, listener)

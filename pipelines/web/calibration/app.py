@@ -3,17 +3,17 @@
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.responses import HTMLResponse, RedirectResponse
 
+from pipelines.web import charts
 from pipelines.web.calibration.curves import by_bin
 from pipelines.web.calibration.lab import Lab
 from pipelines.web.calibration.questions import Kind
-from pipelines.web.report import charts
-from pipelines.web.report.galleries import Group, veil_together
-from pipelines.web.serving.app import Problem
-from pipelines.web.serving.pages import Pages
+from pipelines.web.galleries import Group, veil_together
+from pipelines.web.serving.api import Problem
+from pipelines.web.serving.site import Served
 
 _ASKED = {
     Kind.dedup: "Do both show the same picture, edited or not?",
@@ -29,39 +29,31 @@ class _NextQuestion(RedirectResponse):
     media_type = "text/html"
 
 
+router = APIRouter()
+
+
 def add_lab(app: FastAPI, lab: Lab) -> None:
     """Add the lab to a server."""
-    pages: Pages = app.state.audit.pages
-
-    @app.get("/calibrate", response_class=HTMLResponse)
-    def calibrate(ask: Annotated[int | None, Query(ge=0, le=10**9)] = None) -> str:
-        """A question, and what follows from the answers so far."""
-        return lab_page(pages, lab, ask)
-
-    @app.post(
-        "/calibrate/{number}/{answer}",
-        response_class=_NextQuestion,
-        status_code=303,
-        responses={code: {"model": Problem} for code in (403, 404)},
-    )
-    def answered(
-        request: Request,
-        number: Annotated[int, PathParameter(ge=0, le=10**9)],
-        answer: Literal["yes", "no", "unsure"],
-    ) -> _NextQuestion:
-        """Write an answer down; the next question follows."""
-        _refuse_foreign(request)
-        if number >= len(lab.questions):
-            raise HTTPException(404, f"there is no question {number}")
-        lab.judgements.add(str(lab.kind), lab.questions[number], _ANSWERS[answer])
-        return _NextQuestion("/calibrate", 303)
+    app.state.lab = lab
+    app.include_router(router)
 
 
-def lab_page(pages: Pages, lab: Lab, ask: int | None) -> str:
-    """The page as text. ask: number of a question to ask again."""
-    answers = lab.judgements.read()
+def _lab_of(request: Request) -> Lab:
+    lab: Lab = request.app.state.lab
+    return lab
+
+
+_Lab = Annotated[Lab, Depends(_lab_of)]
+
+
+@router.get("/calibrate", response_class=HTMLResponse)
+def calibrate(
+    site: Served, lab: _Lab, ask: Annotated[int | None, Query(ge=0, le=10**9)] = None
+) -> str:
+    """A question, and what follows from the answers so far."""
+    answers, sample = lab.ratings.read(), lab.sample
     number = ask if ask is not None and ask < len(lab.questions) else lab.next(answers)
-    album, group = pages.album(), None
+    album, group = site.album(), None
     if number is not None:
         question = lab.questions[number]
         items = [album.find(question.flow, question.id)]
@@ -73,37 +65,50 @@ def lab_page(pages: Pages, lab: Lab, ask: int | None) -> str:
         veil_together([group], album)
     points = lab.points(answers)
     bands = [
-        charts.Band(
-            "precision",
-            [(p.threshold, p.precision, p.precision_low, p.precision_high) for p in points],
-        ),
-        charts.Band(
-            "recall", [(p.threshold, p.recall, p.recall_low, p.recall_high) for p in points]
-        ),
+        charts.Series(
+            name,
+            [(point.threshold, getattr(point, name)) for point in points],
+            [(getattr(p, f"{name}_low"), getattr(p, f"{name}_high")) for p in points],
+        )
+        for name in ("precision", "recall")
     ]
-    own = lab.sample.threshold
-    return pages.render(
+    own = [] if sample.threshold is None else [sample.threshold]
+    return site.render(
         "calibrate",
-        kind=str(lab.kind),
-        question=_ASKED[lab.kind],
+        kind=str(sample.kind),
+        question=_ASKED[sample.kind],
         number=number,
         last=number - 1 if number else None,
         group=group,
         album=album,
         asked=len(lab.questions),
         answered=sum(one.key in answers for one in lab.questions),
-        path=lab.judgements.path,
+        path=lab.ratings.path,
         points=points,
-        threshold=own,
-        chart=charts.band_chart(bands, [own] if own is not None else [], "threshold")
-        if points
-        else None,
-        bins=by_bin(lab.sample, answers),
+        threshold=sample.threshold,
+        chart=charts.band_chart(bands, own, "threshold") if points else None,
+        bins=by_bin(sample, answers),
     )
 
 
-def _refuse_foreign(request: Request) -> None:
-    """Answers come from our own pages: a form elsewhere must not write any."""
+@router.post(
+    "/calibrate/{number}/{answer}",
+    response_class=_NextQuestion,
+    status_code=303,
+    responses={code: {"model": Problem} for code in (403, 404)},
+)
+def answered(
+    request: Request,
+    lab: _Lab,
+    number: Annotated[int, PathParameter(ge=0, le=10**9)],
+    answer: Literal["yes", "no", "unsure"],
+) -> _NextQuestion:
+    """Write an answer down; the next question follows."""
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        # a form elsewhere must not write any
         raise HTTPException(403, "answers are taken from this server's own pages only")
+    if number >= len(lab.questions):
+        raise HTTPException(404, f"there is no question {number}")
+    lab.ratings.add(str(lab.sample.kind), lab.questions[number], _ANSWERS[answer])
+    return _NextQuestion("/calibrate", 303)

@@ -1,4 +1,4 @@
-"""What is judged: pairs or images drawn from every part of a score's range."""
+"""What is asked: pairs or images drawn from every part of a score's range."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,7 +29,7 @@ SCORES = {
 
 @dataclass(frozen=True)
 class Question:
-    """One row to judge, with the image that it is compared with."""
+    """One row to rate, with the image that it is compared with."""
 
     flow: str
     id: str
@@ -84,17 +84,15 @@ def draw(
             f"{work.path}: has no '{name}' to calibrate '{kind}' by; "
             f"there are: {', '.join(catalog.scores) or 'no scores'}"
         )
-    low, high = catalog.ends(name)
-    edges = np.linspace(low, high, bins + 1)
-    ranks = [catalog.rank(name, float(edge)) for edge in edges[:-1]] + [catalog.size(name)]
+    edges = [float(edge) for edge in np.linspace(*catalog.ends(name), bins + 1)]
+    ranks = [*(catalog.rank(name, edge) for edge in edges[:-1]), catalog.size(name)]
     strata = []
     for number in range(bins):
-        first, stop = ranks[number], ranks[number + 1]
-        rows = stop - first
+        first, rows = ranks[number], ranks[number + 1] - ranks[number]
         chosen = np.sort(rng.choice(rows, min(per_bin, rows), replace=False)) + first
-        found = [_question(catalog, work, kind, int(rank)) for rank in chosen]
+        found = (_question(catalog, work, kind, int(rank)) for rank in chosen)
         asked = tuple(one for one in found if one is not None)
-        strata.append(Stratum(float(edges[number]), float(edges[number + 1]), rows, asked))
+        strata.append(Stratum(edges[number], edges[number + 1], rows, asked))
     limits = catalog.scores[name].thresholds
     return Sample(kind, tuple(strata), limits[0] if limits else None)
 
@@ -103,20 +101,18 @@ def _question(catalog: Catalog, work: WorkFolder, kind: Kind, rank: int) -> Ques
     """The question about one row; None where its image, or its twin's, may not be shown."""
     name = SCORES[kind]
     row = catalog.at_rank(name, rank)
-    flow, score = row["flow"], float(row["scores"][name])
-    if row["hidden"]:
+    flow, row_id, score = row["flow"], row["id"], float(row["scores"][name])
+    stage = work.stage(flow, catalog.scores[name].stage)
+    if row["hidden"] or stage is None:
         return None
     if kind is Kind.nsfw:
-        return Question(flow, row["id"], score)
-    stage = work.stage(flow, catalog.scores[name].stage)
-    if stage is None:
-        return None
-    verdicts = find_rows(stage.decisions, stage.shard_of(row["id"], flow), [row["id"]])
-    verdict = next((one for one in verdicts.to_pylist() if one["twin"]), None)
+        return Question(flow, row_id, score)
+    verdicts = find_rows(stage.decisions, stage.shard_of(row_id, flow), [row_id]).to_pylist()
+    verdict = next((one for one in verdicts if one["twin"]), None)
     if verdict is None:
         return None
     twin_flow = verdict.get("twin_set") or flow
     twin = catalog.find(twin_flow, verdict["twin"])
     if twin is None or twin["hidden"]:
         return None
-    return Question(flow, row["id"], score, verdict["twin"], twin_flow)
+    return Question(flow, row_id, score, verdict["twin"], twin_flow)

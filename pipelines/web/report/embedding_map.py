@@ -1,79 +1,98 @@
-"""A map of the embeddings: a sample of the pool in the plane of its two main directions."""
+"""A map of the embeddings: a sample of the pool in the plane of its two main directions.
+
+Like images are grouped, to show how full each group is before curation and after.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
-from markupsafe import Markup, escape
+from numpy.typing import NDArray
 
-from pipelines.audit.tables import Tables
+from pipelines.audit.dataset_stats import balance
+from pipelines.audit.tables import Row, select
 from pipelines.audit.work_folder import FinishedStage, WorkFolder
 from pipelines.run.run_record import POOL
-from pipelines.web.report.groups import Groups, groups_of
-from pipelines.web.report.pictures import Key, Picture, Pictures
+from pipelines.web.charts import draw, paired_bars
+from pipelines.web.pictures import Key, Pictures
+
+Floats = NDArray[np.floating]
 
 _SAMPLE = 600
 _PICTURED = 200
 """Points that show their picture."""
 _SIDE = 520
-_MARKS = ("circle", "square", "triangle", "diamond", "cross")
+_ROWS_A_GROUP = 8
+_MOST_GROUPS = 12
 _OTHER = "dropped later"
+_MARKS = 5
+"""Marks of different shapes."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Groups:
+    """A clustering of the sample, the fullest group first."""
+
+    labels: NDArray[np.int64]  # (N,) number of each row's group
+    before: list[int]
+    """Rows of the sample in each group."""
+    after: list[int]
+    """Those of them that are in the set."""
+
+
+@dataclass(frozen=True)
 class EmbeddingMap:
     """Points of the plane and what they stand for."""
 
     name: str
     """Name of the embeddings."""
     keys: list[Key]
-    places: np.ndarray  # (N, 2) in 0..1
-    groups: list[str]
+    places: Floats  # (N, 2) in 0..1
+    fates: list[str]
     """What became of each: its seed set, or that it was dropped."""
     explained: float
     """Share of the variance that the plane shows."""
-    clusters: Groups | None = None
+    groups: Groups | None
     """Groups of like images among them."""
 
     def legend(self) -> list[str]:
-        """Groups, the fullest first, what was dropped last."""
-        names = sorted(set(self.groups), key=lambda one: (one == _OTHER, -self.groups.count(one)))
-        return names
+        """Fates, the commonest first, what was dropped last."""
+        return sorted(set(self.fates), key=lambda one: (one == _OTHER, -self.fates.count(one)))
 
-    def chart(self, pictures: Pictures) -> dict[str, object]:
+    def chart(self, pictures: Pictures) -> Row:
         """The drawing, and what its marks mean."""
         legend = self.legend()
-        number = {name: min(i, len(_MARKS) - 1) for i, name in enumerate(legend)}
-        marks = []
-        order = sorted(range(len(self.keys)), key=lambda i: -number[self.groups[i]])
-        for i in order:
-            x, y = 8 + self.places[i] * (_SIDE - 16)
-            kind = "off" if self.groups[i] == _OTHER else str(number[self.groups[i]])
-            marks.append(_mark(x, y, number[self.groups[i]], kind, self.groups[i], self._data(i)))
-        marks += _numbers(self.places, self.clusters)
-        summary = f"Map of {len(self.keys)} embeddings by what became of them"
-        drawing = Markup(
-            f'<svg class="map" role="img" aria-label="{summary}" viewBox="0 0 {_SIDE} {_SIDE}" '
-            f'width="{_SIDE}" height="{_SIDE}">{"".join(marks)}</svg>'
-        )
-        swatches = [
-            (name, Markup(_swatch(number[name], "off" if name == _OTHER else str(number[name]))))
-            for name in legend
+        number = {name: min(i, _MARKS - 1) for i, name in enumerate(legend)}
+        kind = {name: "off" if name == _OTHER else number[name] for name in legend}
+        order = sorted(range(len(self.keys)), key=lambda i: -number[self.fates[i]])
+        spots = 8 + self.places * (_SIDE - 16)
+        dots = [
+            (kind[fate], number[fate], fate, self.keys[i][1], *spots[i])
+            for i in order
+            for fate in [self.fates[i]]
         ]
-        shown = {self._data(i): pictures.get(self.keys[i]) for i in range(len(self.keys))}
+        labels = self.groups.labels if self.groups else np.empty(0, np.int64)
+        numbers = range(labels.max(initial=-1) + 1)
+        centers = [np.median(spots[labels == one], axis=0) for one in numbers]
+        found = {key[1]: pictures.get(key) for key in self.keys}
         return {
-            "drawing": drawing,
-            "legend": swatches,
+            "drawing": draw("map", side=_SIDE, dots=dots, numbers=centers),
+            "legend": [(one, draw("swatch", kind=kind[one], number=number[one])) for one in legend],
             "name": self.name,
             "explained": self.explained,
-            "pictures": {key: one for key, one in shown.items() if _may_hover(one)},
+            "pictures": {
+                row_id: picture
+                for row_id, picture in found.items()
+                if picture.data and not (picture.veiled or picture.hidden)
+            },
         }
 
-    def _data(self, index: int) -> str:
-        return self.keys[index][1]
-
-
-def _may_hover(picture: Picture) -> bool:
-    return bool(picture.data) and not (picture.veiled or picture.hidden)
+    def spread(self) -> Row | None:
+        """How evenly groups of like images are filled, in the pool and in the set."""
+        if self.groups is None:
+            return None
+        before, after = self.groups.before, self.groups.after
+        chart = paired_bars(before, after)
+        return {"before": balance(before), "after": balance(after), "chart": chart}
 
 
 def embedding_map(work: WorkFolder, pictures: Pictures) -> EmbeddingMap | None:
@@ -86,18 +105,18 @@ def embedding_map(work: WorkFolder, pictures: Pictures) -> EmbeddingMap | None:
     if len(ids) < 3:
         return None
     places, explained = plane(vectors)
-    groups = _groups(work, ids)
+    fates = _fates(work, ids)
     keys = [(POOL, one) for one in ids]
     for key in keys[:_PICTURED]:
         pictures.want(*key)
-    kept = np.array([group != _OTHER for group in groups])
-    return EmbeddingMap(name, keys, places, groups, explained, groups_of(vectors, kept))
+    kept = np.array([fate != _OTHER for fate in fates])
+    return EmbeddingMap(name, keys, places, fates, explained, groups_of(vectors, kept))
 
 
-def plane(vectors: np.ndarray) -> tuple[np.ndarray, float]:
+def plane(vectors: Floats) -> tuple[Floats, float]:
     """Coordinates (N, 2) in 0..1 along the two main directions, and their share of variance."""
-    centred = vectors.astype(np.float64) - vectors.mean(axis=0)
-    left, scales, _ = np.linalg.svd(centred, full_matrices=False)
+    centered = vectors.astype(np.float64) - vectors.mean(axis=0)
+    left, scales, _ = np.linalg.svd(centered, full_matrices=False)
     # a direction has no sign of its own: make its largest coordinate positive
     points = left[:, :2] * scales[:2]
     points *= np.sign(points[np.abs(points).argmax(axis=0), np.arange(points.shape[1])])
@@ -106,11 +125,28 @@ def plane(vectors: np.ndarray) -> tuple[np.ndarray, float]:
     return places, float((scales[:2] ** 2).sum() / max((scales**2).sum(), 1e-12))
 
 
-def _sample(stage: FinishedStage, name: str) -> tuple[list[str], np.ndarray]:
+def groups_of(vectors: Floats, kept: NDArray[np.bool_]) -> Groups | None:
+    """Group unit rows by Ward's method, the same every time; None where there are too few.
+
+    vectors: (N, D) float32. kept: (N,) whether each is in the set.
+    """
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    number = min(_MOST_GROUPS, len(vectors) // _ROWS_A_GROUP)
+    if number < 2:
+        return None
+    found = fcluster(linkage(vectors.astype(np.float64), "ward"), number, "maxclust") - 1
+    sizes = np.bincount(found, minlength=number)
+    labels = np.argsort(np.argsort(-sizes, kind="stable"))[found]  # the fullest is 0
+    before = np.bincount(labels, minlength=number)
+    after = np.bincount(labels[kept], minlength=number)
+    return Groups(labels, before.tolist(), after.tolist())
+
+
+def _sample(stage: FinishedStage, name: str) -> tuple[list[str], Floats]:
     """The rows with the smallest ids, shard after shard until there are enough."""
-    dataset = stage.output(name)
-    ids: list[str] = []
-    blocks = []
+    dataset, ids = stage.output(name), list[str]()
+    blocks = [np.empty((0, 1), np.float32)]
     for index in range(dataset.num_shards):
         rows = dataset.read_shard(index, ["id", "embedding"]).slice(0, _SAMPLE - len(ids))
         if rows.num_rows:
@@ -119,71 +155,15 @@ def _sample(stage: FinishedStage, name: str) -> tuple[list[str], np.ndarray]:
             blocks.append(flat.astype(np.float32).reshape(rows.num_rows, -1))
         if len(ids) >= _SAMPLE:
             break
-    return ids, np.concatenate(blocks) if blocks else np.empty((0, 1), np.float32)
+    return ids, np.concatenate(blocks[1:] or blocks)
 
 
-def _groups(work: WorkFolder, ids: list[str]) -> list[str]:
-    """The seed set that retrieved each id, `pool` where it is kept without one."""
+def _fates(work: WorkFolder, ids: list[str]) -> list[str]:
+    """The seed set that retrieved each id, or the set that it is kept of."""
     if work.manifest is None:
         return ["pool"] * len(ids)
-    with Tables() as tables:
-        if not tables.add("manifest", work.manifest):
-            return [_OTHER] * len(ids)
-        rows = tables.rows(
-            "select id, coalesce(seed_set, source_set) as part from manifest "
-            "where id in (select unnest(?))",
-            [ids],
-        )
-    found = {row["id"]: row["part"] for row in rows}
+    query = (
+        "select id, coalesce(seed_set, source_set) as part from rows where id in (select unnest(?))"
+    )
+    found = {row["id"]: row["part"] for row in select(work.manifest, query, [ids])}
     return [found.get(one, _OTHER) for one in ids]
-
-
-def _numbers(places: np.ndarray, clusters: Groups | None) -> list[str]:
-    """The number of each group of like images, in the middle of its points."""
-    if clusters is None:
-        return []
-    found = []
-    for number in range(len(clusters.before)):
-        x, y = 8 + np.median(places[clusters.labels == number], axis=0) * (_SIDE - 16)
-        found.append(
-            f'<text class="group-number" x="{x:.1f}" y="{y + 5:.1f}" text-anchor="middle">'
-            f"{number + 1}</text>"
-        )
-    return found
-
-
-def _mark(x: float, y: float, shape: int, kind: str, group: str, row_id: str) -> str:
-    body = _shape(x, y, shape)
-    title = f"<title>{escape(group)} {row_id[:12]}</title>"
-    return f'<g class="dot dot-{kind}" data-id="{row_id}">{title}{body}</g>'
-
-
-def _swatch(shape: int, kind: str) -> str:
-    return f'<svg width="14" height="14" class="dot dot-{kind}">{_shape(7, 7, shape)}</svg>'
-
-
-def _shape(x: float, y: float, shape: int) -> str:
-    name = _MARKS[shape]
-    if name == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
-    corners = {
-        "square": ((-4, -4), (4, -4), (4, 4), (-4, 4)),
-        "triangle": ((0, -5), (5, 4), (-5, 4)),
-        "diamond": ((0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)),
-        "cross": (
-            (-4, -1),
-            (-1, -1),
-            (-1, -4),
-            (1, -4),
-            (1, -1),
-            (4, -1),
-            (4, 1),
-            (1, 1),
-            (1, 4),
-            (-1, 4),
-            (-1, 1),
-            (-4, 1),
-        ),
-    }[name]
-    points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)
-    return f'<polygon points="{points}"/>'

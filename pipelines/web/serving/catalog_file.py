@@ -1,15 +1,8 @@
-"""Writes the catalog that `curate serve` reads: every row once, and sorted lists to find it by.
-
-The catalog is one DuckDB file. `images` holds the rows in the order of their flows and ids, so a
-row's number in it is its *position*. Each column that can be filtered by has a list of positions,
-sorted by value (`listed_N`, whose row numbers are *ranks*): a page of any such filter is a range
-of ranks, found without reading the rest. `facets` says where a text's range begins.
-"""
+"""Writes the catalog that `curate serve` reads: every row once, and sorted lists to find it by."""
 
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from curation import storage
@@ -21,13 +14,11 @@ from pipelines.audit.dataset_stats import open_any
 from pipelines.audit.explain import path_of
 from pipelines.audit.run_stats import score_columns, thresholds
 from pipelines.audit.tables import Tables, host_of, named, quoted
-from pipelines.audit.work_folder import FinishedStage, WorkFolder
+from pipelines.audit.work_folder import CATALOG_FILE, FinishedStage, WorkFolder
 from pipelines.run.run_record import POOL
+from pipelines.web.serving.catalog import BINS, FACETS, Catalog, Score
 
-FILE = "_catalog.duckdb"
 FORMAT = 1
-FACETS = ("flow", "stage", "reason", "host", "source_set", "seed_set", "format", "component")
-"""Texts that can be filtered by."""
 NUMBERS = ("width", "height", "original_width", "original_height", "num_bytes", "similarity")
 """Numbers of a plain data set that can be filtered and sorted by; a run has its scores."""
 KEPT = "kept"
@@ -40,22 +31,10 @@ _FIELDS = {
     **dict.fromkeys(("veiled", "hidden"), "boolean"),
 }
 """Columns of `images` and their types, before the scores."""
-BINS = 40
-"""Bins of a score's histogram."""
+_SIDE_CARS = {"rows": ("source", "source_set", "alt"), "images": ("format", "width", "height")}
+"""Columns of `images` that side-cars hold."""
 _ROWS_AT_ONCE = 400_000
 """Rows of all stages that are joined at once."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A number that rows can be filtered and sorted by."""
-
-    name: str
-    """Its column: `stage.score` in a run."""
-    stage: str
-    column: str
-    thresholds: tuple[float, ...] = ()
-    """What it was judged by."""
 
 
 def catalog_of(path: str, file: str | None = None) -> str:
@@ -67,7 +46,7 @@ def catalog_of(path: str, file: str | None = None) -> str:
     """
     if file is None and not storage.is_local(path):
         raise ConfigError(f"{path} is no local folder: name a file for the catalog, --catalog FILE")
-    target = file or storage.join(path, FILE)
+    target = file or storage.join(path, CATALOG_FILE)
     key = key_of(path)
     if not storage.exists(target) or _key_in(target) != key:
         with contextlib.nullcontext() if file else locked(path):
@@ -95,19 +74,29 @@ def write_catalog(path: str, target: str, key: str) -> None:
         StorageError: it cannot be written there.
     """
     partial = Path(f"{target}.partial")
-    is_run = WorkFolder.is_one(path)
     _check_can_be_written(partial)
     with Tables() as tables:
         tables.attach(str(partial), "catalog")
-        scores = _scores_of_run(WorkFolder(path)) if is_run else _scores_of(open_any(path))
-        _create_images(tables, scores)
-        if is_run:
-            _fill_from_run(WorkFolder(path), tables, scores)
-            _copy_hits(WorkFolder(path), tables)
+        if WorkFolder.is_one(path):
+            work = WorkFolder(path)
+            scores = [
+                Score(f"{stage.name}.{name}", stage.name, name, tuple(thresholds(stage, name)))
+                for stage in work.stages(POOL)
+                for name in score_columns(stage)
+            ]
+            scores = list({score.name: score for score in scores}.values())
+            _create_images(tables, scores)
+            for flow in work.flows:
+                for shards in _batches(path_of(work, flow)[0], flow):
+                    _fill(work, flow, tables, scores, shards)
+            _copy_hits(work, tables)
         else:
-            _fill_from_dataset(open_any(path), tables, scores)
-        facts = {"key": key, "scores": [vars(score) for score in scores], "is_run": is_run}
+            dataset = open_any(path)
+            scores = [Score(f"data.{n}", "", n) for n in NUMBERS if n in dataset.columns]
+            _create_images(tables, scores)
+            _fill_from_dataset(dataset, tables, scores)
         _sort(tables, scores)
+        facts = {"key": key, "scores": [vars(score) for score in scores]}
         tables.run("create table facts as select ? as json", [json.dumps(facts)])
     partial.replace(target)
 
@@ -133,11 +122,9 @@ def _key_in(file: str) -> str:
     Raises:
         ConfigError: the file is something else, and so is left alone.
     """
-    from pipelines.web.serving.catalog import Catalog
-
     try:
         with Catalog(file) as catalog:
-            return catalog.key
+            return str(catalog.facts["key"])
     except (DatasetError, StorageError) as error:
         raise ConfigError(
             f"{file}: is no catalog ({error}); remove it, or name another with --catalog"
@@ -148,20 +135,6 @@ def _create_images(tables: Tables, scores: list[Score]) -> None:
     columns = [f"{name} {kind}" for name, kind in _FIELDS.items()]
     columns += [f"{named(score.name)} float" for score in scores]
     tables.run(f"create table images ({', '.join(columns)})")
-
-
-def _scores_of_run(work: WorkFolder) -> list[Score]:
-    """The scores of the pool's stages."""
-    found = [
-        Score(f"{stage.name}.{name}", stage.name, name, tuple(thresholds(stage, name)))
-        for stage in work.stages(POOL)
-        for name in score_columns(stage)
-    ]
-    return list({score.name: score for score in found}.values())
-
-
-def _scores_of(dataset: Dataset) -> list[Score]:
-    return [Score(f"data.{name}", "", name) for name in NUMBERS if name in dataset.columns]
 
 
 def _fill_from_dataset(dataset: Dataset, tables: Tables, scores: list[Score]) -> None:
@@ -178,104 +151,74 @@ def _fill_from_dataset(dataset: Dataset, tables: Tables, scores: list[Score]) ->
     tables.run(f"insert into images select {', '.join(values)} from one")
 
 
-def _fill_from_run(work: WorkFolder, tables: Tables, scores: list[Score]) -> None:
-    for flow in work.flows:
-        stages = path_of(work, flow)
-        for first, last in _batches(stages[0], flow):
-            _fill(work, flow, tables, scores, range(first, last))
-
-
-def _batches(stage: FinishedStage, flow: str) -> Iterator[tuple[int, int]]:
+def _batches(stage: FinishedStage, flow: str) -> Iterator[range]:
     """Ranges of shards, numbered within the flow, that hold few enough rows each."""
     first, number = stage.ranges[flow]
     begin, rows = 0, 0
     for shard in range(number):
         rows += stage.decisions.manifest.shards[first + shard].num_rows
-        if rows >= _ROWS_AT_ONCE:
-            yield begin, shard + 1
+        if rows >= _ROWS_AT_ONCE or shard == number - 1:
+            yield range(begin, shard + 1)
             begin, rows = shard + 1, 0
-    if begin < number:
-        yield begin, number
 
 
 def _fill(work: WorkFolder, flow: str, tables: Tables, scores: list[Score], shards: range) -> None:
     """Insert some shards of a flow: what every stage said of each row, joined by id."""
-    judged: dict[str, _Judge] = {}
+    views: dict[str, FinishedStage] = {}
     for number, stage in enumerate(path_of(work, flow)):
         first = stage.ranges[flow][0]
         own = range(first + shards.start, first + shards.stop)
         if tables.add(f"d{number}", stage.decisions, shards=own):
-            shows, columns = stage.entry.kind.shows_dropped, set(stage.decisions.columns)
-            judged[stage.name] = _Judge(stage.name, f"d{number}", columns, shows)
-    if not judged:
+            views[f"d{number}"] = stage
+    if not views:
         return
-    values = _of_judges(list(judged.values()))
-    joins = [judge.view for judge in list(judged.values())[1:]]
-    for name in ("rows", "images"):
-        made = work.making(flow, name)
-        view = f"side_{name}"
-        if made is not None and tables.add(view, made.output(name), shards=shards):
-            values |= _of_side_car(name, view, tables.columns(view))
-            joins.append(view)
-    values |= {
-        score.name: f"{judged[score.stage].view}.{named(score.column)}"
-        for score in scores
-        if score.stage in judged and score.column in judged[score.stage].columns
-    }
-    values["flow"] = quoted(flow)
-    chosen = ", ".join(values.get(name, "null") for name in _column_names(scores))
-    first_view = next(iter(judged.values())).view
-    joined = " ".join(
-        f"left join {view} on {first_view}.keep and {view}.id = {first_view}.id" for view in joins
+    values = {"flow": quoted(flow), **_decided(views)}
+    first_view, *joined = views
+    for name, wanted in _SIDE_CARS.items():
+        dataset, view = work.output(flow, name), f"side_{name}"
+        if dataset is not None and tables.add(view, dataset, shards=shards):
+            columns = tables.columns(view)
+            values |= {column: f"{view}.{column}" for column in wanted if column in columns}
+            joined.append(view)
+    if "source" in values:
+        values["host"] = host_of(values["source"])
+    for view, stage in views.items():
+        for score in scores:
+            if score.stage == stage.name and score.column in stage.decisions.columns:
+                values[score.name] = f"{view}.{named(score.column)}"
+    chosen = ", ".join(values.get(name, "null") for name in (*_FIELDS, *(s.name for s in scores)))
+    joins = " ".join(
+        f"left join {view} on {first_view}.keep and {view}.id = {first_view}.id" for view in joined
     )
     tables.run(
-        f"insert into images select {chosen} from {first_view} {joined} "
+        f"insert into images select {chosen} from {first_view} {joins} "
         f"order by {first_view}.id, {first_view}.keep desc"
     )
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """The view of one stage's decisions."""
-
-    stage: str
-    view: str
-    columns: set[str]
-    shows_dropped: str
-    """How people see what it drops: a mark of `images`, or clear."""
-
-
-def _of_judges(judges: list[_Judge]) -> dict[str, str]:
-    """SQL of the columns that decisions tell, by name of column."""
-    fallen = " ".join(f"when not {j.view}.keep then {quoted(j.stage)}" for j in judges)
+def _decided(views: dict[str, FinishedStage]) -> dict[str, str]:
+    """SQL of the columns that decisions tell, by name of column. views: of each stage."""
+    fallen = " ".join(f"when not {v}.keep then {quoted(stage.name)}" for v, stage in views.items())
     values = {
-        "id": f"{judges[0].view}.id",
+        "id": f"{next(iter(views))}.id",
         "stage": f"case {fallen} else {quoted(KEPT)} end",
-        "reason": f"coalesce({', '.join(f'{j.view}.reason' for j in judges)})",
+        "reason": f"coalesce({', '.join(f'{view}.reason' for view in views)})",
     }
-    for judge in judges:
-        if judge.shows_dropped != "clear":
-            values[judge.shows_dropped] = f"coalesce(not {judge.view}.keep, false)"
-        if "component" in judge.columns:
-            grouped = f"case when {judge.view}.component_size > 1 then {judge.view}"
-            values["component"] = f"{grouped}.component end"
-            values["component_size"] = f"{grouped}.component_size end"
-        if "seed_set" in judge.columns:
-            values["seed_set"] = f"{judge.view}.seed_set"
+    for view, stage in views.items():
+        if stage.entry.kind.shows_dropped != "clear":  # veiled or hidden
+            values[stage.entry.kind.shows_dropped] = f"coalesce(not {view}.keep, false)"
+        if "component" in stage.decisions.columns:
+            for name in ("component", "component_size"):
+                values[name] = f"case when {view}.component_size > 1 then {view}.{name} end"
+        if "seed_set" in stage.decisions.columns:
+            values["seed_set"] = f"{view}.seed_set"
     for column in ("twin", "twin_set"):
-        having = [j for j in judges if column in j.columns]
+        having = {v: set(s.decisions.columns) for v, s in views.items()}
+        having = {view: columns for view, columns in having.items() if column in columns}
         if having:
-            near = next((j for j in having if "component" in j.columns), having[0])
-            named_by = " ".join(f"when not {j.view}.keep then {j.view}.{column}" for j in having)
-            values[column] = f"case {named_by} else {near.view}.{column} end"
-    return values
-
-
-def _of_side_car(name: str, view: str, columns: dict[str, str]) -> dict[str, str]:
-    wanted = ("source", "source_set", "alt") if name == "rows" else ("format", "width", "height")
-    values = {column: f"{view}.{column}" for column in wanted if column in columns}
-    if "source" in values:
-        values["host"] = host_of(f"{view}.source")
+            near = next((v for v, columns in having.items() if "component" in columns), None)
+            named_by = " ".join(f"when not {view}.keep then {view}.{column}" for view in having)
+            values[column] = f"case {named_by} else {near or next(iter(having))}.{column} end"
     return values
 
 
@@ -307,35 +250,23 @@ def _sort(tables: Tables, scores: list[Score]) -> None:
             f"join (from facets where facet = {quoted(name)}) f on i.{name} = f.value "
             "order by f.first, i.rowid"
         )
+    tables.run("create table bins (score integer, bin integer, kept bigint, dropped bigint)")
     for number, score in enumerate(scores):
-        column = named(score.name)
+        column, table = named(score.name), f"score_{number}"
+        told = f"from images where {column} is not null and not isnan({column})"
         tables.run(
-            f"create table score_{number} as select {column} as value, rowid as position "
-            f"from images where {column} is not null and not isnan({column}) order by 1, 2"
+            f"create table {table} as select {column} as value, rowid as position {told} "
+            "order by 1, 2"
         )
-        _count_bins(tables, number, score)
+        low = f"(select min(value) from {table})"
+        span = f"nullif((select max(value) from {table}) - {low}, 0)"
+        tables.run(
+            f"insert into bins select {number}, least(coalesce("
+            f"floor(({column} - {low}) / {span} * {BINS}), 0), {BINS - 1})::int as bin, "
+            f"count(*) filter (stage != ?), count(*) filter (stage = ?) {told} group by bin",
+            [score.stage, score.stage],
+        )
     tables.run(
         "create table components as select value as component, rows from facets "
         "where facet = 'component' order by rows desc, value"
     )
-
-
-def _count_bins(tables: Tables, number: int, score: Score) -> None:
-    """Kept and dropped rows of a score, in equal bins between its ends."""
-    column = named(score.name)
-    low = f"(select min(value) from score_{number})"
-    span = f"nullif((select max(value) from score_{number}) - {low}, 0)"
-    tables.run(
-        "create table if not exists bins (score integer, bin integer, kept bigint, dropped bigint)"
-    )
-    tables.run(
-        f"insert into bins select {number}, "
-        f"least(coalesce(floor(({column} - {low}) / {span} * {BINS}), 0), {BINS - 1})::int as bin, "
-        "count(*) filter (stage != ?), count(*) filter (stage = ?) from images "
-        f"where {column} is not null and not isnan({column}) group by bin",
-        [score.stage, score.stage],
-    )
-
-
-def _column_names(scores: list[Score]) -> list[str]:
-    return [*_FIELDS, *(score.name for score in scores)]

@@ -7,7 +7,7 @@ import pytest
 from curation.errors import DatasetError, SpaceError
 from embedder.errors import ImageError
 from embedder.images import encode_jpeg
-from pipelines.audit.seen import look_for
+from pipelines.audit.seen import find_image
 from pipelines.cli import audit
 from tests.pipelines.audited_run import TinyEncoder, finished_run, picture
 
@@ -19,10 +19,10 @@ def tiny_encoder():
 
 
 def seen(name):
-    return look_for(finished_run() / name, str(finished_run()))
+    return find_image(finished_run() / name, str(finished_run()))
 
 
-def test_look_for__kept_image_and_its_dropped_copy_are_in_the_set():
+def test_find_image__kept_image_and_its_dropped_copy_are_in_the_set():
     kept = seen("sets/taken/0.jpg")
     assert kept["verdict"].startswith("in the set")
     assert kept["nearest"][0]["flow"] == "taken"
@@ -30,28 +30,28 @@ def test_look_for__kept_image_and_its_dropped_copy_are_in_the_set():
     assert [(row["flow"], row["same_bytes"]) for row in kept["equal"]] == [("taken", True)]
 
 
-def test_look_for__leak_is_told_from_a_copy():
+def test_find_image__leak_is_told_from_a_copy():
     found = seen("images/leak.jpg")
     assert found["verdict"] == "not in the set; it would be dropped as a leak of 'bench'"
     assert found["nearest_benchmark"][0]["source"] == "0.jpg"
 
 
-def test_look_for__unknown_picture(tmp_path):
+def test_find_image__unknown_picture(tmp_path):
     path = tmp_path / "mine.jpg"
     path.write_bytes(encode_jpeg(picture(np.random.default_rng(99))))
-    found = look_for(path, str(finished_run()))
+    found = find_image(path, str(finished_run()))
     assert found["verdict"] == "not in the set, and no near copy of it is"
     assert found["equal"] == []
     assert len(found["nearest"]) == 5
 
 
-def test_look_for__says_which_filter_would_drop_it(tmp_path):
+def test_find_image__says_which_filter_would_drop_it(tmp_path):
     """The filters of the run are asked in their order, to the first that drops the file."""
     path = tmp_path / "mine.jpg"
     pixels = np.full((64, 64, 3), 200, np.uint8)
     pixels[:16, :16] = 204
     path.write_bytes(encode_jpeg(pixels))
-    found = look_for(path, str(finished_run()))
+    found = find_image(path, str(finished_run()))
     assert found["verdict"] == "not in the set; it would be dropped by quality: blank"
     assert [(row["stage"], row["keep"]) for row in found["verdicts"]] == [
         ("canonicalize", True),
@@ -59,21 +59,21 @@ def test_look_for__says_which_filter_would_drop_it(tmp_path):
     ]
 
 
-def test_look_for__wrong_input(tmp_path):
+def test_find_image__wrong_input(tmp_path):
     with pytest.raises(ImageError, match=r"not_an_image: .*recipe\.yaml: begins with"):
-        look_for(finished_run() / "recipe.yaml", str(finished_run()))
+        find_image(finished_run() / "recipe.yaml", str(finished_run()))
     with pytest.raises(DatasetError, match=r"no run\.json"):
-        look_for(finished_run() / "images" / "00.jpg", str(tmp_path))
+        find_image(finished_run() / "images" / "00.jpg", str(tmp_path))
 
 
-def test_look_for__a_file_that_no_memory_holds(tmp_path):
+def test_find_image__a_file_that_no_memory_holds(tmp_path):
     with (tmp_path / "big.jpg").open("wb") as file:
         file.truncate(30 << 30)
     with pytest.raises(ImageError, match=r"too_large: .*big\.jpg: 32212254720 bytes"):
-        look_for(tmp_path / "big.jpg", str(finished_run()))
+        find_image(tmp_path / "big.jpg", str(finished_run()))
 
 
-def test_look_for__another_encoder_is_refused(monkeypatch):
+def test_find_image__another_encoder_is_refused(monkeypatch):
     monkeypatch.setattr(TinyEncoder, "space", "other")
     with pytest.raises(SpaceError, match="another device or version"):
         seen("images/00.jpg")

@@ -17,10 +17,9 @@ from pipelines.run.stage_runner import Silent
 from pipelines.web.calibration import curves, truth
 from pipelines.web.calibration.app import add_lab
 from pipelines.web.calibration.curves import Effects, by_bin, curve, wilson
-from pipelines.web.calibration.judgements import Judgements
-from pipelines.web.calibration.lab import Lab
+from pipelines.web.calibration.lab import Lab, effects_of
 from pipelines.web.calibration.questions import Kind, Question, Sample, Stratum, draw
-from pipelines.web.calibration.removals import effects_of
+from pipelines.web.calibration.ratings import Ratings
 from pipelines.web.serving.app import make_app
 from pipelines.web.serving.catalog import Catalog
 from pipelines.web.serving.catalog_file import catalog_of
@@ -115,7 +114,7 @@ def test_curve__unsure_and_unasked_are_left_out():
     sample = Sample(Kind.nsfw, (Stratum(0.8, 1.0, 100, asked),), None)
     assert curve(sample, {"0": None}, effects_at(np.ones(100), [0.5]), rng) == []
     (found,) = by_bin(sample, {"0": None, "1": True, "2": False})
-    assert (found["judged"], found["positive"]) == (2, 0.5)
+    assert (found.judged, found.positive) == (2, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +200,9 @@ def app_with_lab(folder, answers):
     """The server of the audited run with the lab of near duplicates."""
     file = str(shutil.copy(catalog_of(str(finished_run())), folder / "catalog.duckdb"))
     app = make_app(str(finished_run()), file)
-    catalog = app.state.audit.catalog
+    catalog = app.state.site.catalog
     work = WorkFolder(str(finished_run()))
-    add_lab(app, Lab(work, catalog, sample_of(catalog), Judgements.at(answers), 0))
+    add_lab(app, Lab(work, catalog, sample_of(catalog), Ratings(answers), 0))
     return app
 
 
@@ -218,7 +217,7 @@ def test_lab__answers_are_kept_and_only_from_its_own_pages(lab_site):
         assert client.post("/calibrate/0/no").status_code == 303
     rows = pq.read_table(path).to_pylist()
     assert [row["positive"] for row in rows] == [True, False]
-    assert Judgements.at(path).read() == {rows[0]["key"]: False}
+    assert Ratings(path).read() == {rows[0]["key"]: False}
 
 
 @needs_chromium
@@ -234,7 +233,7 @@ def test_lab__judging_by_keys_until_all_is_answered(lab_site):
         assert page.locator(".question").count() == 0
         assert page.locator("polygon.band").count() == 2
         assert page.locator("tr.own").count() == 1
-    assert len(Judgements.at(path).read()) == total
+    assert len(Ratings(path).read()) == total
 
 
 @needs_chromium
@@ -275,9 +274,9 @@ def test_lab__nsfw_scores_of_the_real_stage(nsfw_run, tmp_path):
     assert 0 < len(dropped) < len(scores) == 12
     path = str(tmp_path / "answers.parquet")
     app = make_app(str(nsfw_run), catalog_of(str(nsfw_run)))
-    catalog = app.state.audit.catalog
+    catalog = app.state.site.catalog
     sample = draw(catalog, work, Kind.nsfw, 3, 12, np.random.default_rng(0))
-    lab = Lab(work, catalog, sample, Judgements.at(path), 0)
+    lab = Lab(work, catalog, sample, Ratings(path), 0)
     add_lab(app, lab)
     assert {q.id: q.score for q in lab.questions} == {
         row["id"]: pytest.approx(row["nsfw_score"]) for row in scores
@@ -291,7 +290,7 @@ def test_lab__nsfw_scores_of_the_real_stage(nsfw_run, tmp_path):
             small = httpx.get(f"{url}/pictures/pool/{question.id}").content
             assert (len(small) < 1000) == (question.id in dropped)  # a few blots
             httpx.post(f"{url}/calibrate/{number}/{answer}")
-    (own,) = [p for p in lab.points(lab.judgements.read()) if p.threshold == sample.threshold]
+    (own,) = [p for p in lab.points(lab.ratings.read()) if p.threshold == sample.threshold]
     assert (own.above, own.removed) == (len(dropped), len(dropped))
     assert (own.precision, own.recall) == (1, 1)
     assert own.precision_low < 1

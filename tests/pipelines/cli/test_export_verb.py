@@ -44,7 +44,7 @@ def test_export__writes_weights_and_card(trained: Path, tmp_path: Path, format: 
     assert "manifest digest: `c0de`" in card
     assert "images: 8" in card
     assert "method: DINOv2 pretraining" in card
-    assert "images: unknown; the data names no licences" in card
+    assert "images: unknown; the data names no licenses" in card
     with safe_open(out / "model.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["licence"] == "cc-by-4.0"
@@ -111,4 +111,4 @@ def test_data_facts__counts_sets_and_licences(tmp_path: Path) -> None:
     facts = data_facts(str(tmp_path / "m"))
     assert facts.images == 4
     assert facts.sets == {"web": 3, "seeds": 1}
-    assert facts.licences == {"CC0": 2, "unknown": 2}
+    assert facts.licenses == {"CC0": 2, "unknown": 2}

@@ -52,7 +52,7 @@ def answers(work: str, catalog_file: Path) -> dict[str, object]:
     """What auditors hear of a run."""
     first = ask(work, "select id from manifest order by id", 1).rows[0]["id"]
     with Catalog(catalog_of(work, str(catalog_file))) as catalog:
-        images = [catalog.count(), catalog.page(Filter()).total, catalog.values("stage")]
+        images = [catalog.size(), catalog.page(Filter()).total, catalog.values("stage")]
     shard = WorkFolder(work).manifest.manifest.shards[0].name
     return {
         "stats": stats_of(work),
@@ -86,7 +86,7 @@ def test_catalog_of__a_folder_whose_name_duckdb_takes_apart(runs):
     with pytest.raises(ConfigError, match="--catalog FILE"):
         catalog_of(str(runs / "run?"))
     with Catalog(catalog_of(str(runs / "run[1]"))) as catalog:
-        assert catalog.count() == 40
+        assert catalog.size() == 40
 
 
 def test_audit__relative_and_odd(runs, monkeypatch):

@@ -24,9 +24,9 @@ from pipelines.run.recipe import load_recipe
 from pipelines.run.runner import RecipeRun
 from pipelines.run.stage_runner import Silent, run_stage
 from pipelines.web.calibration.app import add_lab
-from pipelines.web.calibration.judgements import Judgements
 from pipelines.web.calibration.lab import Lab
 from pipelines.web.calibration.questions import Kind, draw
+from pipelines.web.calibration.ratings import Ratings
 from pipelines.web.serving.app import make_app
 from pipelines.web.serving.catalog_file import catalog_of
 from tests.curation.sources.test_tars import tar_of
@@ -211,9 +211,9 @@ def test_serve_and_calibrate__a_run_in_a_bucket(bucket, tmp_path):
     with pytest.raises(ConfigError, match="is no local folder: name a file for the catalog"):
         catalog_of(work.path)
     app = make_app(work.path, catalog_of(work.path, str(tmp_path / "catalog.duckdb")))
-    catalog = app.state.audit.catalog
+    catalog = app.state.site.catalog
     sample = draw(catalog, work, Kind.dedup, 2, 3, np.random.default_rng(0))
-    answers = Judgements.at(f"{bucket}/answers.parquet")
+    answers = Ratings(f"{bucket}/answers.parquet")
     add_lab(app, Lab(work, catalog, sample, answers, 0))
     with serving(app) as url, httpx.Client(base_url=url) as client:
         row = client.get("/api/images?stage=kept&flow=pool").json()["rows"][0]

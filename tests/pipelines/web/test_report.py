@@ -12,11 +12,11 @@ from curation.stages.near_dedup import NearDedup
 from curation.stages.nsfw import Nsfw
 from pipelines.audit.funnel import FunnelRow
 from pipelines.audit.work_folder import WorkFolder
-from pipelines.web.report import charts
-from pipelines.web.report.groups import groups_of
+from pipelines.web import charts
+from pipelines.web.pictures import MAX_SIDE, Pictures, thumbnail
+from pipelines.web.rendering import percent, size
+from pipelines.web.report.embedding_map import groups_of
 from pipelines.web.report.page import planned_seconds, render, write_page
-from pipelines.web.report.pictures import MAX_SIDE, Pictures, thumbnail
-from pipelines.web.report.units import percent, size
 from tests.pipelines.audited_run import HOSTILE, copied_run, finished_run
 
 

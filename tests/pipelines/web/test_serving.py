@@ -161,7 +161,7 @@ def test_catalog_of__is_made_once_and_again_when_the_run_changed(tmp_path):
         connection.execute("update facts set json = replace(json, ?, 'old')", [stale])
     catalog_of(str(work))
     with Catalog(str(file)) as again:
-        assert again.key == stale
+        assert again.facts["key"] == stale
 
 
 def test_catalog_of__file_that_is_no_catalog(tmp_path):
@@ -229,7 +229,7 @@ def test_life__tells_every_verdict(client):
     assert life["fate"] == "dropped by leaks: leak:bench"
     assert [one["stage"] for one in life["verdicts"]][-1] == "leaks"
     page = client.get(f"/images/pool/{row['id']}", headers=HTML).text
-    assert "in bench" in page or "its likest" in page
+    assert "in bench" in page or "most similar" in page
 
 
 def test_pictures__every_shown_image_is_a_jpeg(client):

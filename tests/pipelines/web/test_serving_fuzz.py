@@ -106,4 +106,4 @@ def test_texts__are_looked_for_as_they_are(url, attack):
         assert refused.status_code == 422
         assert client.get(f"/pictures/{attack.encode().hex()}/{'0' * 32}").status_code == 404
     with Catalog(catalog_with_marks()[0]) as catalog:
-        assert catalog.count() == 40
+        assert catalog.size() == 40
