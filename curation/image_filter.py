@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -205,7 +205,7 @@ class _Images:
         """Faces of a row: those that a filter of this pass found, or else an earlier stage."""
         for columns in self._rows.emitted.values():
             if "boxes" in columns:
-                return list(columns["boxes"][row])
+                return cast("list[list[int]]", columns["boxes"][row])
         known = "boxes" in self._rows.table.column_names
         return self._rows.table["boxes"][row].as_py() if known else None
 

@@ -6,7 +6,7 @@ A shard's receipt is its commit: written after its files, whole or not at all. A
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ from curation.config import Settings, parse_settings
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
 from curation.errors import LedgerError
 from curation.schema import ID, SOURCE_COLUMNS, decision_schema
-from curation.stage import DECISIONS, Shard, Stage, StageFolder
+from curation.stage import DECISIONS, ColumnValues, Figures, Shard, Stage, StageFolder
 
 RECEIPTS = "_receipts"
 STAGE_FILE = "_stage.json"
@@ -122,7 +122,7 @@ def commit_failed_shard(
 def decision_table(stage: Stage, stage_name: str, shard: Shard) -> pa.Table:
     """The decisions on a shard: a row for every row that came in."""
     rows = shard.num_rows
-    columns: dict[str, Any] = {
+    columns: dict[str, ColumnValues] = {
         ID: shard.ids,
         "stage": pa.array([stage_name] * rows, pa.string()),
         "keep": pa.array(shard.alive),
@@ -157,7 +157,7 @@ def finish_stage(
     receipts: Iterable[Receipt],
     *,
     expected_rows: int | None,
-    figures: dict[str, Any] | None = None,
+    figures: Figures | None = None,
     seconds: float = 0.0,
 ) -> StageRecord:
     """Check the accounts of all shards, commit every output, then the stage.
@@ -178,7 +178,7 @@ def finish_stage(
         key=key,
         settings=stage.model_dump(mode="json"),
         outputs={name: dataset.manifest.content_digest for name, dataset in written.items()},
-        figures=figures or {},
+        figures=dict(figures or {}),
         seconds=round(seconds, 3),
         failed_shards=failed,
         **totals,
@@ -217,7 +217,16 @@ def _commit_output(
     return commit(folder.output(name), schema, shards, attributes)
 
 
-def _add_up(stage_name: str, receipts: list[Receipt], expected_rows: int | None) -> dict[str, Any]:
+class _Totals(TypedDict):
+    """Accounts of all shards, as a record holds them."""
+
+    rows_in: int
+    rows_out: int
+    dropped: dict[str, int]
+    counters: dict[str, float]
+
+
+def _add_up(stage_name: str, receipts: list[Receipt], expected_rows: int | None) -> _Totals:
     rows_in = sum(receipt.rows_in for receipt in receipts)
     rows_out = sum(receipt.rows_out for receipt in receipts)
     dropped: Counter[str] = Counter()
@@ -235,12 +244,12 @@ def _add_up(stage_name: str, receipts: list[Receipt], expected_rows: int | None)
         raise LedgerError(
             f"stage '{stage_name}': {expected_rows} rows were alive, {rows_in} were judged"
         )
-    return {
-        "rows_in": rows_in,
-        "rows_out": rows_out,
-        "dropped": dict(sorted(dropped.items())),
-        "counters": dict(sorted(counters.items())),
-    }
+    return _Totals(
+        rows_in=rows_in,
+        rows_out=rows_out,
+        dropped=dict(sorted(dropped.items())),
+        counters=dict(sorted(counters.items())),
+    )
 
 
 def _output_table(shard: Shard, name: str, schema: pa.Schema) -> pa.Table:
@@ -264,7 +273,7 @@ def _output_table(shard: Shard, name: str, schema: pa.Schema) -> pa.Table:
     return table.filter(pa.array(alive))
 
 
-def _to_arrow(values: Any, kind: pa.DataType) -> pa.Array:
+def _to_arrow(values: ColumnValues, kind: pa.DataType) -> pa.Array:
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values if values.type == kind else values.cast(kind)
     if isinstance(values, np.ndarray) and values.ndim == 2:

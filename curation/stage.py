@@ -9,7 +9,7 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,13 @@ from curation.schema import ID
 Item = TypeVar("Item")
 Opened = TypeVar("Opened")
 Result = TypeVar("Result")
+
+Json = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
+"""What JSON can hold."""
+Figures = Mapping[str, Json]
+"""What a stage reports besides its rows, by name."""
+ColumnValues: TypeAlias = pa.Array | pa.ChunkedArray | np.ndarray | Sequence[Json | bytes]
+"""A value for each row."""
 
 DECISIONS = "decisions"
 ABOUT = "about"
@@ -125,8 +132,8 @@ class Shard:
         self.reasons = np.full(table.num_rows, None, dtype=object)
         self.scores = np.full(table.num_rows, np.nan)
         self.thresholds = np.full(table.num_rows, np.nan)
-        self.notes: dict[str, Any] = {}
-        self.emitted: dict[str, dict[str, Any]] = {}
+        self.notes: dict[str, ColumnValues] = {}
+        self.emitted: dict[str, dict[str, ColumnValues]] = {}
         self.whole_outputs: set[str] = set()
         self.counters: dict[str, float] = {}
 
@@ -170,12 +177,14 @@ class Shard:
         self.scores[alive] = np.asarray(scores, np.float64)[alive]
         self.thresholds[alive] = np.broadcast_to(threshold, alive.shape)[alive]
 
-    def note(self, column: str, values: Any) -> None:
+    def note(self, column: str, values: ColumnValues) -> None:
         """Add one of the stage's own columns to the decisions, with a value (or None) per row."""
         self._check_length(column, values)
         self.notes[column] = values
 
-    def emit(self, output: str, columns: Mapping[str, Any], *, rejected_too: bool = False) -> None:
+    def emit(
+        self, output: str, columns: Mapping[str, ColumnValues], *, rejected_too: bool = False
+    ) -> None:
         """Add columns to a side-car, with a value per row that came in.
 
         Rows rejected by the end of the stage are left out, unless `rejected_too`.
@@ -190,7 +199,7 @@ class Shard:
         """Add to a counter of the run summary."""
         self.counters[counter] = self.counters.get(counter, 0) + amount
 
-    def _check_length(self, column: str, values: Any) -> None:
+    def _check_length(self, column: str, values: ColumnValues) -> None:
         if len(values) != self.num_rows:
             raise LedgerError(
                 f"column '{column}' has {len(values)} values for {self.num_rows} rows"
@@ -217,7 +226,7 @@ class StageFolder:
     primary: str | None = None
     elsewhere: tuple[tuple[str, str], ...] = ()
     """Outputs that lie in folders of their own: their names, and where."""
-    facts: tuple[tuple[str, Any], ...] = ()
+    facts: tuple[tuple[str, Json], ...] = ()
     """What a single verb knows of all that it writes: attributes and their values."""
     deleted_after_use: tuple[str, ...] = ()
     """Outputs whose files may be gone, since the run that made them needs them no more."""
@@ -389,7 +398,7 @@ class DatasetStage(Stage):
     """A stage that must see all rows; it sends its own tasks to the engine."""
 
     @abstractmethod
-    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> Figures:
         """Do the work and commit every shard through `ledger.commit_shard`.
 
         Gives figures for the report, such as measured recall.

@@ -12,13 +12,16 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypedDict, TypeVar
+from typing import IO, Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from curation.errors import StorageError
 from embedder.errors import one_line
@@ -49,6 +52,17 @@ R = TypeVar("R")
 
 class UnreadableFileError(StorageError):
     """A file that is gone, forbidden or no regular file, where others can be read."""
+
+
+class _Entry(TypedDict, total=False):
+    """What a file system says of a file or a folder; stores differ in what they know."""
+
+    name: str
+    type: Literal["file", "directory", "other"]
+    size: int | None
+    mtime: float
+    ETag: str
+    LastModified: datetime
 
 
 class FileInfo(NamedTuple):
@@ -116,14 +130,14 @@ def list_folders(path: str) -> list[str]:
 
 def list_sizes(path: str) -> dict[str, int]:
     """Bytes of the files directly inside a folder, by name."""
-    return {name: entry["size"] for name, entry in _named_entries(path, "file")}
+    return {name: entry["size"] or 0 for name, entry in _named_entries(path, "file")}
 
 
 def _list(path: str, wanted: str) -> list[str]:
     return sorted(name for name, _ in _named_entries(path, wanted))
 
 
-def _named_entries(path: str, wanted: str) -> list[tuple[str, dict[str, Any]]]:
+def _named_entries(path: str, wanted: str) -> list[tuple[str, _Entry]]:
     fs, inner = _resolve(path)
     with storage_errors(path):
         fs.invalidate_cache(inner)
@@ -151,7 +165,7 @@ def walk_infos(path: str) -> dict[str, FileInfo]:
     listed side by side.
     """
     fs, inner = _resolve(path)
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, _Entry] = {}
     folders = [inner]
     with storage_errors(path):
         while folders and not is_local(path) and len(folders) < _REQUESTS_AT_ONCE:
@@ -170,10 +184,10 @@ def walk_infos(path: str) -> dict[str, FileInfo]:
     }
 
 
-def _entries(fs: Any, folder: str) -> list[dict[str, Any]]:
+def _entries(fs: AbstractFileSystem, folder: str) -> list[_Entry]:
     """What a folder holds; nothing where it is absent."""
     try:
-        found: list[dict[str, Any]] = fs.ls(folder, detail=True)
+        found: list[_Entry] = fs.ls(folder, detail=True)
     except FileNotFoundError:
         return []
     return found
@@ -201,7 +215,7 @@ def stamp_of(path: str) -> str:
         return _stamp(fs.info(inner))
 
 
-def _stamp(info: dict[str, Any]) -> str:
+def _stamp(info: _Entry) -> str:
     changed = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
     return f"{info['size']} {changed}"
 
@@ -322,7 +336,7 @@ def remove_partials(path: str, *, deep: bool = True) -> None:
         file.unlink(missing_ok=True)
 
 
-def _finish(file: Any, target: str, inner: str, local: bool) -> None:
+def _finish(file: AbstractBufferedFile, target: str, inner: str, local: bool) -> None:
     try:
         file.close()
         if local:
@@ -332,7 +346,7 @@ def _finish(file: Any, target: str, inner: str, local: bool) -> None:
         raise
 
 
-def _abandon(file: Any, target: str, local: bool) -> None:
+def _abandon(file: AbstractBufferedFile, target: str, local: bool) -> None:
     """Throw a half-written file away; what is being raised matters more than failing at this."""
     with contextlib.suppress(OSError, AttributeError, NotImplementedError):
         if local:
@@ -426,9 +440,9 @@ class _HashingFile:
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0
         self.closed = False
-        self._last: deque[Any] = deque(maxlen=_LAST_WRITES)
+        self._last: deque[bytes | memoryview] = deque(maxlen=_LAST_WRITES)
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data)
         self._file.write(view)
         self.sha256.update(view)
@@ -549,7 +563,7 @@ def open_parquet(path: str, footer: str | None = None) -> Iterator[pq.ParquetFil
         yield held.enter_context(opened)
 
 
-def _checked_footer(file: Any, footer: str) -> pq.FileMetaData:
+def _checked_footer(file: IO[bytes], footer: str) -> pq.FileMetaData:
     """Read the footer, once.
 
     Raises:
@@ -565,7 +579,7 @@ def _checked_footer(file: Any, footer: str) -> pq.FileMetaData:
     return pq.read_metadata(pa.BufferReader(tail))
 
 
-def _read_last(file: Any, size: int, count: int) -> bytes:
+def _read_last(file: IO[bytes], size: int, count: int) -> bytes:
     file.seek(max(size - count, 0))
     return bytes(file.read(count))
 
@@ -623,7 +637,7 @@ def storage_errors(path: str) -> Iterator[None]:
         raise StorageError(f"{path}: {type(error).__name__}: {detail}") from error
 
 
-def _resolve(path: str) -> tuple[Any, str]:
+def _resolve(path: str) -> tuple[AbstractFileSystem, str]:
     if not path or "\0" in path:
         what = "with the character NUL" if path else "that is empty"
         raise StorageError(f"a path {what} was given; name a folder or a URL")

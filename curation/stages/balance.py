@@ -29,7 +29,7 @@ from curation.sampling import (
     tree_level,
 )
 from curation.schema import ID, ids_to_bytes, schema_of
-from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, reject
+from curation.stage import DatasetStage, Engine, Figures, Shard, StageFolder, StageInputs, reject
 
 TREE = "tree"
 """Output with a line a cluster: its parent, its rows, and how many were drawn."""
@@ -57,7 +57,7 @@ class Balance(DatasetStage):
         """The row's cluster, and how often it was drawn."""
         return schema_of(["cluster", "draws"])
 
-    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> Figures:
         """Count the rows of each cluster, share the target out, draw, and tell the shards."""
         pool, scratch = inputs.pool.only(self.clusters), folder.scratch
         buckets = 1 + pool.num_rows // _ROWS_PER_BUCKET

@@ -36,7 +36,7 @@ from curation.neighbors.rows.shard_batches import (
 )
 from curation.neighbors.rows.vectors import exact_similarities
 from curation.schema import schema_of
-from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, reject
+from curation.stage import DatasetStage, Engine, Figures, Shard, StageFolder, StageInputs, reject
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Cluster(DatasetStage):
         """The cluster of every row in each level."""
         return {CLUSTERS: schema_of(["id", "cluster", "similarity", "clusters"])}
 
-    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> Figures:
         """Train, refine over all rows, cluster the centroids, and tell the shards."""
         sources = sources_of(
             inputs, (), self.embeddings, self.embedding_column, assume_same_space=True

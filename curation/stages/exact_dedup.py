@@ -15,7 +15,7 @@ from curation.key_dedup import KeyDuplicates
 from curation.ledger import commit_shard
 from curation.pool import Pool
 from curation.schema import ID, schema_of
-from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, reject
+from curation.stage import DatasetStage, Engine, Figures, Shard, StageFolder, StageInputs, reject
 
 _COLUMNS = ("sha256", "original_width", "original_height", "num_bytes")
 _ORDER = (
@@ -43,7 +43,7 @@ class ExactDedup(DatasetStage):
         """The kept image that a dropped one equals."""
         return schema_of(["twin"])
 
-    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> Figures:
         """Find equal images and write the verdicts."""
         finder = KeyDuplicates(inputs.pool, "pixel_hash", _COLUMNS, _ORDER, inputs.base)
         finder.run(engine, folder.scratch, _WriteVerdicts(self, inputs.pool, folder))

@@ -44,6 +44,7 @@ from curation.sources.text_lists import ListTally, rewrite
 from curation.stage import (
     DatasetStage,
     Engine,
+    Figures,
     Resources,
     Shard,
     StageFolder,
@@ -150,7 +151,7 @@ class Ingest(DatasetStage):
         columns = dict(zip(TEXTS.names, names, strict=True))
         return UrlList(self.urls or "", columns, self.columns, links)
 
-    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> Figures:
         """Exchange the rows by id, then write a shard a range.
 
         Raises:

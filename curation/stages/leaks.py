@@ -23,7 +23,7 @@ from curation.neighbors.index.vector_index import (
 from curation.neighbors.rows.shard_batches import decide_shards
 from curation.neighbors.rows.vectors import default_threshold
 from curation.schema import schema_of
-from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
+from curation.stage import DatasetStage, Engine, Figures, StageFolder, StageInputs
 
 
 class Leaks(DatasetStage):
@@ -60,7 +60,7 @@ class Leaks(DatasetStage):
         """The nearest benchmark image of a leak, and whether it leaks directly or by a chain."""
         return schema_of(["twin", "twin_set", "similarity", "path"])
 
-    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> Figures:
         """Join the survivors and the benchmarks, and drop the components that leak."""
         sources = sources_of(
             inputs,

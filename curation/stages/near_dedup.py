@@ -28,7 +28,7 @@ from curation.neighbors.join.listed_pairs import PAIRS, write_pairs
 from curation.neighbors.rows.shard_batches import decide_shards
 from curation.neighbors.rows.vectors import VectorSource, default_threshold
 from curation.schema import schema_of
-from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
+from curation.stage import DatasetStage, Engine, Figures, StageFolder, StageInputs
 from curation.stages.leaks import find_leaks
 
 
@@ -82,7 +82,7 @@ class NearDedup(DatasetStage):
         """Component, twin and cosine of every row."""
         return schema_of(["component", "component_size", "twin", "twin_set", "similarity", "path"])
 
-    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> Figures:
         """Join, connect, keep one row a component, then look for leaks among those kept."""
         sources = sources_of(
             inputs,

@@ -21,7 +21,16 @@ from curation.ledger import commit_shard, finished_shards
 from curation.lost_files import lost_of
 from curation.pool import Pool
 from curation.schema import ID, column_type, schema_of
-from curation.stage import DatasetStage, Engine, Shard, StageFolder, StageInputs, Task, reject
+from curation.stage import (
+    DatasetStage,
+    Engine,
+    Figures,
+    Shard,
+    StageFolder,
+    StageInputs,
+    Task,
+    reject,
+)
 from embedder.errors import ImageError
 from embedder.images import blur_boxes, decode, encode_jpeg
 
@@ -47,7 +56,7 @@ class Pack(DatasetStage):
         """Faces to blur, and the seed set for sampling weights."""
         return ("boxes", "seed_set")
 
-    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> Figures:
         """Write a tar for each group of shards and commit them as one data set."""
         groups = _group_shards(inputs.pool.shard_rows(), self.rows_per_tar)
         task = _PackGroup(self, inputs.pool, folder)

@@ -29,7 +29,7 @@ from curation.neighbors.retrieval.seed_rule import SeedRule
 from curation.neighbors.rows.row_files import RowFiles
 from curation.neighbors.rows.shard_batches import decide_shards
 from curation.schema import schema_of
-from curation.stage import DatasetStage, Engine, StageFolder, StageInputs
+from curation.stage import DatasetStage, Engine, Figures, StageFolder, StageInputs
 
 
 class Retrieve(DatasetStage):
@@ -82,7 +82,7 @@ class Retrieve(DatasetStage):
         """The best hit of each retrieved image."""
         return schema_of(["seed_set", "rule", "seed_id", "rank", "similarity", "cluster"])
 
-    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> Figures:
         """Search, cluster, write the hits, and decide on the shards of the pool."""
         names = [rule.set for rule in self.seeds]
         sources = sources_of(

@@ -4,7 +4,6 @@ Its output is the manifest: one row for every image of the finished set.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +28,7 @@ from curation.stage import (
     DECISIONS,
     DatasetStage,
     Engine,
+    Figures,
     Shard,
     StageFolder,
     StageInputs,
@@ -88,7 +88,7 @@ class Select(DatasetStage):
         """The image of the union that a dropped one repeats."""
         return schema_of(["twin"])
 
-    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> dict[str, Any]:
+    def run(self, inputs: StageInputs, folder: StageFolder, engine: Engine) -> Figures:
         """Drop images that an earlier flow has already; write the manifest.
 
         The union's shards lie flow by flow, each sorted by ranges of id, so that the first by

@@ -28,6 +28,7 @@ from curation.score_files import ScoreFiles
 from curation.stage import (
     DatasetStage,
     Engine,
+    Figures,
     Resources,
     Shard,
     ShardStage,
@@ -202,7 +203,7 @@ class StageRunner:
         began = time.monotonic()
         key_file = storage.join(folder.path, _KEY_FILE)
         storage.write_json(key_file, {"key": key, "stage": folder.stage})
-        figures: dict[str, Any] = {}
+        figures: Figures = {}
         try:
             if isinstance(stage, ShardStage):
                 bound = stage.bound(inputs)
