@@ -15,7 +15,7 @@ from curation.neighbors.index.coarse_training import FLAT, lists_of
 from curation.neighbors.index.quantizer import FIRST_GROUPS, CoarseQuantizer, QuantizerRouter
 from curation.neighbors.index.seed_groups import sample_duplicate_groups
 from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
-from curation.neighbors.kernels.quantized import integer_products, lengths_of, quantize_rows
+from curation.neighbors.kernels.quantized import quantize_rows
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.arrange import rows_per_task, shard_runs
 from curation.neighbors.rows.file_tasks import (
@@ -42,11 +42,6 @@ _NEAR = 0.8
 """Of the cosine of alike rows: members of a group are at least as near to its mean."""
 _SHARE_FOR_GROUPS = 0.2
 """Share of the rows that is sampled where groups are sought: some rows of each."""
-_ROWS_PAIRED, _PAIRED_AT_ONCE = 1 << 11, 1 << 8
-"""Held-out rows whose alike ones are sought in the sample, and rows that meet them at a time."""
-_FEWEST_PAIRS = 50
-_SPARE = 3
-"""Times fewer pairs missed than may be: what is left over for the error of both samples."""
 _FINDING_GROUPS = 256
 """Bytes that finding groups takes for a sampled row: its sketch, its neighbours."""
 
@@ -240,7 +235,7 @@ class _TrainCoarse(FileTask[None, dict[str, Any]]):
             *lists_of(rows, self.training.num_lists, rng, threads, groups), rng, threads
         )
         coarse.write(self.training.coarse_path)
-        limits = self._reach(coarse, asked, rows, threads)
+        limits = self._limits(coarse, asked, threads)
         few = rows[: min(_COUNTED, _COUNTED_PER_LIST * coarse.num_lists)]
         homes = coarse.route(few, replace(limits, margin=0.0, most=0), threads).home
         counts = np.bincount(homes, minlength=coarse.num_lists)
@@ -256,9 +251,7 @@ class _TrainCoarse(FileTask[None, dict[str, Any]]):
         }
         return TaskResult([self.training.coarse_path], facts)
 
-    def _reach(
-        self, coarse: CoarseQuantizer, asked: np.ndarray, rows: np.ndarray, threads: int
-    ) -> ProbeLimits:
+    def _limits(self, coarse: CoarseQuantizer, asked: np.ndarray, threads: int) -> ProbeLimits:
         """How far rows are to look for lists, by what those held out need."""
         budget = self.training.budget
         limits = ProbeLimits(np.inf, budget.most_probes, near=budget.near)
@@ -268,11 +261,7 @@ class _TrainCoarse(FileTask[None, dict[str, Any]]):
         else:
             limits = replace(limits, groups=coarse.groups_to_meet(asked, budget.recall))
         margin = coarse.margin_of_probes(asked, budget.mean_probes, limits, threads)
-        limits = replace(limits, margin=margin)
-        return replace(
-            limits,
-            margin=min(margin, margin_of_pairs(coarse, asked, rows, budget, limits, threads)),
-        )
+        return replace(limits, margin=margin)
 
     def _rows_per_partition(self) -> int:
         row_bytes = self.width * np.dtype(self.training.dtype).itemsize
@@ -307,52 +296,6 @@ class _TrainCoarse(FileTask[None, dict[str, Any]]):
         count = storage.size_of(path) // (8 + self.width)
         hashes = map_array(path, "uint64", 0, (count,))
         return hashes, map_array(path, "int8", 8 * count, (count, self.width))
-
-
-def margin_of_pairs(
-    coarse: CoarseQuantizer,
-    asked: np.ndarray,
-    rows: np.ndarray,
-    budget: Budget,
-    every: ProbeLimits,
-    threads: int,
-) -> float:
-    """The margin within which asked rows visit nearly all lists of alike rows that any visit finds.
-
-    Infinite where too few pairs are known. Pairs of a pool need less: either may visit the other.
-    asked: (Q, D) int8, not trained on; rows: (S, D) int8.
-    """
-    if budget.alike is None:
-        return np.inf
-    asked = asked[:_ROWS_PAIRED]
-    left, right = _pairs_above(asked, rows, budget.alike, threads)
-    if len(left) < _FEWEST_PAIRS:
-        return np.inf
-    others, number = np.unique(right, return_inverse=True)
-    homes = coarse.route(rows[others], replace(every, margin=0.0, most=0), threads).home
-    margins = coarse.route(asked, every, threads).margins_to(left, homes[number])
-    margins = np.sort(margins[np.isfinite(margins)])
-    beyond = int((1 - budget.recall) / _SPARE * len(margins))
-    return float(margins[-1 - beyond]) if beyond else np.inf
-
-
-def _pairs_above(
-    asked: np.ndarray, rows: np.ndarray, cosine: float, threads: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers (H,) of asked rows, and of rows whose cosine to them is above a bound."""
-    floors = cosine * lengths_of(asked)
-
-    def of_block(start: int) -> tuple[np.ndarray, np.ndarray]:
-        some = rows[start : start + _PAIRED_AT_ONCE]
-        products, lengths = integer_products(some, asked).numpy(), lengths_of(some)
-        flat = np.flatnonzero(products > int(lengths.min() * floors.min()))
-        row, column = np.divmod(flat, len(asked))
-        above = products.reshape(-1)[flat] > lengths[row] * floors[column]
-        return column[above], row[above] + start
-
-    parts = list(in_threads(of_block, range(0, len(rows), _PAIRED_AT_ONCE), threads))
-    left, right = (np.concatenate(side) for side in zip(*parts, strict=True))
-    return left, right
 
 
 def split_evenly(expected: np.ndarray, rows_per_partition: int) -> list[int]:

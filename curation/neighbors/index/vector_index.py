@@ -15,11 +15,11 @@ from curation import storage
 from curation.config import Settings
 from curation.errors import ConfigError
 from curation.neighbors.index.quantizer import QuantizerRouter
-from curation.neighbors.index.recall import measure_recall
 from curation.neighbors.index.seed_groups import LEAST_COSINE
 from curation.neighbors.index.train_quantizer import Budget, train_router
 from curation.neighbors.join.join import Join, Joined, join_exhaustively
 from curation.neighbors.join.list_join import join_by_lists
+from curation.neighbors.join.recall import measure_recall
 from curation.neighbors.kernels.products import Products
 from curation.neighbors.rows.arrange import WorkerBudget, arrange
 from curation.neighbors.rows.routers import HashRouter, IdRouter
@@ -178,19 +178,15 @@ def self_join(
         joined = join_exhaustively(join, engine)
         return joined, {"compared": "all", "measured_recall": 1.0, "estimated_missed_pairs": 0}
     recall = measure_recall(
-        files,
-        threshold,
+        join,
         index.comparison.recall,
-        products,
-        storage.join(folder, "recall"),
+        index.router.limits.margin,
         engine,
-        limits=index.router.limits.margin,
         seed=index.seed,
         threads=index.threads,
-        apart=apart,
     )
-    joined = join_by_lists(join, recall.margin, engine, index.threads)
-    _warn_of_recall(recall.expected, index.comparison)
+    joined = join_by_lists(join, recall.chosen.margin, engine, index.threads)
+    _warn_of_recall(recall.chosen.recall, index.comparison)
     return joined, _by_lists(index.comparison, recall.figures())
 
 

@@ -81,6 +81,10 @@ class Routes:
         near = self.margins <= np.float16(margin)
         return self.probing_rows[near], self.probes[near]
 
+    def lists_met(self, margin: float) -> float:
+        """Lists that a row meets within a margin on average, its home included."""
+        return 1 + float((self.margins <= np.float16(margin)).sum()) / max(1, len(self))
+
     def margin_at(self, count: int) -> float:
         """The margin of the probe with so many nearer ones before it, or of the last; 0 of none."""
         margins = np.sort(self.margins)

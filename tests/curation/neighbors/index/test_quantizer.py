@@ -4,10 +4,9 @@ import pytest
 from curation.neighbors.index import quantizer as coarse_module
 from curation.neighbors.index.coarse_training import grown_centroids, lists_of
 from curation.neighbors.index.quantizer import CoarseQuantizer
-from curation.neighbors.index.train_quantizer import Budget, margin_of_pairs
+from curation.neighbors.rows.routes import ProbeLimits, Routes
 from curation.neighbors.kernels.quantized import quantize_rows
 from curation.neighbors.kernels.sketches import least_product, sketches_of
-from curation.neighbors.rows.routes import ProbeLimits, Routes
 
 
 def test_grown_centroids__find_clusters_and_do_not_depend_on_threads():
@@ -137,22 +136,6 @@ def test_least_of_sketches__lets_few_lists_look_near(monkeypatch):
     found = coarse.route(some, ProbeLimits(0.1, 5, 8, near=0.5, least=least), 2)
     exact = ungrouped(coarse).route(some, ProbeLimits(0.1, 5))
     assert (found.home == exact.home).mean() > 0.8
-
-
-def test_gap_of_pairs__is_that_which_alike_rows_need(monkeypatch):
-    coarse, rows = grouped_lists(monkeypatch, width=64)
-    codes = quantize_rows(rows)
-    every = ProbeLimits(np.inf, 1999, len(coarse.groups))
-    budget = Budget(alike=0.4, recall=0.94)
-    margin = margin_of_pairs(coarse, codes[:500], codes[500:], budget, every, 2)
-    unit = codes / np.linalg.norm(codes.astype(np.float64), axis=1, keepdims=True)
-    left, right = np.nonzero(unit[:500] @ unit[500:].T > 0.4)
-    routes = coarse.route(codes, every)
-    needed = routes.margins_to(left, routes.home[500 + right])
-    assert len(left) > 100
-    assert 0.98 < (needed <= np.float16(margin)).mean() < 1
-    assert margin_of_pairs(coarse, codes[:9], codes[9:10], budget, every, 1) == np.inf
-    assert margin_of_pairs(coarse, codes, codes, Budget(), every, 1) == np.inf
 
 
 def test_gap_of_visits__is_that_of_so_many_visits_on_average():
