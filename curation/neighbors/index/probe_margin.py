@@ -51,7 +51,7 @@ def recall_within(needed: np.ndarray, margin: float, *, is_sample: bool = True) 
     """What a margin gives. needed, is_sample: see `narrowest_margin`."""
     if not len(needed):
         return ProbeMargin(margin, None, None)
-    found = np.count_nonzero(needed <= np.float16(margin))
+    found = int((needed <= np.float16(margin)).sum())
     bound = float(_bound(np.array(found), len(needed), is_sample))
     return ProbeMargin(margin, found / len(needed), bound)
 
@@ -62,6 +62,7 @@ def rows_wanted(target: float) -> int:
 
 
 def _bound(found: np.ndarray, asked: int, is_sample: bool) -> np.ndarray:
+    asked = max(1, asked)
     return wilson_bound(found, asked) if is_sample else found / asked
 
 

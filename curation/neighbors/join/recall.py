@@ -21,7 +21,6 @@ from curation.neighbors.index.probe_margin import (
     recall_within,
     rows_wanted,
 )
-from curation.neighbors.rows.routes import Routes
 from curation.neighbors.join.join import Join
 from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.quantized import (
@@ -34,6 +33,7 @@ from curation.neighbors.kernels.sketches import least_product, sketches_of
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.column_file import ColumnFile, write_columns
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
+from curation.neighbors.rows.routes import Routes
 from curation.stage import Engine
 
 _FIRST_ROWS, _MOST_ROWS = 1 << 12, 1 << 15

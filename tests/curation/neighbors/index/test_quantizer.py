@@ -4,9 +4,9 @@ import pytest
 from curation.neighbors.index import quantizer as coarse_module
 from curation.neighbors.index.coarse_training import grown_centroids, lists_of
 from curation.neighbors.index.quantizer import CoarseQuantizer
-from curation.neighbors.rows.routes import ProbeLimits, Routes
 from curation.neighbors.kernels.quantized import quantize_rows
 from curation.neighbors.kernels.sketches import least_product, sketches_of
+from curation.neighbors.rows.routes import ProbeLimits, Routes
 
 
 def test_grown_centroids__find_clusters_and_do_not_depend_on_threads():
