@@ -30,7 +30,7 @@ from curation.stage import Engine, Opened
 logger = logging.getLogger(__name__)
 
 _MEAN_PROBES = 1024
-"""Lists of a query at most, on average; also no more than a quarter of all."""
+"""Lists of a query at most, on average; also no more than half of all."""
 _MOST_PROBES = 1 << 13
 """Lists of one query at most."""
 _ROWS_HELD = 1 << 15
@@ -290,7 +290,7 @@ class _Measure(FileTask[CoarseQuantizer, Figures]):
             return TaskResult([], {"probe_margin": 0.0, "measured_recall": None})
         known, numbers = np.unique(queries, return_inverse=True)
         routes = opened.route(files.gather("vectors", known), plan.limits(np.inf), plan.threads)
-        most = min(_MEAN_PROBES, 16 + plan.router.num_lists // 4) * len(known)
+        most = min(_MEAN_PROBES, 16 + plan.router.num_lists // 2) * len(known)
         widest = routes.margin_at(most - 1)
         margins = routes.margins_to(numbers, lists)  # (H,)
         margins[margins > np.float16(widest)] = np.inf

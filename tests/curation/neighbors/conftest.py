@@ -11,6 +11,7 @@ from curation.neighbors.index import vector_index
 from curation.neighbors.index.vector_index import Comparison, arrange_queries, build_index
 from curation.neighbors.rows.row_files import RowFiles
 from curation.neighbors.rows.vectors import VectorSource
+from curation.pool import Pool
 from pipelines.engines.local_engine import LocalEngine
 from tests.curation.conftest import Embed
 
@@ -57,3 +58,9 @@ FIT = Fit(
     sample_bytes=1 << 30,
 )
 """How six clusters are found."""
+
+
+@pytest.fixture
+def pool_like(embed: Embed) -> Pool:
+    """A pool of one shard, to which rows found something."""
+    return embed(np.ones((1, 2)), "shards")
