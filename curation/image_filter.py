@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,8 @@ from curation.stage import Shard, ShardStage, reject
 from embedder.errors import ImageError
 from embedder.images import DecodedImage, Pixels, blur_boxes
 
+Score: TypeAlias = float | list[list[int]]
+"""A number, or boxes."""
 UNREADABLE = "unreadable"
 """Reason of rows whose image does not decode."""
 DECODED = "images_decoded"
@@ -45,7 +47,7 @@ class ImageFilter(ShardStage):
     """Images looked at at once."""
 
     @abstractmethod
-    def measure(self, pixels: Pixels, opened: Any) -> tuple[Any, ...]:
+    def measure(self, pixels: Pixels, opened: Any) -> tuple[Score, ...]:
         """The scores of one image, uint8 (H, W, 3), which is not to be written to."""
 
     def judge(self, shard: Shard, scores: dict[str, np.ndarray]) -> None:
@@ -162,7 +164,7 @@ def _measure(
     stage.judge_columns(part)
     live = np.flatnonzero(part.alive) if stage.looks_at_pixels else np.empty(0, np.int64)
 
-    def look(row: int) -> tuple[Any, ...] | ImageError:
+    def look(row: int) -> tuple[Score, ...] | ImageError:
         try:
             return stage.measure(images.pixels(row, stage), opened)
         except ImageError as error:

@@ -369,7 +369,7 @@ class Stage(Settings, ABC):
         """What the content depends on beside settings and inputs: weights, lists, files."""
         return ""
 
-    def attributes(self) -> dict[str, dict[str, Any]]:
+    def attributes(self) -> dict[str, dict[str, Json]]:
         """What is true of each output as a whole, such as an embedding space."""
         return {}
 
@@ -385,7 +385,7 @@ class ShardStage(Stage):
         """Make what a worker needs for all shards, such as a model."""
         return None
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> Figures:
         """Figures for the report, told after all shards."""
         return {}
 

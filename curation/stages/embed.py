@@ -4,7 +4,7 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr
 from curation.config import Name
 from curation.errors import ConfigError, SpaceError
 from curation.schema import embedding_schema
-from curation.stage import DEVICE_BUSY_S, Engine, Resources, Shard, ShardStage, Task, reject
+from curation.stage import DEVICE_BUSY_S, Engine, Json, Resources, Shard, ShardStage, Task, reject
 from embedder.encoder import (
     BusyClock,
     Encoder,
@@ -78,7 +78,7 @@ class Embed(ShardStage):
         """Names of the columns of each side-car."""
         return dict.fromkeys(self.encoders, ("id", "source", "embedding"))
 
-    def attributes(self) -> dict[str, dict[str, Any]]:
+    def attributes(self) -> dict[str, dict[str, Json]]:
         """The embedding space of each side-car, and the encoder's own thresholds."""
         return {name: _describe(one) for name, one in self.facts().items()}
 
@@ -252,7 +252,7 @@ def _reader(shard: Shard, row: int, unreadable: np.ndarray) -> Callable[[], Pixe
     return read
 
 
-def _describe(facts: EncoderFacts) -> dict[str, Any]:
+def _describe(facts: EncoderFacts) -> dict[str, Json]:
     thresholds = facts.thresholds
     return {
         "encoder": facts.name,

@@ -1,7 +1,5 @@
 """Drops images that are too small, too narrow, blank or (if asked) blurred."""
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
@@ -61,7 +59,7 @@ class Quality(ImageFilter):
             shard.note(name, values)
         self.judge_by_limits(shard, sizes)
 
-    def measure(self, pixels: Pixels, opened: Any) -> tuple[float, float, float]:
+    def measure(self, pixels: Pixels, opened: None) -> tuple[float, float, float]:
         """Contrast, entropy and sharpness of one image."""
         luma = luma_of(pixels)
         return float(luma.std(dtype=np.float64)), entropy_bits(luma), laplacian_variance(luma)

@@ -5,7 +5,7 @@ before.
 """
 
 from functools import cached_property
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.kernels.k_means import assign_exactly
 from curation.neighbors.rows.vectors import VectorSource, bad_rows, vectors_of
 from curation.schema import ID, schema_of
-from curation.stage import Limit, Resources, Shard, StageInputs, reject
+from curation.stage import Figures, Limit, Resources, Shard, StageInputs, reject
 from embedder.images import Pixels
 from embedder.rows import unit_rows
 
@@ -104,12 +104,12 @@ class Relevance(ImageFilter):
         )
         return bound
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> Figures:
         """How many seeds there are, and how many were compared with."""
         num_seeds = sum(source.pool.num_rows for source in self._sources[1:])
         return {"seeds": num_seeds, "seeds_compared": min(num_seeds, self.max_seeds)}
 
-    def measure(self, pixels: Pixels, opened: Any) -> tuple[float]:
+    def measure(self, pixels: Pixels, opened: None) -> tuple[float]:
         """The share of text."""
         return (text_share(pixels),)
 

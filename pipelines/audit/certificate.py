@@ -324,10 +324,11 @@ def _sides_of(
     """
     settings = storage.join(folder, "embedded", "settled", "settings.json")
     stage = Settling(engine, settings).settle(Embed(encoders={"embedding": encoder}))
-    thresholds = stage.attributes()["embedding"]["thresholds"]
-    if threshold is None and thresholds is None:
+    assert isinstance(stage, Embed), "settling keeps a stage's class"
+    thresholds = stage.facts()["embedding"].thresholds
+    limit = thresholds.leak if thresholds is not None and threshold is None else threshold
+    if limit is None:
         raise ConfigError(f"--encoder {encoder}: has no threshold of its own; give --threshold")
-    limit = threshold if threshold is not None else float(thresholds["leak"])
     last = _last(work)
     kept = _kept_of(tuple(whole_flow(work, flow) for flow in last.ranges), last)
     pools = {"the set": kept, **{f"'{name}'": whole_flow(work, name) for name in names}}
