@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from embedder.cpu import multiplies
 from embedder.encoder import EncoderMemory, LoadOptions, Precision, Thresholds
 from embedder.encoders.lane import CPU_BATCH_SIZE, Lane, largest_batch
 from embedder.errors import EncoderError
@@ -144,15 +145,7 @@ def fastest_precision(wanted: str) -> Precision:
 
 def _cpu_multiplies_bfloat16() -> bool:
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
-    return allowed.upper() not in _ISAS_WITHOUT_BFLOAT16 and _cpu_has_bfloat16()
-
-
-@lru_cache(maxsize=1)
-def _cpu_has_bfloat16() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return False
-    return re.search(r"\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text()) is not None
+    return allowed.upper() not in _ISAS_WITHOUT_BFLOAT16 and multiplies("bfloat16")
 
 
 @contextmanager

@@ -5,11 +5,12 @@ Only pairs that may matter are then scored exactly (`vectors.exact_similarities`
 
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from embedder.cpu import multiplies
 
 _SMALL = 20_000
 """Below this many rows, importing torch costs more than it saves."""
@@ -35,7 +36,8 @@ class Products:
             return cls()
         if _has_gpu():
             return cls("bfloat16", "cuda")
-        return cls("bfloat16") if _has_bfloat16() else cls()
+        # elsewhere than in hardware it is slower than float32
+        return cls("bfloat16") if multiplies("bfloat16") else cls()
 
     def band(self, width: int) -> float:
         """The largest possible error of one cosine.
@@ -157,16 +159,6 @@ def _prepare_bfloat16(vectors: np.ndarray, device: str) -> Any:
         rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
         prepared[start : start + count].copy_(rows)
     return prepared.to(device)
-
-
-@cache
-def _has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _has_gpu() -> bool:

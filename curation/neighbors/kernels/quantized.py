@@ -5,13 +5,12 @@ off by some 0.0006, which moves a row between two lists that are as good as equa
 never decides about a pair. N rows, C centroids, D width.
 """
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from curation.neighbors.kernels.threads import side_by_side
+from embedder.cpu import multiplies
 
 _ROWS_AT_ONCE = 1 << 13
 _PRODUCTS_AT_ONCE = 1 << 18
@@ -81,7 +80,7 @@ def integer_products(rows: np.ndarray, centroids: np.ndarray) -> Any:
         torch.from_numpy(padded),
         torch.from_numpy(np.require(centroids, requirements=["C", "W"])),
     )
-    if _multiplies_int8():
+    if multiplies("int8"):
         return torch._int_mm(left, right.T)[: len(rows)]
     # sums below 2^24 are exact in float32: 127 * 127 * 1040; wider rows need float64
     kind = torch.float32 if rows.shape[1] <= 1040 else torch.float64
@@ -105,13 +104,3 @@ def nearest_centroids(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
     side_by_side(assign, range(0, len(rows), step))
     return found
-
-
-@cache
-def _multiplies_int8() -> bool:
-    """Whether this CPU has instructions for products of 8-bit integers."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_vnni" in flags or "avx_vnni" in flags or "amx_int8" in flags
