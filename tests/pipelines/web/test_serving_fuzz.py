@@ -16,8 +16,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from pipelines.web.serving.catalog import Catalog
-from tests.pipelines.cli.test_calibrate import app_with_lab
 from tests.pipelines.served_run import catalog_with_marks, served, serving
+from tests.pipelines.web.test_calibration import app_with_lab
 
 CHECKS = [
     *(not_a_server_error, content_type_conformance),
