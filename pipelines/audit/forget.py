@@ -93,17 +93,13 @@ def _forget(work: WorkFolder, found: Targets, not_found: list[str]) -> Forgotten
     storage.write_json(journal, {"rows": rows})
     storage.remove(storage.join(work.path, CATALOG_FILE))
     _rewrite_all(work, found, everywhere=resumed)
+    result = Forgotten(rows, not_found, tombstones=_write_tombstones(work.path, rows))
     weights = storage.walk_files(storage.join(work.path, PRETRAIN))
+    seen = [name for name in weights if name.endswith(_WEIGHTS)]
+    result.checkpoints = [storage.join(work.path, PRETRAIN, name) for name in seen]
     done = WorkFolder(work.path)
-    result = Forgotten(
-        rows=rows,
-        not_found=not_found,
-        checkpoints=[
-            storage.join(work.path, PRETRAIN, name) for name in weights if name.endswith(_WEIGHTS)
-        ],
-        content_digest=done.manifest.manifest.content_digest if done.manifest else "",
-        tombstones=_write_tombstones(work.path, rows),
-    )
+    if done.manifest is not None:
+        result.content_digest = done.manifest.manifest.content_digest
     page = storage.join(work.path, REPORT)
     if storage.exists(page):  # it shows thumbnails
         from pipelines.web.report.page import write_page

@@ -1,7 +1,5 @@
 """The tables of the page that are more than rows of the statistics."""
 
-from typing import TypedDict
-
 from pipelines.audit.dataset_stats import Stats
 from pipelines.audit.tables import Row
 from pipelines.audit.work_folder import FinishedStage, WorkFolder
@@ -11,19 +9,7 @@ _LARGEST = 12
 _SIDES = {"original_width": "width, px", "original_height": "height, px", "num_bytes": "file"}
 
 
-class PageTables(TypedDict):
-    """Rows of each table."""
-
-    duplicates: list[Row]
-    formats: list[Row]
-    sides: list[Row]
-    hosts: list[Row]
-    fetches: list[Row]
-    searches: list[Row]
-    failures: list[Row]
-
-
-def page_tables(work: WorkFolder, stats: Stats) -> PageTables:
+def page_tables(work: WorkFolder, stats: Stats) -> dict[str, list[Row]]:
     """Rows of each table, by names that the page's template knows."""
     images = stats["images"] or {"formats": [], "sides": []}
     groups = [{**row, "size": f"{row['component_size']:,}"} for row in stats["duplicates"]]
