@@ -41,12 +41,18 @@ def catalog_of(path: str, file: str | None = None) -> str:
     """The catalog of a run or a data set, made where it is missing or outdated; give its path.
 
     Raises:
-        ConfigError: the data lies on an object store, and no file for the catalog was named.
+        ConfigError: the data lies on an object store, or its path holds a '?', and no file for
+            the catalog was named.
         DatasetError: neither a run nor a data set is there.
     """
     if file is None and not storage.is_local(path):
         raise ConfigError(f"{path} is no local folder: name a file for the catalog, --catalog FILE")
     target = file or storage.join(path, CATALOG_FILE)
+    if "?" in storage.full_path(target):
+        raise ConfigError(
+            f"{target}: DuckDB opens nothing where a '?' is in the path; name another file for "
+            "the catalog, --catalog FILE"
+        )
     key = key_of(path)
     if not storage.exists(target) or _key_in(target) != key:
         with contextlib.nullcontext() if file else locked(path):
@@ -103,11 +109,6 @@ def write_catalog(path: str, target: str, key: str) -> None:
 
 def _check_can_be_written(partial: Path) -> None:
     """Say in one line where a catalog may lie instead; leave nothing of an earlier attempt."""
-    if "?" in storage.full_path(str(partial)):
-        raise ConfigError(
-            f"{partial}: DuckDB writes nothing where a '?' is in the path; name another file for "
-            "the catalog, --catalog FILE"
-        )
     try:
         with storage.storage_errors(str(partial)):
             partial.touch()

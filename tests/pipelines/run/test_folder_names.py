@@ -85,6 +85,9 @@ def test_audit__a_folder_of_any_name(name, runs, tmp_path):
 def test_catalog_of__a_folder_whose_name_duckdb_takes_apart(runs):
     with pytest.raises(ConfigError, match="--catalog FILE"):
         catalog_of(str(runs / "run?"))
+    (runs / "run?" / "_catalog.duckdb").touch()  # of a folder that was renamed
+    with pytest.raises(ConfigError, match="--catalog FILE"):
+        catalog_of(str(runs / "run?"))
     with Catalog(catalog_of(str(runs / "run[1]"))) as catalog:
         assert catalog.size() == 40
 
