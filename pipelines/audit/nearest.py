@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from curation import storage
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
 from curation.neighbors.kernels.products import Products
+from curation.neighbors.rows.column_file import ColumnFile, write_columns
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
-from curation.neighbors.rows.row_files import map_array, write_array
 from curation.neighbors.rows.vectors import VectorSource, bad_rows, exact_similarities
 from curation.neighbors.search.candidates import nearest_in
 from curation.schema import ID, ids_from_bytes
@@ -142,7 +142,7 @@ class _Compare(FileTask[None, None]):
         for shard in self.runs[run]:
             nearest.meet(*self.comparison.kept.read(shard))
         path = self.comparison.path(block, run)
-        write_array(path, nearest.best.scores, nearest.best.ids)
+        write_columns(path, {"scores": nearest.best.scores, "ids": nearest.best.ids})
         return TaskResult([path], None)
 
 
@@ -158,9 +158,8 @@ class _Reduce(FileTask[None, dict[str, Any]]):
         ids = self.comparison.read(self.blocks[item])[0]
         best = Best.none(len(ids))
         for run in range(self.num_runs):
-            path = self.comparison.path(item, run)
-            scores = map_array(path, "float32", 0, (len(ids),))
-            best = best.better(Best(scores, map_array(path, "uint8", 4 * len(ids), (len(ids), 16))))
+            found = ColumnFile.open(self.comparison.path(item, run))
+            best = best.better(Best(*found.read(["scores", "ids"], 0, len(ids))))
         none = pa.array(np.isneginf(best.scores))
         kept = pc.if_else(none, pa.scalar(None, pa.string()), ids_from_bytes(best.ids))
         scores = pc.if_else(none, pa.scalar(None, pa.float32()), pa.array(best.scores))

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from curation import storage
+from curation.neighbors.rows.column_file import ColumnFile, write_columns
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
 from curation.neighbors.rows.routes import Routes
-from curation.neighbors.rows.row_files import RowFiles, map_array, write_array
+from curation.neighbors.rows.row_files import RowFiles
 from curation.stage import Engine
 
 
@@ -35,20 +36,19 @@ class Probes:
         """Write visits. lists: (V,) int32, positions: (V,) int64 of the visitors."""
         order = np.argsort(lists, kind="stable")
         lists = lists[order]
-        bounds = np.searchsorted(lists, self.files.list_starts).astype(np.int64)  # (P + 1,)
-        write_array(self.path(partition), bounds, positions[order], lists)
+        bounds = np.searchsorted(lists, self.files.list_starts)  # (P + 1,)
+        columns = {"bounds": bounds, "positions": positions[order], "lists": lists}
+        write_columns(self.path(partition), columns)
 
     def of(self, partition: int) -> tuple[np.ndarray, np.ndarray]:
         """Lists (V,) int32 and visitors (V,) int64 that come to one partition, by list."""
         lists, positions = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
-        head = 8 * (self.files.num_partitions + 1)
         for source in range(self.num_sources):
-            path = self.path(source)
-            bounds = map_array(path, "int64", 0, (head // 8,))
-            start, stop, total = (int(bounds[i]) for i in (partition, partition + 1, -1))
-            shape = (stop - start,)
-            positions.append(map_array(path, "int64", head + 8 * start, shape))
-            lists.append(map_array(path, "int32", head + 8 * total + 4 * start, shape))
+            file = ColumnFile.open(self.path(source))
+            start, stop = file["bounds"][partition : partition + 2].tolist()
+            some = file.read(["positions", "lists"], start, stop)
+            positions.append(some[0])
+            lists.append(some[1])
         found = np.concatenate(lists)
         order = np.argsort(found, kind="stable")
         return found[order], np.concatenate(positions)[order]

@@ -16,13 +16,16 @@ from curation.neighbors.join.pairs import Candidates, PairCollector
 from curation.neighbors.kernels.identical import first_among
 from curation.neighbors.kernels.products import FLOAT32, Products
 from curation.neighbors.kernels.threads import side_by_side
+from curation.neighbors.rows.column_file import ColumnFile, write_columns
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
-from curation.neighbors.rows.row_files import RowFiles, RowReader, map_array, write_array
+from curation.neighbors.rows.row_files import RowFiles, RowReader, map_array
 from curation.neighbors.rows.vectors import exact_similarities
 from curation.stage import Engine
 
 _TILE = 1 << 12
 _PAIRS_AT_ONCE = 1 << 13
+_CANDIDATE = ("rows", "twins", "scores", "bands")
+"""Columns of candidates."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,13 @@ class Join:
             return np.zeros(len(positions), bool)
         return np.asarray(map_array(self.apart, "bool", 0, (self.files.num_rows,))[positions])
 
-    def met_path(self, kind: str, item: int) -> str:
-        """File of one `Meet` task: "edges" or "candidates"."""
-        return storage.join(self.folder, "met", f"{kind}-{item:06d}.bin")
+    def met_path(self, item: int) -> str:
+        """What one `Meet` task found: edges, and candidates by the partition of their row."""
+        return storage.join(self.folder, "met", f"found-{item:06d}.bin")
 
-    def settled_path(self, kind: str, partition: int) -> str:
-        """File of one `Settle` task: "edges", "twins", "similarities" or "strangers"."""
-        return storage.join(self.folder, "settled", f"{kind}-{partition:06d}.bin")
+    def settled_path(self, partition: int) -> str:
+        """What one `Settle` task found: edges, twins, similarities; candidates of listed pairs."""
+        return storage.join(self.folder, "settled", f"found-{partition:06d}.bin")
 
 
 @dataclass(frozen=True)
@@ -89,21 +92,20 @@ class Joined:
 
     def edges(self) -> Iterator[np.ndarray]:
         """Spanning edges of the threshold graph in shards of (E, 2) int64 positions."""
-        paths = [self.join.met_path("edges", item) for item in range(self.num_met)]
-        partitions = range(self.join.files.num_partitions)
-        paths += [self.join.settled_path("edges", partition) for partition in partitions]
-        for path in paths:
-            yield np.frombuffer(storage.read_bytes(path), np.int64).reshape(-1, 2)
+        for item in range(self.num_met):
+            yield ColumnFile.open(self.join.met_path(item))["edges"]
+        for partition in range(self.join.files.num_partitions):
+            yield ColumnFile.open(self.join.settled_path(partition))["edges"]
 
     def best(self, partition: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions and cosines of the most similar other rows above the threshold.
 
         Gives (N,) int64, -1 where there is none, and (N,) float32, NaN where there is none.
         """
-        shape = (self.join.files.size(partition),)
-        twins = map_array(self.join.settled_path("twins", partition), "int64", 0, shape)
-        path = self.join.settled_path("similarities", partition)
-        return twins, map_array(path, "float32", 0, shape)
+        file = ColumnFile.open(self.join.settled_path(partition))
+        size = self.join.files.size(partition)
+        twins, similarities = file.read(["twins", "similarities"], 0, size)
+        return twins, similarities
 
 
 def join_exhaustively(join: Join, engine: Engine) -> Joined:
@@ -197,37 +199,21 @@ def write_found(
     join: Join, item: int, edges: np.ndarray, found: Candidates, num_pairs: int
 ) -> TaskResult[dict[str, Any]]:
     """Write edges and candidates, candidates by the partition of their row; all are positions."""
-    write_array(join.met_path("edges", item), edges)
     found = found.take(np.argsort(found.rows, kind="stable"))
-    bounds = np.searchsorted(found.rows, join.files.starts).astype(np.int64)  # (P + 1,)
-    write_array(
-        join.met_path("candidates", item),
-        *(bounds, found.rows, found.twins, found.scores, found.bands),
-    )
-    paths = [join.met_path(kind, item) for kind in ("edges", "candidates")]
-    return TaskResult(paths, {"pairs": num_pairs})
+    bounds = np.searchsorted(found.rows, join.files.starts)  # (P + 1,)
+    candidates = {name: getattr(found, name) for name in _CANDIDATE}
+    write_columns(join.met_path(item), {"bounds": bounds, "edges": edges, **candidates})
+    return TaskResult([join.met_path(item)], {"pairs": num_pairs})
 
 
 def read_candidates(join: Join, items: Sequence[int], partition: int) -> Candidates:
     """Candidates of one partition's rows from all `Meet` tasks; rows and twins are positions."""
     parts = [Candidates.empty()]
     for item in items:
-        path = join.met_path("candidates", item)
-        head = 8 * (join.files.num_partitions + 1)
-        bounds = map_array(path, "int64", 0, (head // 8,))
-        start, count, total = bounds[partition], bounds[partition + 1], bounds[-1]
-        count = int(count - start)
-        if not count:
-            continue
-        shape, start, total = (count,), int(start), int(total)
-        parts.append(
-            Candidates(
-                map_array(path, "int64", head + 8 * start, shape),
-                map_array(path, "int64", head + 8 * (total + start), shape),
-                map_array(path, "float32", head + 16 * total + 4 * start, shape),
-                map_array(path, "float32", head + 20 * total + 4 * start, shape),
-            )
-        )
+        file = ColumnFile.open(join.met_path(item))
+        start, stop = file["bounds"][partition : partition + 2].tolist()
+        if start < stop:
+            parts.append(Candidates(*file.read(_CANDIDATE, start, stop)))
     return Candidates.joined(parts)
 
 
@@ -241,27 +227,22 @@ class _Settle(FileTask[None, None]):
     def __call__(self, item: int, opened: None) -> TaskResult[None]:
         stand_ins = self.join.stand_ins(item)
         start = self.join.files.starts[item]
-        best = self._best_strangers(item, len(stand_ins), start)
+        local, exact = self._scored(item, start)
+        best = best_of_each(self.join.files, len(stand_ins), local.rows, local.twins, exact)
         copies, firsts = _copies(self.join, stand_ins)
         twins, similarities = _with_copies(self.join, best, stand_ins, start)
         edges = np.stack([firsts, copies], axis=1) + start
-        write_array(self.join.settled_path("edges", item), edges)
-        write_array(self.join.settled_path("twins", item), twins)
-        write_array(self.join.settled_path("similarities", item), similarities)
-        kinds = ["edges", "twins", "similarities"]
-        kinds += ["strangers"] if self.join.neighbors else []
-        return TaskResult([self.join.settled_path(kind, item) for kind in kinds], None)
-
-    def _best_strangers(self, item: int, size: int, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each row the best candidate that is not its copy: (N,) int64 and (N,) float32."""
-        k, files = self.join.k, self.join.files
-        found = read_candidates(self.join, range(self.num_met), item).possible_of_any(k)
-        local = Candidates(found.rows - start, found.twins, found.scores, found.bands)
-        exact = self._exact(item, local)
+        found = {"edges": edges, "twins": twins, "similarities": similarities}
         if self.join.neighbors:
-            path = self.join.settled_path("strangers", item)
-            write_array(path, local.rows, local.twins, exact)
-        return best_of_each(files, size, local.rows, local.twins, exact)
+            found |= {"pair_rows": local.rows, "pair_twins": local.twins, "pair_cosines": exact}
+        write_columns(self.join.settled_path(item), found)
+        return TaskResult([self.join.settled_path(item)], None)
+
+    def _scored(self, item: int, start: int) -> tuple[Candidates, np.ndarray]:
+        """Candidates of rows, by their number in the partition, and their exact cosines."""
+        found = read_candidates(self.join, range(self.num_met), item).possible_of_any(self.join.k)
+        local = Candidates(found.rows - start, found.twins, found.scores, found.bands)
+        return local, self._exact(item, local)
 
     def _exact(self, item: int, found: Candidates) -> np.ndarray:
         """(H,) float32: cosines of candidates, scored in the order of their twins."""

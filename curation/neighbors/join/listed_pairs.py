@@ -16,8 +16,8 @@ from curation import storage
 from curation.dataset import ShardInfo, commit, write_shard
 from curation.neighbors.join.join import Join, Joined
 from curation.neighbors.kernels.selection import ranks_within
+from curation.neighbors.rows.column_file import ColumnFile
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
-from curation.neighbors.rows.row_files import map_array
 from curation.schema import ids_from_bytes, schema_of
 from curation.stage import Engine
 
@@ -98,13 +98,9 @@ class _List(FileTask[None, dict[str, Any]]):
 
     def _strangers(self, item: int) -> _Pairs:
         """The k nearest strangers of the rows that stand for others, with the copies of each."""
-        path = self.join.settled_path("strangers", item)
-        count = storage.size_of(path) // 20
-        found = _Pairs(
-            map_array(path, "int64", 0, (count,)),
-            map_array(path, "int64", 8 * count, (count,)),
-            map_array(path, "float32", 16 * count, (count,)),
-        ).nearest(self.join)
+        file = ColumnFile.open(self.join.settled_path(item))
+        names = ["pair_rows", "pair_twins", "pair_cosines"]
+        found = _Pairs(*file.read(names, 0, file.num_rows(names[0]))).nearest(self.join)
         return _with_copies(self.join, found).nearest(self.join)
 
     def _copies(self, item: int, groups: "_Groups", own: np.ndarray) -> _Pairs:

@@ -151,7 +151,7 @@ def test_join_by_lists__partitions_follow_the_memory_and_content_does_not(embed,
             with pytest.raises(KeyboardInterrupt):
                 dedup(pool, name=name, comparison=Comparison(**settings))
         arranged = tmp_path / name / "_scratch" / "rows" / "arranged"
-        partitions.append(len(list(arranged.glob("vectors-*"))))
+        partitions.append(len(list(arranged.glob("rows-*.bin"))))
         _, outputs = dedup(pool, name=name, comparison=Comparison(**settings))
         digests.add(outputs["decisions"].manifest.content_digest)
     assert partitions[0] < partitions[1]
