@@ -67,6 +67,10 @@ class Task(ABC, Generic[Item, Opened, Result]):
         """Make what a worker needs for all of its items, such as a model. Called once a worker."""
         return cast(Opened, None)  # a task without this opens nothing: its `Opened` is None
 
+    def name_of(self, item: Item) -> str:
+        """What messages call an item: itself, or the first part of a tuple."""
+        return str(item[0] if isinstance(item, tuple) else item)[:120]
+
     @abstractmethod
     def __call__(self, item: Item, opened: Opened) -> Result:
         """Do the work on one item. The result is small: it travels to the driver."""

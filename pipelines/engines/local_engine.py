@@ -14,7 +14,7 @@ from typing import Any
 
 from curation.errors import EngineError
 from curation.stage import Engine, Item, Opened, Result, Task
-from pipelines.engines.attempts import Attempts, Backlog
+from pipelines.engines.attempts import Backlog
 from pipelines.engines.outcome import TimeLimitError, WorkerDiedError
 from pipelines.engines.worker_process import WorkerProcess
 
@@ -60,20 +60,21 @@ class LocalEngine(Engine):
         """Run a task on every item (see `Engine.map`)."""
         if not items:
             return
-        attempts = Attempts(label, self._attempts, self._first_pause_s)
+        backlog = Backlog(
+            items,
+            label,
+            task.name_of,
+            attempts=self._attempts,
+            first_pause_s=self._first_pause_s,
+        )
         if self._workers:
-            yield from self._map_in_processes(task, Backlog(items), attempts)
+            with _written(task) as file:
+                pool = self._pool_for(len(items))
+                yield from pool.run(file, self.limit_s(task.resources), backlog)
         else:
-            yield from _map_here(task, Backlog(items), attempts)
-        self.retries += attempts.retries
-        attempts.raise_failures(len(items))
-
-    def _map_in_processes(
-        self, task: Task[Item, Opened, Result], backlog: Backlog[Item], attempts: Attempts
-    ) -> Iterator[tuple[Item, Result]]:
-        pool = self._pool_for(len(backlog))
-        with _written(task) as file:
-            yield from pool.run(file, self.limit_s(task.resources), backlog, attempts)
+            yield from _map_here(task, backlog)
+        self.retries += backlog.retries
+        backlog.raise_failures()
 
     def _pool_for(self, num_items: int) -> "_Pool":
         """All workers, or for a single item one that takes all cores."""
@@ -93,8 +94,9 @@ def _written(task: Task[Item, Opened, Result]) -> Iterator[str]:
 
 
 def _map_here(
-    task: Task[Item, Opened, Result], backlog: Backlog[Item], attempts: Attempts
+    task: Task[Item, Opened, Result], backlog: Backlog[Item]
 ) -> Iterator[tuple[Item, Result]]:
+    """Run a task in this process."""
     opened = task.open()
     while len(backlog):
         item = backlog.pop()
@@ -104,9 +106,9 @@ def _map_here(
         try:
             result = task(item, opened)
         except (Exception, SystemExit) as error:  # noqa: BLE001  (counted, retried, raised later)
-            attempts.failed(item, error, backlog)
+            backlog.failed(item, error)
         else:
-            attempts.succeeded += 1
+            backlog.succeeded()
             yield item, result
 
 
@@ -119,14 +121,25 @@ class _Pool:
         weakref.finalize(self, _end_all, self._workers)
 
     def run(
-        self, task_file: str, limit_s: float, backlog: Backlog[Item], attempts: Attempts
+        self, task_file: str, limit_s: float, backlog: Backlog[Item]
     ) -> Iterator[tuple[Item, Any]]:
         """Give (item, result) as they finish."""
+        sent: dict[WorkerProcess, Item] = {}
         try:
             while len(backlog) or self._busy():
-                self._hand_out(task_file, limit_s, backlog)
-                for worker in self._answering(backlog):
-                    yield from self._collect(worker, limit_s, backlog, attempts)
+                # Each worker that waits gets an item, as long as one is due.
+                while (worker := self._waiting(len(backlog))) and (
+                    item := backlog.pop()
+                ) is not None:
+                    worker.send(task_file, limit_s, item)
+                    sent[worker] = item
+                # Until one answers or dies, or an item for one that waits is due.
+                busy = self._busy()
+                pause_s = backlog.pause_s() if len(busy) < self._size else None
+                ready = wait([one.connection for one in busy], pause_s)
+                for worker in busy:
+                    if worker.connection in ready:
+                        yield from self._collect(worker, sent[worker], limit_s, backlog)
         finally:  # what an abandoned map had in flight is nobody's any more
             for worker in self._busy():
                 self._end(worker)
@@ -139,28 +152,23 @@ class _Pool:
         """
         for number in self._free_numbers():
             self._workers.append(WorkerProcess.start(number, self._size))
+        results = []
         try:
             for worker in self._workers:
                 worker.send(task_file, limit_s, None)
-            return sorted((one.number, self._answer_of(one, limit_s)) for one in self._workers)
+            for worker in sorted(self._workers, key=lambda one: one.number):
+                try:
+                    outcome = worker.answer()
+                except (EOFError, OSError) as error:
+                    raise EngineError(str(_cause_of_death(worker, limit_s))) from error
+                results.append((worker.number, outcome.unwrap()))
         finally:
             for worker in self._busy():
                 self._end(worker)
-
-    def _answer_of(self, worker: WorkerProcess, limit_s: float) -> Any:
-        try:
-            outcome = worker.answer()
-        except (EOFError, OSError) as error:
-            raise EngineError(str(_cause_of_death(worker, limit_s))) from error
-        return outcome.unwrap()
+        return results
 
     def _busy(self) -> list[WorkerProcess]:
         return [worker for worker in self._workers if worker.busy]
-
-    def _hand_out(self, task_file: str, limit_s: float, backlog: Backlog[Item]) -> None:
-        """Give each worker that waits an item, as long as one is due."""
-        while (worker := self._waiting(len(backlog))) and (item := backlog.pop()) is not None:
-            worker.send(task_file, limit_s, item)
 
     def _waiting(self, num_items: int) -> WorkerProcess | None:
         """A worker that waits, started if there is more to do than there are; None if all work."""
@@ -174,15 +182,8 @@ class _Pool:
         taken = {worker.number for worker in self._workers}
         return [number for number in range(self._size) if number not in taken]
 
-    def _answering(self, backlog: Backlog[Item]) -> list[WorkerProcess]:
-        """Workers that have answered or died; none if an item for one that waits is due before."""
-        busy = self._busy()
-        pause_s = backlog.pause_s() if len(busy) < self._size else None
-        ready = wait([worker.connection for worker in busy], pause_s)
-        return [worker for worker in busy if worker.connection in ready]
-
     def _collect(
-        self, worker: WorkerProcess, limit_s: float, backlog: Backlog[Item], attempts: Attempts
+        self, worker: WorkerProcess, item: Item, limit_s: float, backlog: Backlog[Item]
     ) -> Iterator[tuple[Item, Any]]:
         """Take an answer: give the result, or see to what went wrong."""
         try:
@@ -190,17 +191,17 @@ class _Pool:
         except (EOFError, OSError):
             error = _cause_of_death(worker, limit_s)
             self._end(worker)
-            attempts.failed(worker.item, error, backlog)
+            backlog.failed(item, error)
             return
         try:
             result = outcome.unwrap()
         except Exception as error:  # noqa: BLE001  (counted, retried, raised at the end)
             if isinstance(error, MemoryError):  # what it holds would fail its next item, too
                 self._end(worker)
-            attempts.failed(worker.item, error, backlog)
+            backlog.failed(item, error)
         else:
-            attempts.succeeded += 1
-            yield worker.item, result
+            backlog.succeeded()
+            yield item, result
 
     def _end(self, worker: WorkerProcess) -> None:
         worker.end()

@@ -100,6 +100,9 @@ class _Timed(Task[Item, "_OpenedTask[Opened]", tuple[Result, Usage]]):
     def resources(self) -> Resources:
         return self.task.resources
 
+    def name_of(self, item: Item) -> str:
+        return self.task.name_of(item)
+
     def open(self) -> "_OpenedTask[Opened]":
         began = time.perf_counter()
         opened = self.task.open()

@@ -4,9 +4,10 @@ import contextlib
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic
 
 from curation.errors import StageError
+from curation.stage import Result
 from embedder.errors import one_line
 
 _MOST_BYTES = 1 << 20
@@ -32,7 +33,7 @@ class TimeLimitError(StageError):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[Result]):
     """The answer of a worker, which any process can read that knows this class."""
 
     result: bytes = b""
@@ -43,40 +44,35 @@ class Outcome:
     """Name and message of the error; empty where there is a result."""
 
     @classmethod
-    def of(cls, work: Callable[[], Any]) -> "Outcome":
+    def of(cls, work: Callable[[], Result]) -> "Outcome[Result]":
         """Do the work. Whatever it raises, `SystemExit` too, is a failure of the item alone."""
         try:
             return cls(pickle.dumps(work()))
         except BaseException as error:  # noqa: BLE001  (counted, retried, raised in the driver)
-            return cls(error=_pickled(error), text=named(error))
+            data = b""
+            with contextlib.suppress(Exception):  # it runs foreign code, which may raise anything
+                data = pickle.dumps(error)
+            return cls(error=data if len(data) <= _MOST_BYTES else b"", text=named(error))
 
-    def unwrap(self) -> Any:
+    def unwrap(self) -> Result:
         """The result, or raise the error.
 
         Raises:
-            Exception: what the work raised, or an `ItemError` with its text.
+            Exception: what the work raised, or an `ItemError` with its text where it cannot be
+                made again, or would not be the same.
         """
         if not self.text:
-            return pickle.loads(self.result)
-        raise self._unpickled() or ItemError(self.text)
-
-    def _unpickled(self) -> Exception | None:
-        """The error as it was; None where it cannot be made again, or would not be the same."""
-        with contextlib.suppress(Exception):  # it runs foreign code, which may raise anything
-            error = pickle.loads(self.error)
-            if named(error) == self.text:
-                return error if isinstance(error, Exception) else None
-        return None
+            result: Result = pickle.loads(self.result)
+            return result
+        error: Exception = ItemError(self.text)
+        with contextlib.suppress(Exception):  # as above
+            loaded = pickle.loads(self.error)
+            if isinstance(loaded, Exception) and named(loaded) == self.text:
+                error = loaded
+        raise error
 
 
 def named(error: BaseException) -> str:
     """Name and message of an error in one line."""
     text = one_line(error)
     return text if isinstance(error, ItemError) else f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-def _pickled(error: BaseException) -> bytes:
-    with contextlib.suppress(Exception):  # it runs foreign code, which may raise anything
-        data = pickle.dumps(error)
-        return data if len(data) <= _MOST_BYTES else b""
-    return b""

@@ -3,22 +3,26 @@
 import contextlib
 import logging
 import os
-import socket
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from curation.errors import ConfigError, EngineError
+from curation.errors import EngineError
 from curation.stage import Engine, Item, Opened, Resources, Result, Task
 from embedder.errors import one_line
-from pipelines.engines.attempts import Attempts, Backlog, describe
+from pipelines.engines.attempts import Backlog
 from pipelines.engines.memory_guard import MemoryGuard, MemoryLimitError, give_back, private_bytes
 from pipelines.engines.outcome import Outcome, TimeLimitError, WorkerDiedError
+from pipelines.engines.ray_cluster import Node, connect, fits, most, nodes, places, require_place
 from pipelines.engines.time_guard import OPENING_S, ending_after
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +30,6 @@ _IN_FLIGHT_PER_WORKER = 2
 _SECONDS_BETWEEN_LOOKS = 5.0
 """How often the cluster is asked whether it has grown."""
 _SECONDS_BETWEEN_WARNINGS = 60.0
-_SECONDS_TO_ANSWER = 5.0
 _SECONDS_TO_OPEN = 600.0
 """For a node to open models, when all are asked."""
 _LIBRARIES_BYTES = 1 << 30
@@ -64,18 +67,14 @@ class RayEngine(Engine):
         """Actors of one core that run at once."""
         import ray
 
-        _connect(self._limit, self._address)
+        connect(self._limit, self._address)
         cores = int(ray.cluster_resources().get("CPU", 1))
         return min(cores, self._limit or cores)
 
     @property
     def workers_per_node(self) -> int:
         """Those of the largest node."""
-        import ray
-
-        workers = self.workers
-        cores = (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-        return max(1, min(workers, int(max(cores, default=1))))
+        return max(1, min(self.workers, int(most("CPU"))))
 
     def map(
         self, task: Task[Item, Opened, Result], items: Sequence[Item], label: str
@@ -83,20 +82,24 @@ class RayEngine(Engine):
         """Run a task on every item (see `Engine.map`)."""
         if not items:
             return
-        _connect(self._limit, self._address)
-        attempts = Attempts(label, self._attempts, self._first_pause_s)
+        connect(self._limit, self._address)
+        backlog = Backlog(
+            items,
+            label,
+            task.name_of,
+            attempts=self._attempts,
+            first_pause_s=self._first_pause_s,
+        )
         pool = self._pool_for(task.resources, label)
-        yield from pool.run(task, self.limit_s(task.resources), Backlog(items), attempts)
-        self.retries += attempts.retries
-        attempts.raise_failures(len(items))
+        yield from pool.run(task, self.limit_s(task.resources), backlog)
+        self.retries += backlog.retries
+        backlog.raise_failures()
 
     @property
     def is_one_machine(self) -> bool:
         """Whether the cluster has one node."""
-        import ray
-
-        _connect(self._limit, self._address)
-        return len([node for node in ray.nodes() if node["Alive"]]) < 2
+        connect(self._limit, self._address)
+        return len(nodes()) < 2
 
     def everywhere(self, task: Task[None, Opened, Result], label: str) -> list[tuple[str, Result]]:
         """Run a task once on each node that meets its needs (see `Engine.everywhere`).
@@ -107,19 +110,17 @@ class RayEngine(Engine):
             ConfigError: no node meets them.
             EngineError: a node is lost or does not answer.
         """
-        _connect(self._limit, self._address)
+        connect(self._limit, self._address)
         import ray
 
-        if not _places(task.resources):
-            raise ConfigError(_too_small(task.resources, label))
+        require_place(task.resources, label)
         if self._pool is not None:
             self._pool.close()
             self._pool = None
-        nodes = [one for one in ray.nodes() if one["Alive"]]
-        actors = {
-            _name_of(node): _actor_on(node, task.resources)
-            for node in nodes
-            if _fits(node["Resources"], task.resources)
+        actors = {  # nodes of one host differ in their ids
+            f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})": _actor_on(node, task.resources)
+            for node in nodes()
+            if fits(node, task.resources)
         }
         try:
             call = _Call.of(label, task.resources, self.limit_s(task.resources))
@@ -135,76 +136,12 @@ class RayEngine(Engine):
         Raises:
             ConfigError: no node of the cluster can hold such a task.
         """
-        if not _places(needed):
-            raise ConfigError(_too_small(needed, label))
+        require_place(needed, label)
         if self._pool is None or not self._pool.serves(needed):
             if self._pool is not None:
                 self._pool.close()
             self._pool = _ActorPool(needed, self._limit)
         return self._pool
-
-
-def _connect(workers: int | None, address: str | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # guarantee 5: no telemetry
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    if ray.is_initialized():
-        return
-    address = address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    try:
-        if address:
-            _knock(address)
-            ray.init(address=address, **options)
-        else:
-            # "local": without it Ray would join a cluster that somebody else started here.
-            ray.init(address="local", num_cpus=workers, include_dashboard=False, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"no Ray answers at {address or 'this machine'}: {error}; check --address and "
-            "RAY_ADDRESS, or leave both out to start Ray here"
-        ) from error
-
-
-def _knock(address: str) -> None:
-    """Look whether anything listens: Ray itself would try for five minutes, then end the process.
-
-    Raises:
-        OSError, ValueError: nothing does.
-    """
-    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
-    if host:  # not so for "auto" and "local"
-        with socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER):
-            pass
-
-
-def _places(needed: Resources) -> int:
-    """Actors with these needs that fit the nodes of the cluster as it is, each in one node."""
-    import ray
-
-    return sum(_fits(node["Resources"], needed) for node in ray.nodes() if node["Alive"])
-
-
-def _fits(node: dict[str, float], needed: Resources) -> int:
-    """Actors that fit a node. One that has less memory than a task's peak still takes one."""
-    wanted = {"CPU": needed.cpus, "GPU": needed.gpus}
-    most = [int(node.get(kind, 0) // amount) for kind, amount in wanted.items() if amount]
-    memory = max(1, int(node.get("memory", 0) // needed.memory)) if needed.memory else None
-    return min([*most, *([] if memory is None else [memory])])
-
-
-def _too_small(needed: Resources, label: str) -> str:
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = max((node.get("CPU", 0) for node in nodes), default=0)
-    gpus = max((node.get("GPU", 0) for node in nodes), default=0)
-    return (
-        f"{label}: a task needs {needed.cpus:g} CPUs and {needed.gpus:g} GPUs, the largest of "
-        f"{len(nodes)} nodes of the Ray cluster has {cpus:g} and {gpus:g}; add nodes or lower the "
-        "stage's needs"
-    )
 
 
 class _Worker:
@@ -222,7 +159,7 @@ class _Worker:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def run(self, call: "_Call", task: Task[Item, Opened, Result], item: Item) -> Outcome:
+    def run(self, call: "_Call", task: Task[Item, Opened, Result], item: Item) -> Outcome[Result]:
         return Outcome.of(lambda: self._work_on(call, task, item))
 
     def _work_on(self, call: "_Call", task: Task[Item, Opened, Result], item: Item) -> Result:
@@ -257,12 +194,7 @@ class _Call:
         return cls(key, 2 * needed.memory + _LIBRARIES_BYTES, limit_s)
 
 
-def _name_of(node: dict[str, Any]) -> str:
-    """Nodes of one host differ in their ids."""
-    return f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
-
-
-def _actor_on(node: dict[str, Any], needed: Resources) -> Any:
+def _actor_on(node: Node, needed: Resources) -> "ActorHandle":
     """An actor on one node, which waits for nobody's cores."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -274,7 +206,7 @@ def _actor_on(node: dict[str, Any], needed: Resources) -> Any:
     return kind.remote(str(Path.cwd()))
 
 
-def _answer_of(name: str, reference: Any, label: str) -> Any:
+def _answer_of(name: str, reference: "ObjectRef", label: str) -> Any:
     """What an actor answers.
 
     Raises:
@@ -283,7 +215,7 @@ def _answer_of(name: str, reference: Any, label: str) -> Any:
     import ray
 
     try:
-        outcome: Outcome = ray.get(reference, timeout=_SECONDS_TO_OPEN)
+        outcome: Outcome[Any] = ray.get(reference, timeout=_SECONDS_TO_OPEN)
     except ray.exceptions.RayError as error:
         raise EngineError(f"{label}: node {name} does not answer: {one_line(error)}") from error
     return outcome.unwrap()
@@ -293,7 +225,7 @@ def _answer_of(name: str, reference: Any, label: str) -> Any:
 class _Actor:
     """One actor as the driver sees it."""
 
-    handle: Any
+    handle: "ActorHandle"
     node: str | None = None
     """Where it runs; None while it waits for its place."""
     num_items: int = 0
@@ -317,22 +249,18 @@ class _ActorPool:
         self._actor_class = ray.remote(_Worker).options(
             num_cpus=needed.cpus,
             num_gpus=needed.gpus,
-            memory=_memory_asked(needed),
+            memory=int(min(needed.memory, most("memory"))),  # else it would fit no node
             max_restarts=0,
         )
         self._actors: list[_Actor] = []
-        self._starting: dict[Any, _Actor] = {}
-        self._running: dict[Any, tuple[_Actor, Any]] = {}
+        self._starting: dict[ObjectRef, _Actor] = {}
+        self._running: dict[ObjectRef, tuple[_Actor, Any]] = {}
         """In the order in which they were sent."""
         self._looked = float("-inf")
         self._warned = time.monotonic()
 
     def run(
-        self,
-        task: Task[Item, Opened, Result],
-        limit_s: float,
-        backlog: Backlog[Item],
-        attempts: Attempts,
+        self, task: Task[Item, Opened, Result], limit_s: float, backlog: Backlog[Item]
     ) -> Iterator[tuple[Item, Result]]:
         """Give (item, result) as they finish."""
         import ray
@@ -348,7 +276,7 @@ class _ActorPool:
                     if reference in self._starting:
                         self._welcome(reference)
                     elif reference in self._running:  # not so if its actor was just replaced
-                        yield from self._collect(reference, backlog, attempts)
+                        yield from self._collect(reference, backlog)
         finally:
             self._running.clear()  # what an abandoned map had in flight is nobody's any more
             for actor in self._actors:
@@ -367,10 +295,10 @@ class _ActorPool:
         if (own.cpus, own.gpus) != (needed.cpus, needed.gpus):
             return False
         if own.memory < needed.memory:
-            return _places(own) == _places(needed)
-        most = min(_places(needed), self._limit or sys.maxsize)
+            return places(own) == places(needed)
+        most = min(places(needed), self._limit or sys.maxsize)
         placed = sum(actor.node is not None for actor in self._actors)
-        return _places(own) >= most and placed >= min(most, len(self._actors))
+        return places(own) >= most and placed >= min(most, len(self._actors))
 
     def close(self) -> None:
         """Stop the actors and free their resources."""
@@ -384,8 +312,7 @@ class _ActorPool:
         if time.monotonic() - self._looked < _SECONDS_BETWEEN_LOOKS:
             return
         self._looked = time.monotonic()
-        places = _places(self.needed)
-        wanted = min(self._limit or 2 * places, num_waiting + len(self._running))
+        wanted = min(self._limit or 2 * places(self.needed), num_waiting + len(self._running))
         while len(self._actors) < wanted:
             self._start()
         if any(actor.node for actor in self._actors):
@@ -400,7 +327,7 @@ class _ActorPool:
         self._actors.append(actor)
         self._starting[handle.node.remote()] = actor
 
-    def _welcome(self, reference: Any) -> None:
+    def _welcome(self, reference: "ObjectRef") -> None:
         """An actor has found its place.
 
         Raises:
@@ -416,7 +343,7 @@ class _ActorPool:
                 raise EngineError(f"Ray workers cannot start: {one_line(error)}") from error
             self._replace(actor)
 
-    def _submit(self, task: Any, backlog: Backlog[Any]) -> None:
+    def _submit(self, task: "ObjectRef", backlog: Backlog[Item]) -> None:
         ready = [actor for actor in self._actors if actor.node is not None]
         while ready:
             actor = min(ready, key=lambda one: one.num_items)
@@ -426,7 +353,7 @@ class _ActorPool:
             actor.since = actor.since if actor.num_items else time.monotonic()
             actor.num_items += 1
 
-    def _next_done(self, backlog: Backlog[Any]) -> list[Any]:
+    def _next_done(self, backlog: Backlog[Item]) -> "list[ObjectRef]":
         """What finished, after at most a few seconds, or when the next item is due."""
         import ray
 
@@ -439,16 +366,16 @@ class _ActorPool:
         return list(done)
 
     def _collect(
-        self, reference: Any, backlog: Backlog[Any], attempts: Attempts
-    ) -> Iterator[tuple[Any, Any]]:
+        self, reference: "ObjectRef", backlog: Backlog[Item]
+    ) -> Iterator[tuple[Item, Any]]:
         """Take an answer: give the result, or see to what went wrong."""
         import ray
 
         actor, item = self._running[reference]
         try:
-            outcome: Outcome = ray.get(reference)
+            outcome: Outcome[Any] = ray.get(reference)
         except ray.exceptions.RayError as error:
-            self._bury(actor, error, backlog, attempts)
+            self._bury(actor, error, backlog)
             return
         del self._running[reference]
         actor.num_items -= 1
@@ -457,15 +384,13 @@ class _ActorPool:
             result = outcome.unwrap()
         except Exception as error:  # noqa: BLE001  (counted, retried, raised at the end)
             if isinstance(error, MemoryLimitError | MemoryError):  # the next item would fail, too
-                self._bury(actor, None, backlog, attempts)
-            attempts.failed(item, error, backlog)
+                self._bury(actor, None, backlog)
+            backlog.failed(item, error)
         else:
-            attempts.succeeded += 1
+            backlog.succeeded()
             yield item, result
 
-    def _bury(
-        self, actor: _Actor, error: Exception | None, backlog: Backlog[Any], attempts: Attempts
-    ) -> None:
+    def _bury(self, actor: _Actor, error: Exception | None, backlog: Backlog[Item]) -> None:
         """Replace an actor; the item at hand is blamed for an error, those behind it go back."""
         items = [(ref, item) for ref, (where, item) in self._running.items() if where is actor]
         for number, (reference, item) in enumerate(items):
@@ -474,11 +399,11 @@ class _ActorPool:
                 backlog.put(item)
             elif _node_was_lost(actor, error):
                 logger.warning("node %s is lost; its shards are tried elsewhere", actor.node)
-                attempts.lost(item, error, backlog)
+                backlog.lost(item, error)
             else:
                 cause = self._cause_of_death(actor)
-                logger.warning("shard %s: %s", describe(item), cause)
-                attempts.failed(item, cause, backlog)
+                logger.warning("shard %s: %s", backlog.name_of(item), cause)
+                backlog.failed(item, cause)
         self._replace(actor)
 
     def _cause_of_death(self, actor: _Actor) -> Exception:
@@ -501,14 +426,4 @@ def _node_was_lost(actor: _Actor, error: Exception) -> bool:
 
     if isinstance(error, ray.exceptions.ActorUnavailableError):
         return True
-    return actor.node not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-
-
-def _memory_asked(needed: Resources) -> int:
-    """Bytes asked of Ray: a task that no node could hold takes one for itself."""
-    import ray
-
-    largest = max(
-        (node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0
-    )
-    return int(min(needed.memory, largest))
+    return actor.node not in {node["NodeID"] for node in nodes()}

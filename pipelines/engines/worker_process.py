@@ -16,9 +16,11 @@ import threading
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, Any
 
+from curation.stage import Item, Opened, Result, Task
 from embedder.encoder import available_cpus
 from pipelines.engines.memory_guard import give_back
 from pipelines.engines.outcome import Outcome
@@ -35,14 +37,12 @@ class WorkerProcess:
 
     number: int
     """From 0: with a GPU each, its GPU."""
-    process: Any
+    process: BaseProcess
     connection: Connection
     hang: IO[str]
     """Says where the worker was when it ran out of time."""
-    item: Any = None
-    """What it was sent last."""
     busy: bool = False
-    """Whether that was not answered yet."""
+    """Whether the item that it was sent last was not answered yet."""
 
     @classmethod
     def start(cls, number: int, workers: int) -> "WorkerProcess":
@@ -57,19 +57,19 @@ class WorkerProcess:
         there.close()  # else its end would not be seen
         return cls(number, process, here, hang)
 
-    def send(self, task_file: str, limit_s: float, item: Any) -> None:
+    def send(self, task_file: str, limit_s: float, item: object) -> None:
         """Hand over an item. Where the worker has died, the next `answer` says so."""
-        self.item, self.busy = item, True
+        self.busy = True
         with contextlib.suppress(OSError):
             self.connection.send((task_file, limit_s, item))
 
-    def answer(self) -> Outcome:
+    def answer(self) -> Outcome[Any]:
         """What became of its item.
 
         Raises:
             EOFError, OSError: the worker has died.
         """
-        outcome: Outcome = self.connection.recv()
+        outcome: Outcome[Any] = self.connection.recv()
         self.busy = False
         return outcome
 
@@ -89,7 +89,7 @@ class WorkerProcess:
         """How it ended."""
         self.process.join(_SECONDS_TO_END)
         code = self.process.exitcode
-        with contextlib.suppress(ValueError, TypeError):
+        if code is not None and -code in set(signal.Signals):
             return f"killed by {signal.Signals(-code).name}"
         return f"exit code {code}"
 
@@ -109,8 +109,12 @@ def _serve(connection: Connection, hang_file: str, number: int, workers: int) ->
 
 
 def _work_on(
-    opened: dict[str, Any], hang: IO[str], task_file: str, limit_s: float, item: Any
-) -> Any:
+    opened: dict[str, tuple[Task[Item, Opened, Result], Opened]],
+    hang: IO[str],
+    task_file: str,
+    limit_s: float,
+    item: Item,
+) -> Result:
     if task_file not in opened:
         with ending_after(max(limit_s, OPENING_S), hang):
             opened.clear()  # the last task's model goes first
@@ -129,17 +133,17 @@ def _end_with_driver() -> None:
     """
     driver = multiprocessing.parent_process()
     assert driver is not None, "called in a worker only"
-    threading.Thread(target=_exit_after, args=(driver,), daemon=True).start()
+
+    def exit_after(driver: BaseProcess) -> None:
+        driver.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_after, args=(driver,), daemon=True).start()
     with contextlib.suppress(AttributeError, OSError):
         pipe = driver.sentinel
         fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
-
-
-def _exit_after(driver: Any) -> None:
-    driver.join()
-    os._exit(1)
 
 
 def _set_up(number: int, workers: int) -> None:
