@@ -73,7 +73,7 @@ def seal_again(work: str, name: str) -> None:
 
 def sealed_folders(record: RunRecord) -> list[str]:
     """Folders of stages and sets that the run is made of, relative to the work folder."""
-    entries = [*record.pool, *(entry for flow in record.sets.values() for entry in flow)]
+    entries = record.entries
     published = [one for one in (record.manifest, record.packed) if one]
     return sorted({*(entry.folder for entry in entries), *published})
 

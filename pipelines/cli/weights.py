@@ -64,16 +64,10 @@ def _of_file(path: Path) -> FoundWeights:
     saved = find_saved(path.parent) if path.name == BACKBONE else None
     if saved is None:
         return found
-    if not _is_same(saved.load(), found.model):
+    own, last = found.model.state_dict(), saved.load().state_dict()
+    if not all(name in own and value.equal(own[name]) for name, value in last.items()):
         raise ConfigError(
             f"{path}: is not of the last checkpoint, that of step {saved.step}; name the run, "
             f"{path.parent}, and --step for one that is not the last"
         )
     return replace(found, recorded=saved.about())
-
-
-def _is_same(one: VisionTransformer, other: VisionTransformer) -> bool:
-    weights = other.state_dict()
-    return all(
-        name in weights and value.equal(weights[name]) for name, value in one.state_dict().items()
-    )

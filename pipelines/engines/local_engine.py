@@ -118,7 +118,7 @@ class _Pool:
     def __init__(self, size: int) -> None:
         self._size = size
         self._workers: list[WorkerProcess] = []
-        weakref.finalize(self, _end_all, self._workers)
+        weakref.finalize(self, _end_all, self._workers)  # a method would keep this object
 
     def run(
         self, task_file: str, limit_s: float, backlog: Backlog[Item]
@@ -128,11 +128,11 @@ class _Pool:
         try:
             while len(backlog) or self._busy():
                 # Each worker that waits gets an item, as long as one is due.
-                while (worker := self._waiting(len(backlog))) and (
-                    item := backlog.pop()
-                ) is not None:
-                    worker.send(task_file, limit_s, item)
-                    sent[worker] = item
+                while free := self._waiting(len(backlog)):
+                    if (item := backlog.pop()) is None:
+                        break
+                    free.send(task_file, limit_s, item)
+                    sent[free] = item
                 # Until one answers or dies, or an item for one that waits is due.
                 busy = self._busy()
                 pause_s = backlog.pause_s() if len(busy) < self._size else None

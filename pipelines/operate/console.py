@@ -43,15 +43,12 @@ def visible(text: str) -> str:
     """
     if text.isprintable():
         return text
-    return "".join(one if _has_shape(one) else _escaped(one) for one in text)
-
-
-def _has_shape(character: str) -> bool:
-    return character.isprintable() or unicodedata.category(character) == "Zs"
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    return "".join(
+        one
+        if one.isprintable() or unicodedata.category(one) == "Zs"
+        else one.encode("unicode_escape").decode("ascii")
+        for one in text
+    )
 
 
 class _Lines(logging.Formatter):
@@ -133,7 +130,9 @@ class ConsoleWatcher:
             self._bars.update(self._bar, completed=self._done, rate=self._rate())
         elif not self._quiet and time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
             self._spoke = time.monotonic()
-            self._console.print(visible(self._line(stage)))
+            progress = f"{self._done}/{self._total} shards, {self._rate()}"
+            line = f"{stage}: {progress}, {self.time_left()}".rstrip(", ")
+            self._console.print(visible(line))
 
     def finished(self, stage: str, record: StageRecord, reused: bool) -> None:
         """End the bar with one line on what the stage did."""
@@ -157,10 +156,6 @@ class ConsoleWatcher:
         seconds = max(time.monotonic() - self._began, 1e-3)
         kept = self._kept / max(self._rows, 1)
         return f"{self._rows / seconds:,.0f} rows/s, {kept:.1%} kept"
-
-    def _line(self, stage: str) -> str:
-        progress = f"{self._done}/{self._total} shards, {self._rate()}"
-        return f"{stage}: {progress}, {self.time_left()}".rstrip(", ")
 
     def time_left(self) -> str:
         """Time left of the stage and, where there is a plan, of the run; empty if unknown."""

@@ -120,7 +120,7 @@ class RunObserver:
             self._log.write("stage_finished", stage=stage, **summary)
         self._watcher.finished(stage, record, reused)
 
-    def _summary(self, record: StageRecord, usage: Usage) -> dict[str, Any]:
+    def _summary(self, record: StageRecord, usage: Usage) -> dict[str, float]:
         seconds = max(record.seconds, 1e-3)
         workers = self._engine.workers if usage.items else 1
         device = {}

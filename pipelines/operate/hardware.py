@@ -2,9 +2,8 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from curation.config import Settings, parse_settings, read_yaml
 from curation.errors import ConfigError
@@ -60,7 +59,7 @@ def read_cluster(text: str, cores: int | None) -> ClusterSpec:
             f"a node, such as 20x8xV100,cpus=40, or a YAML file; kinds: "
             f"{', '.join(_STATED_GPU_SPEED)}"
         )
-    values: dict[str, Any] = {"nodes": int(match.group(1) or 1), "gpus": int(match.group(2))}
+    values: dict[str, JsonValue] = {"nodes": int(match.group(1) or 1), "gpus": int(match.group(2))}
     values |= {"gpu_speed": _STATED_GPU_SPEED[kind], **({"cpus": cores} if cores else {})}
     for rate in rates:
         key, _, value = rate.partition("=")

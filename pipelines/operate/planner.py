@@ -6,9 +6,10 @@ compare rows with each other grow faster than their rows; how much, the two samp
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from pydantic import JsonValue
 
 from curation import storage
 from curation.dataset import Dataset
@@ -42,7 +43,7 @@ class Sample:
 
     record: RunRecord
     work: str
-    usage: tuple[dict[str, Any], ...]
+    usage: tuple[Mapping[str, float], ...]
     """The event `stage_finished` of each stage, in the order of `steps`."""
 
     def steps(self) -> list["Step"]:
@@ -51,11 +52,13 @@ class Sample:
         usage, steps = iter(self.usage), []
         for name, entries in flows:
             left = [_bytes_left(entry, self.work) for entry in entries]
-            full, num_shards = _shards_of(entries)
+            first = entries[0].record
+            full = float(first.settings.get("rows_per_shard") or first.rows_in)
+            num_shards = max(1, math.ceil(first.rows_in / max(full, 1.0)))
             for number, entry in enumerate(entries):
                 read = _bytes_read(entries, self.work, number)
                 held = entry.record.rows_in / num_shards
-                share = entry.record.rows_in / max(entries[0].record.rows_in, 1)
+                share = entry.record.rows_in / max(first.rows_in, 1)
                 shard = ShardRows(held, max(held, full * share))
                 steps.append(Step(name, entry, next(usage), left[number], read, shard))
         return steps
@@ -78,7 +81,7 @@ class Step:
     set_name: str
     """Empty for the pool."""
     entry: StageEntry
-    usage: dict[str, Any]
+    usage: Mapping[str, float]
     bytes_left: int
     """Bytes on disk afterwards."""
     bytes_read: int
@@ -136,7 +139,10 @@ def plan_stages(
     Rows of a stage grow with its flow, as in the sample.
     cluster: None for this machine with one worker, as the samples ran.
     """
-    scales = {name: _scale_of_set(entries) for name, entries in large.record.sets.items()}
+    firsts = {name: entries[0].record for name, entries in large.record.sets.items()}
+    # Rows of a whole set for each that the sample read.
+    shares = {name: float(one.figures.get("share_read", 1.0)) for name, one in firsts.items()}
+    scales = {name: 1 / max(share, 1e-12) for name, share in shares.items()}
     scales[""] = images / max(large.record.pool[0].record.rows_in, 1)
     pairs = zip(small.steps(), large.steps(), strict=True)
     return [_plan_step(less, more, scales[more.set_name], cluster) for less, more in pairs]
@@ -144,14 +150,14 @@ def plan_stages(
 
 def plan_of(
     stages: Sequence[StagePlan], images: float, cluster: ClusterSpec | None
-) -> dict[str, Any]:
+) -> dict[str, JsonValue]:
     """The plan of all stages together, as `curate plan --out` writes it."""
     wall_s = sum(one.wall_s for one in stages)
     spread = sum(one.wall_s * one.uncertainty for one in stages)
     slowest = max(stages, key=lambda one: one.wall_s)
     return {
         "images": images,
-        "cluster": cluster and cluster.model_dump(mode="json"),
+        "cluster": None if cluster is None else cluster.model_dump(mode="json"),
         "wall_s": wall_s,
         "wall_low_s": sum(one.wall_s / (1 + one.uncertainty) for one in stages),
         "wall_high_s": wall_s + spread,
@@ -164,11 +170,6 @@ def plan_of(
         "limited_by": slowest.limited_by,
         "stages": [asdict(one) for one in stages],
     }
-
-
-def _scale_of_set(entries: Sequence[StageEntry]) -> float:
-    """Rows of a whole set for each that the sample read."""
-    return 1 / max(float(entries[0].record.figures.get("share_read", 1.0)), 1e-12)
 
 
 def _plan_step(small: Step, large: Step, scale: float, cluster: ClusterSpec | None) -> StagePlan:
@@ -200,13 +201,6 @@ def _plan_step(small: Step, large: Step, scale: float, cluster: ClusterSpec | No
     )
 
 
-def _shards_of(entries: Sequence[StageEntry]) -> tuple[float, int]:
-    """Rows of a full shard when they are ingested, and shards of the sample."""
-    first = entries[0].record
-    full = float(first.settings.get("rows_per_shard") or first.rows_in)
-    return full, max(1, math.ceil(first.rows_in / max(full, 1.0)))
-
-
 def _peak_bytes(small: Step, large: Step, rows: float) -> float:
     """Memory of a worker at its peak: grows with the rows of a shard, or up to a stage's bound."""
     peak = float(large.usage["peak_bytes"])
@@ -221,7 +215,7 @@ def _peak_bytes(small: Step, large: Step, rows: float) -> float:
 
 
 def _extrapolate(
-    small: dict[str, Any], large: dict[str, Any], rows: float, *, pairwise: bool
+    small: Mapping[str, float], large: Mapping[str, float], rows: float, *, pairwise: bool
 ) -> tuple[float, float, float]:
     """Seconds once, seconds of workers for so many rows, and their relative uncertainty."""
     n1, n2 = max(small["rows_in"], 1), max(large["rows_in"], 1)
@@ -241,7 +235,9 @@ def _extrapolate(
     return once, work_s, doubt
 
 
-def _undisturbed(small: dict[str, Any], large: dict[str, Any]) -> tuple[float, float, float]:
+def _undisturbed(
+    small: Mapping[str, float], large: Mapping[str, float]
+) -> tuple[float, float, float]:
     """Seconds that the items of both samples take where nobody else works, and their doubt.
 
     Other work on the machine stretches the seconds of the clock, but hardly those of the cores: so

@@ -2,7 +2,8 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+
+from pydantic import JsonValue
 
 from curation import storage
 from curation.errors import DatasetError
@@ -41,7 +42,7 @@ class Status:
     stages: list[Event] = field(default_factory=list)
     """Those that are finished."""
 
-    def finished_stages(self) -> list[dict[str, Any]]:
+    def finished_stages(self) -> list[dict[str, JsonValue]]:
         """What the event log says of each finished stage."""
         return [one.model_dump(exclude={"time", "event"}) for one in self.stages]
 

@@ -11,11 +11,10 @@ import json
 import platform
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, features
@@ -159,7 +158,10 @@ class _Look(Task[None, None, NodeFacts]):
         facts = {"machine": f"{platform.system()} {platform.machine()}", **_versions()}
         facts |= {f"pixels of {name}": _pixels(data) for name, data in self.pictures.items()}
         facts |= {f"path {path}": _look_at(path) for path in self.paths}
-        bad = [f"{path} {facts[f'path {path}']}" for path in self.paths if _is_bad(path, facts)]
+        told = {path: facts[f"path {path}"] for path in self.paths}
+        bad = [
+            f"{p} {said}" for p, said in told.items() if said.startswith(("is missing", "cannot"))
+        ]
         return NodeFacts(facts, (*bad, *self._try_folder()))
 
     def _try_folder(self) -> list[str]:
@@ -236,11 +238,10 @@ def _paths_of(checked: CheckedRecipe) -> Iterable[str]:
             yield from (p for p in (stage.urls, stage.archives, stage.images) if p is not None)
         texts = re.findall(r'"((?:[^"\\]|\\.)*)"', stage.model_dump_json())
         for text in (json.loads(f'"{text}"') for text in texts):
-            yield from (part for part in (text, text.partition(":")[2]) if _is_path(part))
-
-
-def _is_path(text: str) -> bool:
-    return "/" in text and storage.is_local(text) and Path(text.removeprefix("file://")).exists()
+            for part in (text, text.partition(":")[2]):
+                is_local = "/" in part and storage.is_local(part)
+                if is_local and Path(part.removeprefix("file://")).exists():
+                    yield part
 
 
 def _look_at(path: str) -> str:
@@ -256,10 +257,6 @@ def _look_at(path: str) -> str:
         return f"is a file of {storage.size_of(path):,} bytes"
     except CurateError as error:
         return f"cannot be read: {one_line(error)}"
-
-
-def _is_bad(path: str, facts: Mapping[str, str]) -> bool:
-    return facts[f"path {path}"].startswith(("is missing", "cannot"))
 
 
 def _versions() -> dict[str, str]:
@@ -294,7 +291,7 @@ def _pictures() -> dict[str, bytes]:
     image = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
     turned = Image.Exif()
     turned[0x0112] = 6  # a camera held upright
-    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+    kinds: dict[str, tuple[str, dict[str, bool | bytes | Image.Exif]]] = {
         "jpeg": ("jpeg", {}),
         "jpeg, progressive": ("jpeg", {"progressive": True}),
         "jpeg with a profile": ("jpeg", {"icc_profile": _other_profile()}),

@@ -5,10 +5,9 @@ A delivery remembers the one that it was compared with, so that a chain of them 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from curation import storage
-from curation.config import parse_settings
+from curation.config import Settings, parse_settings
 from curation.dataset import Dataset, open_foreign
 from curation.digest import digest_of
 from curation.errors import ConfigError, DatasetError
@@ -109,18 +108,31 @@ def _with(pool: Pool, stage: FinishedStage) -> Pool:
     return pool.with_stage({name: stage.output(name) for name in names}, stage.decisions)
 
 
+class DedupInputs(Settings):
+    """What a finished `curate dedup` read."""
+
+    embeddings: str
+    """Where they lay."""
+    embedding_column: str
+    """Column of their vectors."""
+    content_digest: str
+    """Their digest."""
+    base: str | None = None
+    """Output of the earlier dedup that it was compared with."""
+
+
 def record_inputs(out: str, given: str, read: Dataset, column: str, base: str | None) -> None:
     """Write which embeddings a finished `curate dedup` read, so that it can be a base.
 
     given: as named on the command line. read: the same, or its copy under ids of ours.
     """
-    values = {
-        "embeddings": absolute(read.path if Dataset.is_finished(read.path) else given),
-        "embedding_column": column,
-        "content_digest": read.manifest.content_digest,
-        "base": None if base is None else absolute(base),
-    }
-    storage.write_json(storage.join(out, _INPUTS_FILE), values)
+    inputs = DedupInputs(
+        embeddings=absolute(read.path if Dataset.is_finished(read.path) else given),
+        embedding_column=column,
+        content_digest=read.manifest.content_digest,
+        base=None if base is None else absolute(base),
+    )
+    storage.write_json(storage.join(out, _INPUTS_FILE), inputs.model_dump(mode="json"))
 
 
 def kept_by_dedup(
@@ -138,58 +150,54 @@ def kept_by_dedup(
     pools: list[Pool] = []
     following: str | None = path.rstrip("/")
     while following is not None:
-        recorded = _read_inputs(following, embeddings)
-        _check_moved(following, recorded, embeddings)
-        dataset = embeddings or _recorded_embeddings(following, recorded, column)
+        file, recorded = storage.join(following, _INPUTS_FILE), None
+        if storage.exists(file):
+            recorded = parse_settings(DedupInputs, storage.read_json(file), file)
+        if embeddings is not None:
+            _check_moved(following, recorded, embeddings)
+            dataset = embeddings
+        elif recorded is not None:
+            dataset = _recorded_embeddings(following, recorded, column)
+        else:
+            raise DatasetError(
+                f"{following}: does not say which embeddings it is about (no {_INPUTS_FILE}); name "
+                "the output of an earlier `curate dedup`, or give --base-embeddings as well"
+            )
         pools.append(_kept_rows(following, dataset, layer))
-        following, embeddings = recorded.get("base"), None
+        following, embeddings = recorded.base if recorded else None, None
     return tuple(pools)
 
 
-def _read_inputs(path: str, embeddings: Dataset | None) -> dict[str, Any]:
-    file = storage.join(path, _INPUTS_FILE)
-    if storage.exists(file):
-        return dict(storage.read_json(file))
-    if embeddings is None:
-        raise DatasetError(
-            f"{path}: does not say which embeddings it is about (no {_INPUTS_FILE}); name the "
-            "output of an earlier `curate dedup`, or give --base-embeddings as well"
-        )
-    return {}
-
-
-def _check_moved(path: str, recorded: dict[str, Any], embeddings: Dataset | None) -> None:
+def _check_moved(path: str, recorded: DedupInputs | None, embeddings: Dataset) -> None:
     """Refuse other embeddings than those that some decisions are about, as far as digests tell.
 
     Of foreign files read as they are, only names and sizes are known, which change as they move.
     """
-    told = recorded.get("content_digest")
-    if embeddings is None or told is None:
-        return
     is_plain = embeddings.attributes.get("foreign") and not embeddings.attributes.get("own_ids")
-    if not is_plain and embeddings.manifest.content_digest != told:
+    told = None if recorded is None or is_plain else recorded.content_digest
+    if told not in (None, embeddings.manifest.content_digest):
         raise DatasetError(
             f"{path}: is about other embeddings than {embeddings.path}; give --base-embeddings "
             "those that it read"
         )
 
 
-def _recorded_embeddings(path: str, recorded: dict[str, Any], column: str) -> Dataset:
+def _recorded_embeddings(path: str, recorded: DedupInputs, column: str) -> Dataset:
     """The embeddings that an earlier `curate dedup` read, if they are still what they were."""
-    where = str(recorded["embeddings"])
+    where = recorded.embeddings
     try:
         dataset = open_foreign(where)
     except DatasetError as error:
         raise DatasetError(
             f"{path}: its embeddings are gone from {where}; give --base-embeddings"
         ) from error
-    if dataset.manifest.content_digest != recorded["content_digest"]:
+    if dataset.manifest.content_digest != recorded.content_digest:
         raise DatasetError(
             f"{path}: its embeddings in {where} have changed since; give --base-embeddings"
         )
-    if recorded["embedding_column"] != column:
+    if recorded.embedding_column != column:
         raise ConfigError(
-            f"{path}: read its vectors from the column '{recorded['embedding_column']}', not from "
+            f"{path}: read its vectors from the column '{recorded.embedding_column}', not from "
             f"'{column}'; write both under one name"
         )
     return dataset

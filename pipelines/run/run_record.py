@@ -75,6 +75,11 @@ class RunRecord(Settings):
     stamp: str = ""
     """Digest of recipe, versions and the stamps of all files read: the same, nothing to do."""
 
+    @property
+    def entries(self) -> list[StageEntry]:
+        """The stages of all flows."""
+        return [*self.pool, *(entry for flow in self.sets.values() for entry in flow)]
+
 
 def read_run(work: str) -> RunRecord:
     """The record of a finished run.

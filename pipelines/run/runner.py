@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from curation import storage
 from curation.dataset import Dataset, ShardInfo, commit, write_shard
@@ -105,7 +106,10 @@ class RecipeRun:
         shared = None
         for number, stage in enumerate(stages):
             if stage.on_union and not isinstance(flow.pool, UnionPool):
-                flow.pool = self._union(flow.pool, stage.set_names())
+                # The pool together with the sets taken as they are, which come first.
+                self._as_is = tuple(stage.set_names())
+                parts = (*(self._sets[name].pool for name in self._as_is), flow.pool)
+                flow.pool = UnionPool("union", {}, None, parts)
             followers = self._followers(flow, stages[number:])
             if followers and shared is None:
                 shared = self._shared_scores(flow, [stage, *followers], where)
@@ -169,12 +173,6 @@ class RecipeRun:
             return {}
         return {name: self._sets[name].pool for name in stage.set_names()}
 
-    def _union(self, pool: Pool, as_is: Sequence[str]) -> Pool:
-        """The pool together with the sets taken as they are, which come first."""
-        self._as_is = tuple(as_is)
-        parts = (*(self._sets[name].pool for name in as_is), pool)
-        return UnionPool("union", {}, None, parts)
-
     def _fetch_again_if_deleted(self, flow: _Flow, reader: StageFolder) -> bool:
         """Make raw bytes again that a stage has still to read, and that were deleted after use."""
         raw = flow.pool.layers.get("raw")
@@ -226,12 +224,12 @@ class RecipeRun:
         if selected is None:
             return None
         target = storage.join(self._work, "manifest")
-        attributes: dict[str, Any] = {
+        attributes: dict[str, JsonValue] = {
             "recipe": self._recipe.name,
             "seed": self._recipe.seed,
             "packed": packed,
         }
-        failed = {
+        failed: dict[str, JsonValue] = {
             stage.name(): {str(number): why for number, why in record.failed_shards.items()}
             for stage, _, record in flow.passed
             if record.failed_shards
@@ -289,7 +287,7 @@ def is_finished(checked: CheckedRecipe, work: str, previous: PreviousRuns | None
     return _finished_before(work, _stamp(checked, previous)) is not None
 
 
-def _already_published(target: str, selected: Dataset, attributes: dict[str, Any]) -> bool:
+def _already_published(target: str, selected: Dataset, attributes: dict[str, JsonValue]) -> bool:
     if not Dataset.is_finished(target):
         return False
     published = Dataset.open(target)
@@ -331,19 +329,15 @@ def _finished_before(work: str, stamp: str) -> RunRecord | None:
     if not storage.exists(storage.join(work, RUN_FILE)):
         return None
     record = read_run(work)
-    entries = (*record.pool, *(entry for flow in record.sets.values() for entry in flow))
-    if record.stamp != stamp or not _is_published(work, record):
+    if record.stamp != stamp:
         return None
-    folders = [_folder_of(work, entry.folder, entry.stage) for entry in entries]
+    if record.manifest is not None:
+        manifest = storage.join(work, record.manifest)
+        if not Dataset.is_finished(manifest) or lost_of(Dataset.open(manifest)).paths:
+            return None
+    folders = [_folder_of(work, entry.folder, entry.stage) for entry in record.entries]
     whole = all(read_stage(folder) and not lost_files(folder).paths for folder in folders)
     return record if whole else None
-
-
-def _is_published(work: str, record: RunRecord) -> bool:
-    if record.manifest is None:
-        return True
-    target = storage.join(work, record.manifest)
-    return Dataset.is_finished(target) and not lost_of(Dataset.open(target)).paths
 
 
 def _versions() -> dict[str, str]:

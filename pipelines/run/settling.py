@@ -5,7 +5,8 @@ A run that goes on elsewhere keeps what was settled when it began, and so its ke
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+
+from pydantic import JsonValue
 
 from curation import storage
 from curation.config import parse_settings
@@ -46,7 +47,7 @@ class Settling:
             return parse_settings(type(stage), remembered, self.file)
         return self.earlier(stage) if self.earlier else stage
 
-    def _remembered(self) -> dict[str, Any]:
+    def _remembered(self) -> dict[str, JsonValue]:
         return dict(storage.read_json(self.file)) if storage.exists(self.file) else {}
 
 

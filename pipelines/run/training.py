@@ -3,7 +3,8 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from curation.errors import ConfigError
 from curation.lock import locked
@@ -18,7 +19,7 @@ def train(
     *,
     quiet: bool = False,
     allow_changed: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, JsonValue]:
     """Train, showing how far it is; give the figures of the run.
 
     Raises:
@@ -47,7 +48,7 @@ def train(
     }
 
 
-def evaluate_knn(backbone: str, train: str, test: str, k: tuple[int, ...]) -> dict[str, Any]:
+def evaluate_knn(backbone: str, train: str, test: str, k: tuple[int, ...]) -> dict[str, JsonValue]:
     """k-NN accuracy of a backbone on folders with a folder of images a class."""
     from pretrain.evaluation.knn import evaluate, labeled_folder
 

@@ -5,7 +5,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic import JsonValue
 
 from curation import storage
 from curation.dataset import Dataset
@@ -38,7 +39,8 @@ from pipelines.run.runner import RecipeRun, is_finished
 logger = logging.getLogger(__name__)
 
 _STEP_FILE = "_step.json"
-Action = Callable[[], dict[str, Any]]
+Figures = dict[str, JsonValue]
+Action = Callable[[], Figures]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Step:
 
     key: str
     """Digest of what it rests on: the same key, nothing to do."""
-    result: dict[str, Any]
+    result: Figures
     ran: bool = False
     """Whether this run did it, and not an earlier one."""
 
@@ -100,7 +102,11 @@ def run_recipe(
         with _logged(log, checked, planned):
             budget = DiskBudget(work, parse_bytes(limits.max_disk)) if limits.max_disk else None
             observer = RunObserver(log, watcher, engine, planned, budget)
-            _reopen_failed(work, limits.max_failed_shards)
+            if storage.exists(storage.join(work, RUN_FILE)):
+                # Shards that an earlier run accepted as failed are tried again, if now too many.
+                for entry in read_run(work).entries:
+                    folder = StageFolder(storage.join(work, entry.folder), entry.stage)
+                    reopen_failed(folder, entry.record, limits.max_failed_shards)
             with site_of(checked.recipe.demo_site, work):
                 _check_nodes(checked, work, engine, previous)
                 metered = MeteredEngine(engine, observer.heard)
@@ -170,16 +176,6 @@ def _logged(log: EventLog, checked: CheckedRecipe, planned: dict[str, float]) ->
     log.write("run_finished", seconds=round(time.monotonic() - began, 3))
 
 
-def _reopen_failed(work: str, allowed: int) -> None:
-    """Let a run that accepted failed shards try them again, where fewer are accepted now."""
-    if not storage.exists(storage.join(work, RUN_FILE)):
-        return
-    record = read_run(work)
-    for entry in (*record.pool, *(entry for flow in record.sets.values() for entry in flow)):
-        folder = StageFolder(storage.join(work, entry.folder), entry.stage)
-        reopen_failed(folder, entry.record, allowed)
-
-
 def _run_steps(recipe: Recipe, record: RunRecord, work: str, *, quiet: bool) -> dict[str, Step]:
     """Pretrain, evaluate and report, each only if what it rests on has changed."""
     steps: dict[str, Step] = {}
@@ -209,7 +205,7 @@ def _run_steps(recipe: Recipe, record: RunRecord, work: str, *, quiet: bool) -> 
     return steps
 
 
-def _pretrain(step: PretrainStep, record: RunRecord, work: str, *, quiet: bool) -> dict[str, Any]:
+def _pretrain(step: PretrainStep, record: RunRecord, work: str, *, quiet: bool) -> Figures:
     from pipelines.run.training import train
     from pretrain.config import load_config
 
@@ -223,14 +219,14 @@ def _pretrain(step: PretrainStep, record: RunRecord, work: str, *, quiet: bool) 
     return result
 
 
-def _evaluate(step: EvaluateStep, work: str) -> dict[str, Any]:
+def _evaluate(step: EvaluateStep, work: str) -> Figures:
     from pipelines.run.training import evaluate_knn
 
     backbone = storage.join(work, "pretrain", "backbone.safetensors")
     return evaluate_knn(backbone, step.train, step.test, step.k)
 
 
-def _report(work: str) -> dict[str, Any]:
+def _report(work: str) -> Figures:
     from pipelines.web.report.page import write_page
 
     return {"page": write_page(work, storage.join(work, "report.html"))}
