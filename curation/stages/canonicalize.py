@@ -1,4 +1,4 @@
-"""The one full decode: foreign bytes become upright sRGB JPEGs of at most `max_side` pixels."""
+"""Decodes fetched files, of any format, into upright sRGB JPEGs of at most `max_side` pixels."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +71,7 @@ class Canonicalize(ShardStage):
         return "" if self.blocklists is None else self.blocklists.fingerprint()
 
     def open(self) -> BlockIndex | None:
-        """Read the blocklists; rows share the cores out, so OpenCV shall not do so again."""
+        """Read the blocklists; rows already run in parallel, so OpenCV's threads are disabled."""
         import cv2
 
         cv2.setNumThreads(1)

@@ -1,8 +1,8 @@
 """Reads URL lists, web archives or images, gives every row its id, and drops repeated sources.
 
-Rows are exchanged by ranges of their ids: shard i holds the i-th range, sorted by id. So ids lie
-near nothing in particular (one host's URLs spread over all shards, which is kind to hosts), a row
-is found by its id alone, and the shards do not depend on how the input was cut.
+Rows are exchanged by ranges of their ids: shard i holds the i-th range, sorted by id. Ids are
+uniform, so the URLs of one host spread over all shards, which is kind to hosts; a row is found by
+its id alone, and the shards do not depend on how the input was cut.
 """
 
 import logging

@@ -33,3 +33,14 @@ def test_filters__a_stage_that_judges_no_rows_is_refused():
         parse_settings(Filters, {"filters": [{"near_dedup": {"embeddings": "x"}}]}, "here")
     with pytest.raises(ConfigError, match="no stage 'qualty'; did you mean 'quality'"):
         parse_settings(Filters, {"filters": [{"qualty": {}}]}, "here")
+
+
+def test_filters__relevance_is_one_where_it_needs_no_seeds():
+    stage = parse_settings(Filters, {"filters": [{"quality": {}}, {"relevance": {}}]}, "here")
+    assert stage.required_columns() == ("image", "original_width", "original_height")
+    assert "text_share" in stage.decision_columns().names
+    seeds = {"seeds": ["pets"], "embeddings": "copy"}
+    with pytest.raises(ConfigError, match="'relevance' compares with the sets pets, which only a"):
+        parse_settings(Filters, {"filters": [{"relevance": seeds}]}, "here")
+    with pytest.raises(ConfigError, match="'embed' is no filter: it does not judge single images"):
+        parse_settings(Filters, {"filters": [{"embed": {}}]}, "here")
