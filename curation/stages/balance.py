@@ -13,6 +13,7 @@ from curation.exchange import Exchange
 from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.rows.column_file import ColumnFile, write_columns
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
+from curation.neighbors.rows.packed_rows import one_chunk
 from curation.neighbors.rows.shard_batches import (
     BatchExchange,
     DecideBatch,
@@ -62,9 +63,9 @@ class Balance(DatasetStage):
         pool, scratch = inputs.pool.only(self.clusters), folder.scratch
         buckets = 1 + pool.num_rows // _ROWS_PER_BUCKET
         by_cluster = Exchange(storage.join(scratch, "by-cluster"), buckets)
-        split = _Split(pool, by_cluster, inputs.seed)
-        run_file_tasks(engine, split, pool.num_shards, by_cluster.folder, "count clusters")
-        tree = _tree_of(split)
+        send = _SendRows(pool, by_cluster, inputs.seed)
+        run_file_tasks(engine, send, pool.num_shards, by_cluster.folder, "count clusters")
+        tree = _tree_of(send)
         rng = np.random.default_rng([inputs.seed, 0xBA1A])
         targets = leaf_targets(tree, self.target, rng, multiplier=self.multiplier)
         target_path = storage.join(scratch, "targets.bin")
@@ -87,7 +88,7 @@ class Balance(DatasetStage):
 
 
 @dataclass(frozen=True)
-class _Split(FileTask[None, None]):
+class _SendRows(FileTask[None, None]):
     """Rows of one shard by cluster, and the paths of clusters that occur in it."""
 
     pool: Pool
@@ -104,7 +105,7 @@ class _Split(FileTask[None, None]):
         write_columns(self.paths_path(item), {"path": known, "rows": counts})
         columns = {
             "cluster": paths[:, 0],
-            "lot": hash_ids(ids_to_bytes(rows[ID]), "balance", self.seed),
+            "draw_hash": hash_ids(ids_to_bytes(rows[ID]), "balance", self.seed),
             "shard": np.full(len(paths), item, np.int32),
             "row": np.arange(len(paths), dtype=np.int32),
         }
@@ -115,16 +116,15 @@ class _Split(FileTask[None, None]):
 
 def _paths(column: pa.ChunkedArray) -> np.ndarray:
     """(N, levels) int64: the clusters of each row, leaves first."""
-    values = column.combine_chunks()
-    values = pa.concat_arrays(values.chunks) if isinstance(values, pa.ChunkedArray) else values
+    values = one_chunk(column)
     if len(values) == 0:
         return np.empty((0, 1), np.int64)
     return np.asarray(values.flatten()).astype(np.int64).reshape(len(values), -1)
 
 
-def _tree_of(split: _Split) -> Tree:
+def _tree_of(send: _SendRows) -> Tree:
     """The tree of all clusters that hold rows; a few numbers a cluster in the driver."""
-    files = [ColumnFile.open(split.paths_path(item)) for item in range(split.pool.num_shards)]
+    files = [ColumnFile.open(send.paths_path(item)) for item in range(send.pool.num_shards)]
     files = [file for file in files if file.num_rows("rows")]  # no row tells no levels
     if not files:
         return Tree(np.zeros(0, np.int64))
@@ -152,7 +152,7 @@ class _Draw(FileTask[None, None]):
         rows = self.by_cluster.read(item, self.num_items)
         targets = ColumnFile.open(self.target_path)["target"]
         own = np.asarray(rows["cluster"])
-        counts = draw_counts(np.asarray(rows["lot"]), own, targets)
+        counts = draw_counts(np.asarray(rows["draw_hash"]), own, targets)
         told = rows.select(["shard", "row"]).append_column("draws", pa.array(counts))
         told = told.append_column("cluster", pa.array(own.astype(np.int32)))
         self.by_shard.send(item, told)

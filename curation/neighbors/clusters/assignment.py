@@ -16,6 +16,7 @@ from curation.neighbors.rows.row_files import RowFiles
 from curation.stage import Engine
 
 _ROWS_AT_ONCE = 1 << 15
+"""Rows of a block: their sums are rounded block by block, so it is part of the result."""
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,18 @@ from curation.neighbors.kernels.quantized import (
 from curation.neighbors.kernels.threads import limit_threads
 from curation.neighbors.rows.column_file import ColumnFile, write_columns
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
+from curation.neighbors.rows.packed_rows import pack_rows, unpack_rows
 from curation.neighbors.rows.row_files import RowFiles
 from curation.neighbors.rows.shard_batches import BatchExchange
 from curation.neighbors.rows.vectors import exact_similarities
 from curation.stage import Engine
 
 _ROWS_PER_BUCKET = 1 << 18
+"""Rows of the clusters that one task splits, about."""
 _ROWS_AT_ONCE = 1 << 16
+"""Rows of a bucket that are held at once."""
 _SAMPLE_PER_LEAF = 64
+"""Rows that train a leaf, as many as train a centroid before passes over all rows."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +118,13 @@ class _SendRows(FileTask[ColumnFile, None]):
         files, owners = self.owners.of.files, self.owners.owners(item)
         places = files.rows(item)
         draw_hashes = hash_ids(files.ids(item), "split", self.seed)
-        vectors = np.ascontiguousarray(files.vectors(item))
-        size = vectors.shape[1] * vectors.itemsize
-        packed = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(size), len(vectors), [None, pa.py_buffer(vectors)]
-        )
         columns = {
             "cluster": owners,
             "draw_hash": draw_hashes,
             "trains": draw_hashes <= share_bound(self.most_trained / opened["rows"][owners]),
             "shard": places["shard"],
             "row": places["row"],
-            "vector": packed,
+            "vector": pack_rows(files.vectors(item)),
         }
         self.by_cluster.write(item, pa.table(columns), opened["bucket"][owners])
         return TaskResult([self.by_cluster.mapped_path(item)], None)
@@ -160,7 +159,8 @@ class _FindLeaves(FileTask[np.ndarray, None]):
         rows = pa.concat_tables(
             [some.filter(some["trains"]) for some in self._chunks(item)]
         ).combine_chunks()
-        vectors, draw_hashes = self._vectors(rows), np.asarray(rows["draw_hash"])
+        vectors = unpack_rows(rows["vector"], self.files.dtype)
+        draw_hashes = np.asarray(rows["draw_hash"])
         first, stop = self.plan.cluster_starts[item : item + 2]
         leaves = np.empty((first_leaves[stop] - first_leaves[first], self.files.width), np.float32)
         for cluster, own in _by_cluster(rows):
@@ -174,7 +174,8 @@ class _FindLeaves(FileTask[np.ndarray, None]):
         self, rows: pa.Table, item: int, centroids: np.ndarray, first_leaves: np.ndarray
     ) -> pa.Table:
         """Shard, row, leaf and similarity of some rows of a bucket."""
-        vectors, leaf = self._vectors(rows), np.empty(rows.num_rows, np.int64)
+        vectors = unpack_rows(rows["vector"], self.files.dtype)
+        leaf = np.empty(rows.num_rows, np.int64)
         for cluster, own in _by_cluster(rows):
             part = slice(first_leaves[cluster], first_leaves[cluster + 1])
             codes = quantize_centroids(centroids[part])
@@ -197,16 +198,6 @@ class _FindLeaves(FileTask[np.ndarray, None]):
                 held = []
         if held:
             yield pa.concat_tables(held).combine_chunks()
-
-    def _vectors(self, rows: pa.Table) -> np.ndarray:
-        """(n, D) of the files' own number type."""
-        column = rows["vector"].combine_chunks()
-        column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
-        if not len(column):
-            return np.empty((0, self.files.width), self.files.dtype)
-        data = np.frombuffer(column.buffers()[1], self.files.dtype)
-        first = column.offset * self.files.width
-        return data[first : first + len(column) * self.files.width].reshape(len(column), -1)
 
 
 def _by_cluster(rows: pa.Table) -> Iterator[tuple[int, np.ndarray]]:

@@ -28,6 +28,7 @@ HIT_COLUMNS = ("id", "seed_set", "rule", "seed_id", "rank", "similarity", "clust
 
 _HITS_PER_SHARD = 1 << 18
 _ROWS_PER_BUCKET = 1 << 18
+"""Rows of the pool for each bucket of clusters."""
 
 
 @dataclass(frozen=True)

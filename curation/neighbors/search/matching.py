@@ -26,8 +26,11 @@ from curation.stage import Engine
 _PAIRS_HELD = 1 << 18
 """Pairs of all runs that are merged at once."""
 _FEWEST_OF_A_RUN = 1 << 8
+"""Pairs of each run at least, where there are many runs."""
 _SERVED_AT_ONCE = 1 << 16
+"""Pairs turned into Python numbers at a time."""
 _PAIRS_PER_FILE = 1 << 19
+"""Pairs that were given and wait in memory to be written: 12 MB."""
 _COLUMNS = ("similarities", "seeds", "ranks", "images")
 
 
