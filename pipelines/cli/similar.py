@@ -32,7 +32,11 @@ class ComparisonOptions:
     recall: Annotated[
         float | None,
         typer.Option(
-            "--recall", min=0, max=1, help="Share of the pairs to be found in a large pool. [0.99]"
+            "--recall",
+            min=0,
+            max=1,
+            help="Of the rows that have a partner, the share that finds its twin in a large pool; "
+            "of the seeds, the share that finds all of its k nearest. [0.99]",
         ),
     ] = None
     memory: Memory = None
