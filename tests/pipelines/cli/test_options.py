@@ -1,5 +1,7 @@
 """How the command line reads options and --set: nothing given is lost, and errors are one line."""
 
+import inspect
+from dataclasses import dataclass
 from typing import get_type_hints
 
 import pytest
@@ -10,6 +12,7 @@ from curation.dataset import Dataset
 from curation.errors import ConfigError
 from embedder.images import encode_jpeg
 from pipelines.cli.app import app
+from pipelines.cli.options import spelled_out
 
 
 def error_of(*words):
@@ -150,3 +153,22 @@ def test_filter__null_switches_each_bound_off(tmp_path):
 def test_pretrain__two_configs_are_refused():
     line = error_of("pretrain", "tiny", "--config", "vits14", "--data", "x", "--out", "o")
     assert "give one of them" in line
+
+
+@dataclass(frozen=True)
+class Pair:
+    left: int = 1
+    right: int = 2
+
+
+def test_spelled_out__a_group_of_options_stands_for_its_fields():
+    def body(name: str, pair: Pair = Pair(), last: bool = False) -> None:
+        """Say what came."""
+        heard.append((name, pair, last))
+
+    heard = []
+    command = spelled_out(body)
+    assert list(inspect.signature(command).parameters) == ["name", "left", "right", "last"]
+    assert command.__doc__ == body.__doc__
+    command(name="a", left=3, right=4, last=True)
+    assert heard == [("a", Pair(3, 4), True)]

@@ -412,3 +412,17 @@ def test_map__workers_end_with_a_driver_that_is_killed(what, tmp_path):
     written = {path: path.read_text() for path in out.iterdir()}
     time.sleep(0.3)
     assert {path: path.read_text() for path in out.iterdir()} == written
+
+
+@dataclass(frozen=True)
+class FailsOnNamed(Task[tuple[str, int], None, None]):
+    def name_of(self, item):
+        return f"number {item[1]}"
+
+    def __call__(self, item, opened):
+        raise ValueError("never")
+
+
+def test_map__a_task_says_what_messages_call_its_items(engine):
+    with pytest.raises(EngineError, match=r"1 of 1 shards failed 3 times \(number 7\)"):
+        list(engine.map(FailsOnNamed(), [("a", 7)], "named"))
