@@ -6,16 +6,19 @@ and still refuses "3" for 3.
 
 import difflib
 import json
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from curation.errors import ConfigError
 from curation.yaml_reader import MAX_CHARACTERS, parse_yaml
+
+logger = logging.getLogger(__name__)
 
 
 class Settings(BaseModel):
@@ -24,6 +27,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Names of settings until the last version, and what they are called now."""
 
     def replace(self, **changes: Any) -> Self:
         """Give a validated copy with some fields changed."""
@@ -171,10 +177,27 @@ def parse_settings(model: type[S], values: Any, where: str) -> S:
         ConfigError: one line that names the key, what was found and what is allowed.
     """
     try:
-        text = json.dumps({} if values is None else values, default=str)
+        values = _with_new_names(model, {} if values is None else values, where)
+        text = json.dumps(values, default=str)
         return model.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(describe_validation_error(model, error, where)) from error
+
+
+def _with_new_names(model: Any, values: Any, where: str) -> Any:
+    """Settings under the names that they have now; a warning for each that was renamed."""
+    if not isinstance(values, dict) or not isinstance(model, type):
+        return values
+    renamed = model.renamed if issubclass(model, Settings) else {}
+    found = {}
+    for key, value in values.items():
+        name = renamed.get(key, key)
+        if name != key and name not in values:
+            logger.warning("%s: '%s' is now called '%s'; write that instead", where, key, name)
+            key = name
+        field = getattr(model, "model_fields", {}).get(key)
+        found[key] = value if field is None else _with_new_names(field.annotation, value, where)
+    return found
 
 
 def describe_validation_error(model: type[BaseModel], error: ValidationError, where: str) -> str:

@@ -29,7 +29,7 @@ from curation.stage import DatasetStage, Engine, Figures, StageFolder, StageInpu
 class Leaks(DatasetStage):
     """Drops every component of the leak graph that holds a benchmark image."""
 
-    version = 4
+    version = 5
     reasons = ("leak:NAME", "bad_vector")
     on_sets = True
     compares_rows = True

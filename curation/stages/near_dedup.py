@@ -41,7 +41,7 @@ def _known_rule(name: str) -> str:
 class NearDedup(DatasetStage):
     """Keeps the best original of each component of near-duplicates."""
 
-    version = 4
+    version = 5
     reasons = ("near_duplicate", "leak:NAME", "bad_vector")
     compares_with_previous = True
     compares_rows = True

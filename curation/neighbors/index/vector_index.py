@@ -42,15 +42,18 @@ _ROWS_PER_PARTITION, _MOST_PARTITIONS = 25_000, 1 << 12
 class Comparison(Settings):
     """How rows are compared with each other."""
 
+    renamed = {"visits": "probes"}
+
     method: Literal["auto", "all", "lists"] = "auto"
     """all: every pair, exactly. lists: rows of near lists. auto: all, up to `exhaustive_rows`."""
     exhaustive_rows: int = Field(default=50_000, ge=0)
     """auto: rows up to which all pairs are compared."""
     recall: float = Field(default=0.99, gt=0, le=1)
-    """lists: share of the pairs above the threshold to be found, measured on a sample."""
-    visits: int = Field(default=16, gt=0)
-    """lists: lists that a row may visit on average. Where they do not suffice for `recall`, a
-    warning says so: more of them find more, in more time."""
+    """lists: of the rows that have a partner, the share that finds its twin, measured on a sample;
+    of a search, the share of the neighbors to be found."""
+    probes: int = Field(default=16, gt=0)
+    """lists: further lists that a row may probe on average. Where they do not suffice for `recall`,
+    a warning says so: more of them find more, in more time."""
     memory_gb: float = Field(default=4.0, gt=0)
     """Memory that the tasks of one machine may hold at once."""
 
@@ -69,8 +72,8 @@ class Comparison(Settings):
         """What the coarse part may cost."""
         return Budget(
             memory=self.memory,
-            mean_probes=self.visits,
-            most_probes=8 * self.visits,
+            mean_probes=self.probes,
+            most_probes=8 * self.probes,
             rows_per_list=rows_per_list,
             recall=self.recall,
             alike=alike if alike is not None and alike >= LEAST_COSINE else None,
@@ -210,10 +213,10 @@ def _warn_of_recall(measured: float | None, comparison: Comparison) -> None:
     if measured is not None and measured < comparison.recall:
         logger.warning(
             "recall is %.3f where %.3g was asked: the rows form no groups that lists could "
-            "follow further; comparison.visits above %d finds more, in more time",
+            "follow further; comparison.probes above %d finds more, in more time",
             measured,
             comparison.recall,
-            comparison.visits,
+            comparison.probes,
         )
 
 

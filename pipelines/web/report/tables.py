@@ -50,5 +50,10 @@ def _search(stage: FinishedStage) -> Row:
         "where": f"{stage.flow}: {stage.name}",
         "compared": figures.get("compared", ""),
         "recall": recall,
+        "by_partners": ", ".join(
+            f"{partners}: {found['recall']:.4f}"
+            for partners, found in figures.get("recall_by_partners", {}).items()
+        ),
+        "pair_recall": figures.get("pair_recall"),
         "missed": figures.get("estimated_missed_pairs"),
     }

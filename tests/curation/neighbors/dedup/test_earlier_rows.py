@@ -14,7 +14,7 @@ from pipelines.run.stage_runner import Silent, run_stage, stage_key
 
 WIDTH = 32
 THRESHOLD = np.float32(0.6)
-LISTS = Comparison(method="lists", recall=1.0, visits=100)
+LISTS = Comparison(method="lists", recall=1.0, probes=100)
 ALL = Comparison(method="all")
 
 

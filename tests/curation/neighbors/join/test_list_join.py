@@ -57,9 +57,9 @@ def test_join_by_lists__recall_that_is_not_reached_is_said(embed, dedup, caplog)
     rows = np.random.default_rng(0).normal(size=(6000, 24))  # no groups, so lists say little
     few = {"threshold": 0.5, "max_component_share": 1.0}
     found = []
-    for visits in (1, 16):
-        how = Comparison(method="lists", recall=0.99, visits=visits)
-        record, _ = dedup(embed(rows), name=f"{visits}", comparison=how, **few)
+    for probes in (1, 16):
+        how = Comparison(method="lists", recall=0.99, probes=probes)
+        record, _ = dedup(embed(rows), name=f"{probes}", comparison=how, **few)
         found.append(record.figures["measured_recall"])
         assert record.figures["asked_recall"] == 0.99
     assert found[0] < 0.6

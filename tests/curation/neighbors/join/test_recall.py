@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
 
+from curation.config import parse_settings
+from curation.errors import ConfigError
 from curation.neighbors.index.vector_index import Comparison, build_index, self_join
 from curation.neighbors.join import recall
 from curation.neighbors.rows.vectors import VectorSource
+from curation.stages.near_dedup import NearDedup
 from pipelines.engines.local_engine import LocalEngine
 
 WIDTH, THRESHOLD = 64, 0.6
@@ -50,7 +53,7 @@ def joined(embed, folder, rows, *, asked, probes=16):
     raw = np.stack(pool.layers["copy"].read()["embedding"].to_pylist()).astype(np.float64)
     cosines = unit(raw) @ unit(raw).T
     np.fill_diagonal(cosines, -1)
-    how = Comparison(method="lists", recall=asked, visits=probes)
+    how = Comparison(method="lists", recall=asked, probes=probes)
     engine, source = LocalEngine(), VectorSource(pool, "copy")
     index = build_index(
         (source,), f"{folder}/rows", engine, comparison=how, seed=0, alike=THRESHOLD
@@ -137,3 +140,12 @@ def test_pairs__by_sketches_and_by_whole_rows_are_the_same(monkeypatch):
     assert found[1] == {(int(a), int(b)) for a, b in zip(*np.nonzero(exact > 0.6), strict=True)}
     assert found[0] <= found[1]
     assert len(found[0]) > 0.995 * len(found[1])
+
+
+def test_comparison__the_old_name_of_probes_is_read_with_a_warning(caplog):
+    values = {"embeddings": "copy", "comparison": {"visits": 3}}
+    assert parse_settings(NearDedup, values, "a.yaml").comparison.probes == 3
+    assert "a.yaml: 'visits' is now called 'probes'" in caplog.text
+    values["comparison"]["probes"] = 4
+    with pytest.raises(ConfigError, match=r"unknown key 'comparison\.visits'"):
+        parse_settings(NearDedup, values, "a.yaml")

@@ -17,7 +17,7 @@ from pipelines.engines.local_engine import LocalEngine
 from pipelines.run.stage_runner import Silent, run_stage
 
 FLOATS = pa.list_(pa.float32())
-LISTS = Comparison(method="lists", recall=1.0, visits=100)
+LISTS = Comparison(method="lists", recall=1.0, probes=100)
 STAGES = {
     "dedup": NearDedup(embeddings="copy", max_component_share=1.0),
     "dedup by lists": NearDedup(embeddings="copy", max_component_share=1.0, comparison=LISTS),
