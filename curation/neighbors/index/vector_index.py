@@ -50,7 +50,7 @@ class Comparison(Settings):
     """auto: rows up to which all pairs are compared."""
     recall: float = Field(default=0.99, gt=0, le=1)
     """lists: of the rows that have a partner, the share that finds its twin, measured on a sample;
-    of a search, the share of the neighbors to be found."""
+    of a search, the share of the seeds that find all of their k nearest."""
     probes: int = Field(default=16, gt=0)
     """lists: further lists that a row may probe on average. Where they do not suffice for `recall`,
     a warning says so: more of them find more, in more time."""
