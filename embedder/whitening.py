@@ -6,13 +6,12 @@ Legend: N rows, D dimensions in, K dimensions out.
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import EncoderError, foreign_weights
+from embedder.errors import EncoderError
 from embedder.rows import Rows, unit_rows
 
 
@@ -55,22 +54,6 @@ class Whitening:
 
         return torch.from_numpy(self.projection.astype(np.float64))
 
-    def save(self, path: Path) -> None:
-        """Write an .npz with half-precision numbers where these lose nothing, else as they are."""
-        np.savez_compressed(path, mean=_compact(self.mean), projection=_compact(self.projection))
-
-
-def load_whitening(path: Path) -> Whitening:
-    """Read what `Whitening.save` wrote.
-
-    Raises: EncoderError.
-    """
-    with foreign_weights(f"{path}: no whitening file", EncoderError), np.load(path) as file:
-        mean, projection = file["mean"], file["projection"]
-    if mean.ndim != 1 or projection.ndim != 2 or len(mean) != len(projection):
-        raise EncoderError(f"{path}: a mean of shape {mean.shape} does not fit {projection.shape}")
-    return Whitening(mean.astype(np.float32), projection.astype(np.float32))
-
 
 def fit_pca_whitening(rows: Rows, width: int, shrinkage: float = 0.0) -> Whitening:
     """Fit PCA whitening: the `width` strongest directions, each scaled to unit variance.
@@ -104,8 +87,3 @@ def _rounded(mean: NDArray[np.float64], projection: NDArray[np.float64]) -> Whit
     return Whitening(
         mean.astype(np.float16).astype(np.float32), projection.astype(np.float16).astype(np.float32)
     )
-
-
-def _compact(values: NDArray[np.float32]) -> NDArray[np.floating]:
-    half = values.astype(np.float16)
-    return half if np.array_equal(half.astype(np.float32), values) else values

@@ -64,7 +64,7 @@ class HeldOutSettings(Settings):
     """Share of the images, those whose names have the smallest hashes."""
     every_steps: int = Field(default=200, gt=0)
     """Steps between measurements."""
-    recall: PartOf = 0.99
+    recall: PartOf = 0.9
     """Share of the edits that the threshold for duplicates finds at least."""
     false_pairs: PartOf = 1.0e-6
     """Share of the pairs of unlike images that may lie above it, where that leaves the recall."""

@@ -25,7 +25,7 @@ def test_wheel__ships_packages_configs_and_data(tmp_path):
         "configs/recipes/demo.yaml",
         "configs/recipes/lvd142m.yaml",
         "configs/pretrain/demo.yaml",
-        "embedder/encoders/lite_copy_whitening.npz",
+        "embedder/encoders/lite_copy.safetensors",
         "pipelines/web/templates/base.html.j2",
     ):
         assert needed in names

@@ -81,7 +81,7 @@ def test_lite__both_share_one_forward_pass(
     forward = nn.Module.__call__
 
     def count(module: nn.Module, *arguments: object) -> object:
-        calls.extend([1] if type(module).__name__ == "LiteNetwork" else [])
+        calls.extend([1] if type(module).__name__ == "LiteStatistics" else [])
         return forward(module, *arguments)
 
     monkeypatch.setattr(nn.Module, "__call__", count)

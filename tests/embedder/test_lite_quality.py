@@ -1,4 +1,4 @@
-"""What `lite` promises, on photos that its whitening has not seen."""
+"""What `lite` promises, on photos that its head has not seen."""
 
 from pathlib import Path
 
@@ -23,18 +23,19 @@ def copies(request: pytest.FixtureRequest) -> CopyScores:
 def test_lite_copy__finds_edited_copies_at_its_own_threshold(copies: CopyScores) -> None:
     thresholds = load_encoder("lite-copy").thresholds
     assert thresholds is not None
-    assert copies.recall(thresholds.dedup) >= 0.97
-    assert copies.recall_of_pairs(thresholds.dedup) >= 0.97
-    assert min(copies.recall_by_edit(thresholds.dedup).values()) >= 0.97
-    assert copies.precision(thresholds.dedup) >= 0.99
+    assert copies.recall(thresholds.dedup) >= 0.99
+    assert copies.recall_of_pairs(thresholds.dedup) >= 0.99
+    assert min(copies.recall_by_edit(thresholds.dedup).values()) >= 0.98
+    assert copies.precision(thresholds.dedup) >= 0.999
+    assert (copies.strangers > thresholds.dedup).mean() <= 1e-6
 
 
 def test_lite_copy__spares_the_innocents(copies: CopyScores) -> None:
     thresholds = load_encoder("lite-copy").thresholds
     assert thresholds is not None
     assert thresholds.leak <= thresholds.dedup
-    assert copies.innocents(thresholds.dedup) <= 0.01
-    assert copies.innocents(thresholds.leak) <= 0.01
+    assert copies.innocents(thresholds.dedup) <= 0.003
+    assert copies.innocents(thresholds.leak) <= 0.003
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])

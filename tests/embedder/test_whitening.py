@@ -1,11 +1,9 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from embedder.errors import EncoderError
 from embedder.rows import unit_rows
-from embedder.whitening import fit_pca_whitening, load_whitening
+from embedder.whitening import fit_pca_whitening
 
 
 def rows(count: int = 400, width: int = 6) -> np.ndarray:
@@ -37,19 +35,6 @@ def test_apply__a_row_alone_gives_the_same_bits() -> None:
     together = whitening.apply(rows())
     alone = np.concatenate([whitening.apply(row[None]) for row in rows()])
     assert np.array_equal(together, alone)
-
-
-def test_save__round_trip(tmp_path: Path) -> None:
-    whitening = fit_pca_whitening(rows(), 4)
-    whitening.save(tmp_path / "w.npz")
-    read = load_whitening(tmp_path / "w.npz")
-    assert read.digest == whitening.digest
-    assert np.array_equal(read.apply(rows()), whitening.apply(rows()))
-
-
-def test_load_whitening__no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match=r"gone\.npz: no whitening file"):
-        load_whitening(tmp_path / "gone.npz")
 
 
 def test_unit_rows__zero_stays_zero() -> None:
