@@ -25,7 +25,7 @@ SIDES = range(64, 1025)
 BATCH_SIZE = 4
 WIDTH = 512
 _FILES = {"sscd": "sscd", "sscd-small": "sscd_distilled"}
-_THRESHOLDS = {"sscd": THRESHOLDS, "sscd-small": Thresholds(dedup=0.45, leak=0.45)}
+_THRESHOLDS = {"sscd": THRESHOLDS, "sscd-small": Thresholds(dedup=0.5, leak=0.45)}
 
 
 @dataclass(frozen=True, eq=False)
