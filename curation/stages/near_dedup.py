@@ -6,7 +6,7 @@ other, and what is like them goes.
 """
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 from pydantic import AfterValidator, Field
@@ -20,7 +20,8 @@ from curation.neighbors.dedup.judge_components import (
     judge_components,
 )
 from curation.neighbors.dedup.masks import write_active, write_exempt
-from curation.neighbors.dedup.threshold_graph import check_largest, connect
+from curation.neighbors.dedup.pool_threshold import PoolThreshold, choose_threshold
+from curation.neighbors.dedup.threshold_graph import check_largest, connect, largest_allowed
 from curation.neighbors.dedup.verdicts import BASE, DecideByVerdicts, Verdicts
 from curation.neighbors.index.vector_index import Comparison, build_index, self_join, sources_of
 from curation.neighbors.join.join import Joined
@@ -51,8 +52,10 @@ class NearDedup(DatasetStage):
     """Name of the side-car with the vectors."""
     embedding_column: str = "embedding"
     """Its column of vectors."""
-    threshold: float | None = Field(default=None, ge=-1, le=1)
-    """Cosine above which two rows are duplicates; the encoder's own where left out."""
+    threshold: Annotated[float, Field(ge=-1, le=1)] | Literal["auto"] | None = None
+    """Cosine above which two rows are duplicates. auto: the one above which a row of this pool has
+    0.001 unrelated rows. Left out: the encoder's own, or that of auto where the encoder's own would
+    join unrelated rows into components that are not allowed."""
     linkage: Annotated[
         str, AfterValidator(_known_rule), Field(json_schema_extra={"enum": [*COMPONENT_RULES]})
     ] = "components"
@@ -91,7 +94,8 @@ class NearDedup(DatasetStage):
             self.embedding_column,
             assume_same_space=self.assume_same_space,
         )
-        threshold = self._settled_threshold(sources)
+        chosen = self._chosen_threshold(sources, inputs, folder, engine)
+        threshold = chosen.value
         index = build_index(
             sources,
             storage.join(folder.scratch, "rows"),
@@ -113,8 +117,8 @@ class NearDedup(DatasetStage):
             base_set, attributes = BASE if inputs.base else None, {"stage": folder.stage}
             pairs = write_pairs(joined, folder.output(PAIRS), base_set, engine, attributes)
             figures["listed_pairs"] = pairs
-        duplicates, found = self._judged(joined, inputs, root, engine)
-        figures |= found
+        duplicates, found = self._judged(joined, inputs, chosen, root, engine)
+        figures |= chosen.figures | found
         verdicts = Verdicts(storage.join(folder.scratch, "rows"), threshold, duplicates)
         verdicts = replace(verdicts, set_names=self.against)
         figures |= {"threshold": threshold, **size_figures(inputs)}
@@ -129,19 +133,40 @@ class NearDedup(DatasetStage):
         decide_shards(DecideByVerdicts(self, inputs.pool, folder, verdicts), engine)
         return figures
 
-    def _settled_threshold(self, sources: tuple[VectorSource, ...]) -> float:
+    def _chosen_threshold(
+        self,
+        sources: tuple[VectorSource, ...],
+        inputs: StageInputs,
+        folder: StageFolder,
+        engine: Engine,
+    ) -> PoolThreshold:
         """The threshold, before rows are indexed and joined by it."""
-        return default_threshold(sources[0], self.threshold, "dedup")
+        num_rows = sum(pool.num_rows for pool in (inputs.pool, *inputs.base))
+        is_guarded = COMPONENT_RULES[self.linkage].is_guarded
+        return choose_threshold(
+            [sources[0], *sources[1 + len(self.against) :]],
+            self.threshold,
+            largest_allowed(num_rows, self.max_component_share) if is_guarded else num_rows,
+            storage.join(folder.scratch, "unrelated"),
+            engine,
+            inputs.seed,
+        )
 
     def _judged(
-        self, joined: Joined, inputs: StageInputs, root: str, engine: Engine
+        self,
+        joined: Joined,
+        inputs: StageInputs,
+        chosen: PoolThreshold,
+        root: str,
+        engine: Engine,
     ) -> tuple[ComponentVerdicts, dict[str, Any]]:
         """Verdicts on the members of components, and figures."""
         graph, sizes = connect(joined, storage.join(root, "labels.bin"))
         old_rows = sum(pool.num_rows for pool in inputs.base)
         rule = COMPONENT_RULES[self.linkage]
         if rule.is_guarded:
-            check_largest(sizes, inputs.pool.num_rows + old_rows, self.max_component_share)
+            num_rows = inputs.pool.num_rows + old_rows
+            check_largest(sizes, num_rows, self.max_component_share, chosen.proposed)
         first_base = 1 + len(self.against) if inputs.base else None
         judge = JudgeDuplicates(rule, joined.join.threshold, first_base)
         verdicts, summaries = judge_components(graph, judge, root, inputs.pool, engine)

@@ -1,5 +1,6 @@
 """Commands on embeddings, ours or foreign: duplicates, leaks, retrieval and clusters."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
@@ -47,6 +48,22 @@ class ComparisonOptions:
         return {"comparison": {**asked, **_memory_gb(self.memory)}}
 
 
+def _cosine_or_auto(text: str | None) -> float | str | None:
+    """Read --threshold.
+
+    Raises:
+        ConfigError: neither the word auto nor a cosine.
+    """
+    from curation.errors import ConfigError
+
+    if text is None or text == "auto":
+        return text
+    with suppress(ValueError):
+        if -1 <= float(text) <= 1:
+            return float(text)
+    raise ConfigError(f"--threshold {text}: expected auto, or a cosine from -1 to 1")
+
+
 def dedup(
     embeddings: Embeddings,
     out: Out,
@@ -54,7 +71,12 @@ def dedup(
         list[str] | None,
         typer.Option("--against", help="NAME=EMB of an evaluation set; may be repeated."),
     ] = None,
-    threshold: Annotated[float | None, typer.Option("--threshold", min=-1, max=1)] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(
+            "--threshold", metavar="COSINE|auto", help="auto: what suits the size of the pool."
+        ),
+    ] = None,
     against_threshold: Annotated[
         float | None, typer.Option("--against-threshold", min=-1, max=1)
     ] = None,
@@ -124,7 +146,7 @@ def dedup(
     from pipelines.run.previous_runs import record_inputs
 
     settings = {
-        "threshold": threshold,
+        "threshold": _cosine_or_auto(threshold),
         "against_threshold": against_threshold,
         "assume_same_space": assume_same_space,
         "linkage": linkage,

@@ -54,16 +54,26 @@ def connect(joined: Joined, path: str) -> tuple[ThresholdGraph, ComponentSizes]:
     return ThresholdGraph(joined, path), ComponentSizes(len(many), int(many.sum()), largest)
 
 
-def check_largest(sizes: ComponentSizes, num_rows: int, max_share: float) -> None:
+def largest_allowed(num_rows: int, max_share: float) -> int:
+    """Rows that a component may have."""
+    return max(_ALWAYS_ALLOWED, int(max_share * num_rows))
+
+
+def check_largest(
+    sizes: ComponentSizes, num_rows: int, max_share: float, proposed: float | None = None
+) -> None:
     """Guard against chains that join half of the pool.
+
+    proposed: threshold above which rows have no unrelated ones to speak of, where it is known.
 
     Raises:
         StageError: a component is larger than the share allowed, and than 1,000 rows.
     """
-    allowed = max(_ALWAYS_ALLOWED, int(max_share * num_rows))
+    allowed = largest_allowed(num_rows, max_share)
     if sizes.largest > allowed:
+        named = "" if proposed is None else f" to {proposed:g} (--threshold auto)"
         raise StageError(
             f"the largest component holds {sizes.largest} of {num_rows} rows, allowed are "
-            f"{allowed}: raise the threshold, use linkage 'representative', or allow it with "
-            "max_component_share (--max-component-share)"
+            f"{allowed}: raise the threshold{named}, use linkage 'representative', or allow it "
+            "with max_component_share (--max-component-share)"
         )

@@ -323,3 +323,46 @@ def test_near_dedup__damaged_scratch_is_noticed_and_made_again(embed, dedup, tmp
 
 def _interrupted(*args, **kwargs):
     raise KeyboardInterrupt
+
+
+def alike_strangers(count: int) -> np.ndarray:
+    """Unrelated rows of 16 dimensions: each has some ten above 0.6."""
+    rows = np.zeros((count, WIDTH))
+    rows[:, :16] = np.random.default_rng(0).normal(size=(count, 16))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_near_dedup__the_encoder_s_threshold_is_raised_where_strangers_would_be_joined(
+    embed, dedup, caplog
+):
+    pool = embed(alike_strangers(1500))
+    record, _ = dedup(pool)
+    figures = record.figures
+    assert figures["threshold"] == figures["proposed_threshold"] > 0.75
+    assert figures["largest_component"] < 20
+    assert figures["unrelated_per_row"] <= 0.00101
+    (warning,) = [one.message for one in caplog.records if "unrelated" in one.message]
+    assert warning.startswith("near_dedup: above 0.6 a row of this pool has ")
+    assert f"so the threshold is {figures['threshold']:g}" in warning
+    same, _ = dedup(pool, name="auto", threshold="auto")
+    assert same.figures["threshold"] == figures["threshold"]
+
+
+def test_near_dedup__a_threshold_that_is_given_stays_and_the_guard_names_a_better_one(
+    embed, dedup, caplog
+):
+    pool = embed(alike_strangers(1500))
+    with pytest.raises(StageError, match=r"raise the threshold to 0\.[89]\d* \(--threshold auto\)"):
+        dedup(pool, threshold=0.6)
+    (warning,) = [one.message for one in caplog.records if "unrelated" in one.message]
+    assert "it would be 0.001 (--threshold auto)" in warning
+    record, _ = dedup(pool, name="kept", threshold=0.6, linkage="representative")
+    assert record.figures["threshold"] == 0.6
+
+
+def test_near_dedup__auto_of_few_rows_takes_the_encoder_s_threshold_and_says_so(
+    embed, dedup, caplog
+):
+    record, _ = dedup(embed(crowd(np.random.default_rng(0), 100, 10)), threshold="auto")
+    assert record.figures["threshold"] == 0.6
+    assert "100 rows are too few" in caplog.text
