@@ -59,7 +59,7 @@ FRONT_DOOR = "index/vector_index.py"
 
 
 WITHOUT_TEST = re.compile(
-    r"index/(coarse_training|probes|recall|train_quantizer|vector_index).py"
+    r"index/(coarse_training|probes|train_quantizer|vector_index).py"
     r"|join/listed_pairs.py"
 )
 """Modules that the tests of stages hold, until each has a test of its own."""

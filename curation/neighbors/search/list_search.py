@@ -17,7 +17,6 @@ from curation import storage
 from curation.neighbors.index.probe_margin import narrowest_margin
 from curation.neighbors.index.probes import Probes
 from curation.neighbors.index.quantizer import CoarseQuantizer, QuantizerRouter
-from curation.neighbors.index.recall import lists_within
 from curation.neighbors.kernels.id_hashes import hash_ids
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.column_file import ColumnFile, write_columns
@@ -300,7 +299,7 @@ class _Measure(FileTask[CoarseQuantizer, Figures]):
         found = narrowest_margin(needed, plan.recall, widest, is_sample=is_sample)
         figures = {
             "probe_margin": found.margin,
-            "lists_met": round(lists_within(routes, found.margin), 2),
+            "lists_met": round(routes.lists_met(found.margin), 2),
             "measured_recall": found.recall,
             "recall_at_least": found.at_least,
             "hit_recall": float((margins <= np.float16(found.margin)).mean()),

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from curation.neighbors.index.recall import shares_met
 from curation.neighbors.index.vector_index import Comparison
 from curation.neighbors.join import list_join
 from curation.neighbors.join.list_join import pieces, short_together
@@ -196,15 +195,6 @@ def test_join_by_lists__content_is_the_same_however_lists_are_held(
     assert record.figures == same.figures
     contents = [one["decisions"].manifest.content_digest for one in (whole, cut)]
     assert contents[0] == contents[1]
-
-
-def test_shares_met__rows_with_many_pairs_weigh_more_and_widen_the_error():
-    needed = np.array([[8, 0, 2], [0, 1, 0], [0, 0, 1]])
-    shares, errors = shares_met(needed)
-    assert shares.tolist() == [8 / 12, 9 / 12]
-    by_hand = np.sqrt((8 - 10 * 9 / 12) ** 2 + (1 - 9 / 12) ** 2 + (9 / 12) ** 2) / 12
-    assert errors[1] == pytest.approx(by_hand)
-    assert (shares_met(np.array([[4, 0], [5, 0]]))[1] == 0).all()
 
 
 def test_row_reader__gives_rows_in_the_order_asked(tmp_path):
