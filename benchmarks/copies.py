@@ -32,7 +32,7 @@ import pdqhash
 from numpy.typing import NDArray
 from PIL import Image
 
-from curation.neighbors.dedup.unrelated_tail import fit_unrelated_tail
+from curation.neighbors.dedup.unrelated_tail import Pairs, fit_pairs
 from embedder.calibration import CopyScores, compare, score_components, with_copies
 from embedder.edits import EDITS, random_edit
 from embedder.encoder import (
@@ -214,25 +214,26 @@ def print_false_pairs(encoders: Sequence[Encoder], data: Path) -> None:
     print("|---|---|---|---|---|---|")
     for encoder in encoders:
         rows = embedded(encoder, "unlike", PhotosOf(unlike))
-        counted = cosines_of_classes(rows, [class_of(path) for path in unlike])
+        pairs = pairs_of_classes(rows, [class_of(path) for path in unlike])
         edited = compare(
             embedded(encoder, "copies-photos", CopiesOf(photos)), tuple(EDITS_MADE)
         ).strangers
         for threshold in thresholds_of(encoder):
-            cells = " | ".join(count_above(one, threshold) for one in (counted, edited))
+            cells = " | ".join(count_above(one, threshold) for one in (pairs.cosines, edited))
             print(f"| {encoder.name} | {marked(encoder, threshold)} | {cells} |", flush=True)
-        tails.append(tail_line(encoder, rows))
+        tails.append(tail_line(encoder, pairs, len(rows)))
     print("\n| encoder | threshold | share above it, fitted | at most (95 %) | cosine at 1e-7 |")
     print("\n".join(["|---|---|---|---|---|", *tails]))
 
 
-def cosines_of_classes(rows: Rows, classes: Sequence[str]) -> NDArray[np.float32]:
-    """Cosines of all pairs of rows of different classes."""
+def pairs_of_classes(rows: Rows, classes: Sequence[str]) -> Pairs:
+    """All pairs of rows of different classes."""
     number = np.unique(classes, return_inverse=True)[1]
     full = rows.astype(np.float32)
     one, other = np.triu_indices(len(rows), 1)
     unlike = number[one] != number[other]
-    return (full @ full.T)[one[unlike], other[unlike]]
+    one, other = one[unlike], other[unlike]
+    return Pairs(one, other, (full @ full.T)[one, other])
 
 
 def count_above(cosines: NDArray[np.float32], threshold: float) -> str:
@@ -240,12 +241,10 @@ def count_above(cosines: NDArray[np.float32], threshold: float) -> str:
     return f"{above} of {len(cosines):,} | {1e6 * above / len(cosines):.2g}"
 
 
-def tail_line(encoder: Encoder, rows: Rows) -> str:
+def tail_line(encoder: Encoder, pairs: Pairs, num_rows: int) -> str:
     assert encoder.thresholds is not None
     threshold = encoder.thresholds.dedup
-    order = np.random.default_rng(0).permutation(len(rows))
-    tail = fit_unrelated_tail(rows[order], threshold)
-    assert tail is not None
+    tail = fit_pairs(pairs, num_rows)
     share, most = tail.share_above(threshold), tail.upper_share_above(threshold)
     ends = f"{tail.tail.cosine_at(1e-7):.3f} (at most {tail.upper_cosine_at(1e-7):.3f})"
     return f"| {encoder.name} | {threshold:.3g} | {share:.1e} | {most:.1e} | {ends} |"

@@ -97,6 +97,15 @@ class UnrelatedTail:
         return float(min(1.0, np.ceil(1000 * cosine) / 1000))
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of rows, as (P,) arrays."""
+
+    one: NDArray[np.int64]
+    other: NDArray[np.int64]
+    cosines: NDArray[np.float32]
+
+
 def fit_unrelated_tail(rows: NDArray[np.floating], threshold: float) -> UnrelatedTail | None:
     """Fit the tail of the cosines of a sample; None where too few rows are left.
 
@@ -109,9 +118,13 @@ def fit_unrelated_tail(rows: NDArray[np.floating], threshold: float) -> Unrelate
     rows = _without_copies(rows.astype(np.float32), threshold)
     if len(rows) < MIN_ROWS:
         return None
-    pairs = _most_alike(rows, threshold)
-    group = np.arange(len(rows)) % _GROUPS
-    whole = _fit(pairs.cosines, len(rows), None)
+    return fit_pairs(_most_alike(rows, threshold), len(rows))
+
+
+def fit_pairs(pairs: Pairs, num_rows: int) -> UnrelatedTail:
+    """Fit the tail of pairs of so many rows, of which the least alike may be left out."""
+    group = np.arange(num_rows) % _GROUPS
+    whole = _fit(pairs.cosines, num_rows, None)
     without = []
     for left_out in range(_GROUPS):
         kept = (group[pairs.one] != left_out) & (group[pairs.other] != left_out)
@@ -171,16 +184,7 @@ def _first_of_its_copies(rows: NDArray[np.floating], level: float) -> NDArray[np
     return kept
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """The most alike pairs of a sample, as (P,) arrays."""
-
-    one: NDArray[np.int64]
-    other: NDArray[np.int64]
-    cosines: NDArray[np.float32]
-
-
-def _most_alike(rows: NDArray[np.float32], threshold: float) -> _Pairs:
+def _most_alike(rows: NDArray[np.float32], threshold: float) -> Pairs:
     """Pairs below a threshold, and above what the first rows say will be enough of them."""
     first = (rows[:512] @ rows.T)[~np.eye(min(512, len(rows)), len(rows), dtype=bool)]
     above = float((first > threshold).mean())
@@ -194,7 +198,7 @@ def _most_alike(rows: NDArray[np.float32], threshold: float) -> _Pairs:
         one, other = np.nonzero((cosines > floor) & (cosines <= threshold))
         one, other = one[other > one], other[other > one]
         parts.append((one + start, other + start, cosines[one, other]))
-    return _Pairs(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return Pairs(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def _num_pairs(num_rows: int) -> int:
