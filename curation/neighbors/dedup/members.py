@@ -12,7 +12,7 @@ from curation.exchange import Exchange
 from curation.neighbors.dedup.threshold_graph import ThresholdGraph
 from curation.neighbors.rows.file_tasks import FileTask, TaskResult
 from curation.neighbors.rows.packed_rows import id_keys, pack_rows, unpack_rows
-from curation.neighbors.rows.row_files import RowFiles
+from curation.neighbors.rows.row_files import RowFiles, RowReader
 from curation.neighbors.rows.vectors import exact_similarities
 
 _ROWS_AT_ONCE = 1 << 14
@@ -56,6 +56,15 @@ class Members:
         return unpack_rows(self.table["id"])
 
     @cached_property
+    def positions(self) -> np.ndarray:
+        """(M,) int64."""
+        return self["position"]
+
+    @cached_property
+    def _reader(self) -> RowReader:
+        return RowReader(self.files)
+
+    @cached_property
     def bounds(self) -> np.ndarray:
         """(C + 1,) int64: first member of each component, then their number."""
         starts = np.flatnonzero(np.diff(self["label"], prepend=-1))
@@ -83,7 +92,7 @@ class Members:
 
     def vectors(self, which: slice | np.ndarray) -> np.ndarray:
         """Vectors of some members, as stored."""
-        return self.files.gather("vectors", self["position"][which])
+        return self._reader.gather(self.positions[which])
 
     def similarities(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """(H,) float32: exact cosines of pairs of members. left, right: (H,) their numbers."""
