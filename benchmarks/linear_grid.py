@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from embedder.feature_maps import load_feature_model
-from pretrain.evaluation.datasets import labelled_images
+from pretrain.evaluation.datasets import labeled_images
 from pretrain.evaluation.features import Features, layer_features
 from pretrain.evaluation.linear import LinearSettings, linear_probe
 
@@ -31,8 +31,8 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     model = load_feature_model("dinov2:vits14:random", device="cpu")
-    train = labelled_images(str(DATA / "train"))[::3]
-    test = labelled_images(str(DATA / "val"))[::5]
+    train = labeled_images(str(DATA / "train"))[::3]
+    test = labeled_images(str(DATA / "val"))[::5]
     held: list[Features] = []
 
     def look() -> None:

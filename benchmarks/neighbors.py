@@ -1,9 +1,9 @@
-"""Neighbours against their rivals, all in one run, on one machine.
+"""Neighbors against their rivals, all in one run, on one machine.
 
     .venv/bin/python benchmarks/neighbors.py --rows 1000000 --work /tmp/neighbors
 
-Data: N x 512 unit float16: N/50 centres, 0.9 N points at in-cluster cosine 0.29 to 0.67,
-0.1 N near-copies at 0.80 to 0.95, shuffled. The centres are random, so that there are no larger
+Data: N x 512 unit float16: N/50 centers, 0.9 N points at in-cluster cosine 0.29 to 0.67,
+0.1 N near-copies at 0.80 to 0.95, shuffled. The centers are random, so that there are no larger
 groups; with --topics they lie at cosine 0.5 around N/5000 topics. Every system starts from the same
 data set on disk or the same array in memory; k-means, routing, files and components count for ours,
 k-means and adding for theirs. Peak is anonymous memory of the process tree: mapped file pages are
@@ -110,18 +110,18 @@ def cpu_seconds() -> float:
 def generate(num_rows: int, seed: int = 0, *, topics: bool = False) -> tuple[np.ndarray, Pairs]:
     """(N, 512) float16, and (0.1 N, 2) rows of each planted copy and its original."""
     rng = np.random.default_rng(seed)
-    centres = unit(rng.normal(size=(num_rows // 50, WIDTH)).astype(np.float32))
+    centers = unit(rng.normal(size=(num_rows // 50, WIDTH)).astype(np.float32))
     if topics:
         topic = unit(rng.normal(size=(num_rows // 5000, WIDTH)).astype(np.float32))
-        of_centre = topic[rng.integers(0, len(topic), len(centres))]
-        centres = around(of_centre, np.full(len(centres), TOPIC_COSINE, np.float32), rng)
+        of_center = topic[rng.integers(0, len(topic), len(centers))]
+        centers = around(of_center, np.full(len(centers), TOPIC_COSINE, np.float32), rng)
     points = int(0.9 * num_rows)
-    owner = rng.integers(0, len(centres), points)
+    owner = rng.integers(0, len(centers), points)
     rows = large_array(num_rows)
-    # two points at cosine a to their centre have cosine a^2 to each other, on average
-    to_centre = np.sqrt(rng.uniform(0.29, 0.67, points)).astype(np.float32)
+    # two points at cosine a to their center have cosine a^2 to each other, on average
+    to_center = np.sqrt(rng.uniform(0.29, 0.67, points)).astype(np.float32)
     for some in blocks(0, points):
-        rows[some] = around(centres[owner[some]], to_centre[some], rng)
+        rows[some] = around(centers[owner[some]], to_center[some], rng)
     source = rng.integers(0, points, num_rows - points)
     alike = rng.uniform(0.80, 0.95, num_rows - points).astype(np.float32)
     for some in blocks(0, num_rows - points):
@@ -392,8 +392,8 @@ def bench_kmeans(args: Any) -> list[Any]:
     faiss.omp_set_num_threads(args.threads)
     table: list[dict[str, Any]] = []
     rng = np.random.default_rng(3)
-    centres = rng.normal(size=(2000, 256)).astype(np.float32)
-    rows = centres[rng.integers(0, 2000, 200_000)]
+    centers = rng.normal(size=(2000, 256)).astype(np.float32)
+    rows = centers[rng.integers(0, 2000, 200_000)]
     rows = unit(rows + 1.5 * rng.normal(size=rows.shape).astype(np.float32))
 
     def theirs() -> np.ndarray:
@@ -440,7 +440,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--work", default="/tmp/neighbors")
-    parser.add_argument("--topics", action="store_true", help="Centres lie around N/5000 topics.")
+    parser.add_argument("--topics", action="store_true", help="Centers lie around N/5000 topics.")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--memory-gb", type=float, default=4.0)
     parser.add_argument("--recall", type=float, nargs="+", default=[0.99, 0.995])

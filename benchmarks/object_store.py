@@ -80,12 +80,12 @@ def _create_bucket() -> None:
 
 def shards(rows: int, count: int) -> Iterator[tuple[list[str], np.ndarray]]:
     """Ids and (N, 512) float16 vectors of each shard; the last tenth copies the shard before."""
-    centres = np.random.default_rng(0).normal(size=(rows // 50, WIDTH)).astype(np.float16)
+    centers = np.random.default_rng(0).normal(size=(rows // 50, WIDTH)).astype(np.float16)
     size = rows // count
     before: np.ndarray | None = None
     for shard in range(count):
         rng = np.random.default_rng([1, shard])
-        own = unit(centres[rng.integers(0, len(centres), size)].astype(np.float32))
+        own = unit(centers[rng.integers(0, len(centers), size)].astype(np.float32))
         vectors = around(own, np.sqrt(rng.uniform(0.29, 0.67, size)).astype(np.float32), rng)
         if before is not None:
             copies = size // 10

@@ -1,1 +1,1 @@
-"""What is done to data: stages, their accounting, and the neighbour joins they stand on."""
+"""What is done to data: stages, their accounting, and the neighbor joins they stand on."""

@@ -202,7 +202,7 @@ def _with_new_names(model: Any, values: Any, where: str) -> Any:
 
 def describe_validation_error(model: type[BaseModel], error: ValidationError, where: str) -> str:
     """Put the first of pydantic's errors, and the number of the others, into one line."""
-    # A misspelt key is both unknown and missing: say the former.
+    # A misspelled key is both unknown and missing: say the former.
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"]) or "(top level)"
     others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

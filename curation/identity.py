@@ -1,4 +1,4 @@
-"""Row identity: how a source is normalised before it becomes an id.
+"""Row identity: how a source is normalized before it becomes an id.
 
 The rules are part of the data: another rule gives other ids. They are versioned.
 """
@@ -10,7 +10,7 @@ from urllib.parse import SplitResult, quote, unquote_to_bytes, urlsplit, urlunsp
 from curation.errors import ConfigError
 from curation.hostnames import ascii_host
 
-NORMALISATION_VERSION = 2
+NORMALIZATION_VERSION = 2
 SET_NAME_VERSION = 2
 """What a folder's set is called where nobody says: 1: "web"; 2: as the folder itself."""
 
@@ -23,7 +23,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_LENGTH = 8192
 
 
-def normalise_url(url: str) -> str:
+def normalize_url(url: str) -> str:
     """Give a URL's normal form (RFC 3986 section 6.2.2 and 6.2.3, without a fragment).
 
     Scheme and host in lower case, international hosts as browsers have them (UTS 46, not

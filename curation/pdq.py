@@ -46,7 +46,7 @@ def _sample(luminance: Pixels) -> Floats:
 
 
 def _quality(samples: Floats) -> int:
-    """How much there is to see: whole steps between neighbours, in percent of the range."""
+    """How much there is to see: whole steps between neighbors, in percent of the range."""
     total = sum(
         np.abs(np.trunc(np.diff(samples, axis=axis) * np.float32(100 / 255))).sum()
         for axis in (0, 1)

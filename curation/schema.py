@@ -9,7 +9,7 @@ import pyarrow as pa
 from curation.errors import SchemaError
 
 ID = "id"
-"""32 hex characters: blake2b-128 of the normalised source. 16 bytes inside the joins."""
+"""32 hex characters: blake2b-128 of the normalized source. 16 bytes inside the joins."""
 
 KEEP = "keep"
 REASON = "reason"
@@ -174,9 +174,9 @@ def require_columns(found: pa.Schema, needed: Sequence[str], where: str) -> None
         )
 
 
-def make_id(normalised_source: str) -> str:
-    """32 hex characters of blake2b-128 over the normalised source."""
-    return hashlib.blake2b(normalised_source.encode(), digest_size=16).hexdigest()
+def make_id(normalized_source: str) -> str:
+    """32 hex characters of blake2b-128 over the normalized source."""
+    return hashlib.blake2b(normalized_source.encode(), digest_size=16).hexdigest()
 
 
 def ids_to_bytes(ids: pa.Array | pa.ChunkedArray, where: str = "") -> np.ndarray:

@@ -9,7 +9,7 @@ import re
 from urllib.parse import urlsplit
 
 from curation.errors import ConfigError
-from curation.identity import normalise_url
+from curation.identity import normalize_url
 
 _LABEL = r"(?!-)[a-z0-9_-]{1,63}"
 _DOMAIN = re.compile(rf"(?:{_LABEL}\.)*(?=[^.]*[a-z]){_LABEL}")
@@ -89,7 +89,7 @@ def _entry(text: str) -> str:
         text = f"[{text}]" if ":" in text else text
     wildcard = "*." if text.startswith("*.") else ""
     text = text.removeprefix("*.").rpartition("://")[2].removeprefix(".")
-    host, path = host_and_path(normalise_url(f"http://{text}"))
+    host, path = host_and_path(normalize_url(f"http://{text}"))
     path = path.rstrip("/")
     if not _is_address(host) and not _DOMAIN.fullmatch(host):
         raise ValueError(f"no domain is called {host[:80]!r}")

@@ -18,7 +18,7 @@ from curation import storage
 from curation.config import Settings
 from curation.digest import digest_of
 from curation.errors import ConfigError
-from curation.identity import normalise_url
+from curation.identity import normalize_url
 from curation.unpacking import PACKED_SUFFIXES, text_lines
 from curation.url_entries import entries_of, host_and_path
 
@@ -56,7 +56,7 @@ class UrlLists(Settings):
         return digest_of([(file, storage.stamp_of(file)) for file in files])
 
     def judge(self, urls: Sequence[str], pages: Sequence[str | None]) -> list[str]:
-        """For each normalised URL the reason why it may not pass, or "".
+        """For each normalized URL the reason why it may not pass, or "".
 
         Raises:
             ConfigError: a list is no list; names the file and the line.
@@ -220,6 +220,6 @@ def _entries(path: str) -> Iterator[str]:
 @lru_cache(maxsize=1 << 14)
 def _normal(page: str) -> str:
     try:
-        return normalise_url(page)
+        return normalize_url(page)
     except ValueError:
         return ""

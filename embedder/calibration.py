@@ -130,7 +130,7 @@ def score_components(
     return ComponentScores(float(right / pairs) if pairs else 1.0, 1 - len(kept) / (image[-1] + 1))
 
 
-def nearest_neighbour_accuracy(
+def nearest_neighbor_accuracy(
     train: NDArray[np.floating],
     train_labels: NDArray[np.integer],
     test: NDArray[np.floating],

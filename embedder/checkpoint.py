@@ -29,8 +29,8 @@ CONFIG_KEY = "vit_config"
 """Name of the architecture in the metadata of our safetensors files."""
 DIGEST_KEY = "sha256"
 """Name of the digest of all that is there; files of others have none."""
-LICENCE_KEY = "licence"
-"""Name of the licence that the weights were exported under."""
+LICENSE_KEY = "license"
+"""Name of the license that the weights were exported under."""
 UNKNOWN = "unknown"
 
 WRAPPERS = ("teacher", "model", "state_dict", "student")
@@ -213,8 +213,13 @@ def _described_by(path: Path, weights: Mapping[str, Tensor]) -> ViTConfig:
         return peers.config_of_huggingface(values)
 
 
-def licence_of(path: Path | str) -> str:
-    """The licence that a file or folder of weights was exported under, if it is known.
+def license_in(metadata: Mapping[str, object]) -> str:
+    """The license that metadata names; files of before spelled the key `licence`."""
+    return str(metadata.get(LICENSE_KEY) or metadata.get("licence") or UNKNOWN)
+
+
+def license_of(path: Path | str) -> str:
+    """The license that a file or folder of weights was exported under, if it is known.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -227,7 +232,7 @@ def licence_of(path: Path | str) -> str:
         foreign_weights(f"{path}: not a readable safetensors file", CheckpointError),
         safe_open(path, framework="pt") as file,
     ):
-        return str((file.metadata() or {}).get(LICENCE_KEY, UNKNOWN))
+        return license_in(file.metadata() or {})
 
 
 def _refuse_more_than_the_file(state: Mapping[str, Any], max_bytes: int, where: str) -> None:

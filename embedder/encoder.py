@@ -70,8 +70,8 @@ class Encoder(Protocol):
         """Default thresholds; None for an encoder that is not made for copies."""
 
     @property
-    def licence(self) -> str:
-        """Licence of the weights, as far as it is known."""
+    def license(self) -> str:
+        """License of the weights, as far as it is known."""
 
     @property
     def batch_size(self) -> int:
@@ -101,7 +101,7 @@ class EncoderFacts:
     parts: tuple[tuple[str, str], ...]
     """Names and values of what the space is a digest of."""
     width: int
-    licence: str
+    license: str
     thresholds: Thresholds | None
     memory: EncoderMemory
 
@@ -113,7 +113,7 @@ class EncoderFacts:
             encoder.space,
             tuple(sorted(encoder.parts.items())),
             encoder.width,
-            encoder.licence,
+            encoder.license,
             encoder.thresholds,
             encoder.memory,
         )
@@ -176,7 +176,7 @@ class Family:
     """Holds `load(name, argument, options)`."""
     libraries: Mapping[str, str]
     """What must be importable, and the package that brings it."""
-    licence: str
+    license: str
     about: str
     any_side: bool = False
     """Whether images may be seen at a side of one's choice."""
@@ -340,7 +340,7 @@ class EncoderStatus:
     name: str
     works: bool
     note: str
-    licence: str
+    license: str
 
 
 def list_encoders() -> list[EncoderStatus]:
@@ -354,13 +354,13 @@ def check_encoder(name: str) -> EncoderStatus:
         encoder = load_encoder(name)
     except CurateError as error:
         return EncoderStatus(name, False, str(error), "unknown")
-    return EncoderStatus(name, True, f"loads; {encoder.width} dimensions", encoder.licence)
+    return EncoderStatus(name, True, f"loads; {encoder.width} dimensions", encoder.license)
 
 
 def _family_status(family: Family) -> EncoderStatus:
     missing = _missing_libraries(family)
     why_not = f"needs {missing}" if missing else _import_error(family.module)
-    return EncoderStatus(family.pattern, not why_not, why_not or family.about, family.licence)
+    return EncoderStatus(family.pattern, not why_not, why_not or family.about, family.license)
 
 
 def _missing_libraries(family: Family) -> str:

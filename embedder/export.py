@@ -9,7 +9,7 @@ from typing import Any
 from embedder import peers
 from embedder.checkpoint import (
     CONFIG_KEY,
-    LICENCE_KEY,
+    LICENSE_KEY,
     UNKNOWN,
     save_state,
     write_safetensors,
@@ -24,7 +24,7 @@ def export_backbone(
 ) -> list[Path]:
     """Write the files of a format into a folder; give their paths.
 
-    about: goes into the metadata of the weights, where the format has any; `licence` is theirs.
+    about: goes into the metadata of the weights, where the format has any; `license` is theirs.
 
     Raises:
         CheckpointError: an unknown format, or one that cannot hold this architecture.
@@ -63,7 +63,7 @@ def _huggingface(model: VisionTransformer, out: Path, about: dict[str, str]) -> 
 
 
 def _timm(model: VisionTransformer, out: Path, about: dict[str, str]) -> list[Path]:
-    described = peers.timm_config(model.config, about.get(LICENCE_KEY, UNKNOWN))
+    described = peers.timm_config(model.config, about.get(LICENSE_KEY, UNKNOWN))
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     path = out / "model.safetensors"
     write_safetensors(peers.to_timm(weights), path, {"format": "pt", **_ours(model), **about})

@@ -32,7 +32,7 @@ class FeatureModel:
     name: str
     space: str
     """Digest of weights, preprocessing and precision."""
-    licence: str
+    license: str
     depth: int
     """Layers; the last is depth - 1."""
     patch: int
@@ -41,15 +41,15 @@ class FeatureModel:
     """Side at which whole images are classified."""
     placement: Placement
     run: Callable[[Tensor, Sequence[int]], list[Layer]]
-    """Normalised images (B, 3, h, w) and layers to features, layers counted from 0."""
+    """Normalized images (B, 3, h, w) and layers to features, layers counted from 0."""
     fixed_size: bool = False
     """Whether it takes squares of `image_size` only."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     run_raw: Callable[[Tensor], Tensor] | None = None
-    """Normalised images to patch tokens (B, P, D) before the final norm; None where unknown."""
+    """Normalized images to patch tokens (B, P, D) before the final norm; None where unknown."""
     run_attention: Callable[[Tensor], Tensor] | None = None
-    """Normalised images to weights (B, H, P) of the class token; None where unknown."""
+    """Normalized images to weights (B, H, P) of the class token; None where unknown."""
 
     @torch.inference_mode()
     def layers(self, pixels: Tensor, indices: Sequence[int]) -> list[Layer]:

@@ -32,7 +32,7 @@ class ImageFile:
     """EXIF orientation, 1 to 8."""
     icc: bytes | None = field(default=None, repr=False)
     num_channels: int | None = None
-    """Stored colour channels; known for JPEG only."""
+    """Stored color channels; known for JPEG only."""
     is_whole: bool = True
     """False where the file ends before its own structure does."""
     lacks_scans: bool = False
@@ -352,7 +352,7 @@ def looks_like_image(data: bytes) -> bool:
 
 
 def parse_image(data: bytes) -> ImageFile:
-    """Recognise the format by its first bytes, never by a name or content type, and parse it.
+    """Recognize the format by its first bytes, never by a name or content type, and parse it.
 
     Raises: ImageError with reason empty, not_an_image, unsupported_format, truncated, decode_error.
     """

@@ -337,7 +337,7 @@ def _render(
         if image.mode in ("L", "RGB") and transform is None:
             pixels = _to_rgb(_shrink(np.asarray(image), size))
         else:
-            if size != image.size:  # Pillow keeps colours that are transparent from bleeding
+            if size != image.size:  # Pillow keeps colors that are transparent from bleeding
                 image = image.resize(size, Image.Resampling.BICUBIC)
             pixels = np.asarray(_lay_on_white(_to_srgb(image, transform)))
         return _turn_upright(pixels, file.orientation)
@@ -372,10 +372,10 @@ _DRAFT_GAP = 1.2
 
 
 def _decode_jpeg(file: ImageFile, size: tuple[int, int]) -> Pixels | None:
-    """(H, W) or (H, W, 3) of a JPEG in grey or RGB, which has all its pixels; None for any other.
+    """(H, W) or (H, W, 3) of a JPEG in gray or RGB, which has all its pixels; None for any other.
 
     The same pixels as Pillow's, in three quarters of its time. Pillow keeps to itself what libjpeg
-    says of missing data, which it paints grey: so a JPEG of four channels is looked at here, too.
+    says of missing data, which it paints gray: so a JPEG of four channels is looked at here, too.
     """
     if file.lacks_scans:
         raise ImageError("truncated", "JPEG without its last scans")
@@ -419,7 +419,7 @@ def _without_padding(data: bytes, complaint: str) -> bytes | None:
 
 
 def _is_in_srgb(file: ImageFile) -> bool:
-    """Whether it is a JPEG in grey or RGB whose profile, if any, changes nothing."""
+    """Whether it is a JPEG in gray or RGB whose profile, if any, changes nothing."""
     mode = {1: "L", 3: "RGB"}.get(file.num_channels or 0)
     if mode is None or file.icc is None or file.icc[16:20] != _PROFILE_SPACES[mode]:
         return mode is not None
@@ -462,14 +462,14 @@ def _read_planes_deep(image: Any) -> None:
 _PLANES_APART = 2
 
 
-# --- colour -------------------------------------------------------------------------------------
+# --- color -------------------------------------------------------------------------------------
 
 
 def _to_8_bit_channels(image: Image.Image) -> Image.Image:
     """Bring any Pillow mode to L, LA, RGB, RGBA or CMYK."""
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith(("I", "F")) or _SIGNED in tags.get(SAMPLEFORMAT, ()):
-        return Image.fromarray(_deep_grey(image))
+        return Image.fromarray(_deep_gray(image))
     if image.mode == "La":
         return image.convert("LA")
     if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
@@ -479,8 +479,8 @@ def _to_8_bit_channels(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _deep_grey(image: Image.Image) -> Pixels:
-    """Scale grey values of more than 8 bits; black is 0, white by the type that holds them.
+def _deep_gray(image: Image.Image) -> Pixels:
+    """Scale gray values of more than 8 bits; black is 0, white by the type that holds them.
 
     The largest number of up to 16 bits is white; of 32 bits the smallest that has 8, 16 or all of
     them and is not exceeded; of floating point see `_float_white`. Raises: ImageError.
@@ -546,10 +546,10 @@ def _to_srgb(image: Image.Image, transform: ImageCms.ImageCmsTransform | None) -
         return image.convert("RGB") if image.mode == "CMYK" else image
     if image.mode not in ("LA", "RGBA"):
         return ImageCms.applyTransform(image, transform) or image
-    colour = ImageCms.applyTransform(image.convert(image.mode[:-1]), transform)
-    assert colour is not None, "applyTransform returns an image unless it works in place"
-    colour.putalpha(image.getchannel("A"))
-    return colour
+    color = ImageCms.applyTransform(image.convert(image.mode[:-1]), transform)
+    assert color is not None, "applyTransform returns an image unless it works in place"
+    color.putalpha(image.getchannel("A"))
+    return color
 
 
 @lru_cache(maxsize=32)
@@ -565,7 +565,7 @@ def _srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _changes_little(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether the profile is sRGB in all but name: at most 2 of 255 off on a grid of colours."""
+    """Whether the profile is sRGB in all but name: at most 2 of 255 off on a grid of colors."""
     if mode == "CMYK":
         return False
     levels = np.arange(0, 256, 15, dtype=np.uint8)

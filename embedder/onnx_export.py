@@ -28,7 +28,7 @@ OUTPUTS = ("cls", "registers", "patches")
 
 
 def export_onnx(model: VisionTransformer, path: Path, metadata: Mapping[str, str]) -> list[Path]:
-    """Write `images` (B, 3, h, w), normalised, to `cls` (B, D), `registers` and `patches`.
+    """Write `images` (B, 3, h, w), normalized, to `cls` (B, D), `registers` and `patches`.
 
     Gives the files: models beyond 2 GB keep their weights beside the graph.
 

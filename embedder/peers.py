@@ -237,7 +237,7 @@ def timm_model(config: ViTConfig) -> tuple[str, dict[str, Any]]:
     return name, arguments | ({"reg_tokens": config.registers} if config.registers else {})
 
 
-def timm_config(config: ViTConfig, licence: str) -> dict[str, Any]:
+def timm_config(config: ViTConfig, license: str) -> dict[str, Any]:
     """What timm's `local-dir:` reads beside the weights."""
     name, arguments = timm_model(config)
     side = config.image_size
@@ -261,7 +261,7 @@ def timm_config(config: ViTConfig, licence: str) -> dict[str, Any]:
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-            "license": licence,
+            "license": license,
         },
     }
 

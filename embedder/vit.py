@@ -222,7 +222,7 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learnt factor for each channel of a branch; the branch's last layer applies it."""
+    """A learned factor for each channel of a branch; the branch's last layer applies it."""
 
     def __init__(self, width: int, init: float) -> None:
         super().__init__()

@@ -45,8 +45,8 @@ class Whitening:
         """
         import torch  # numpy's threads of several callers wait for each other: ten times the time
 
-        centred = torch.from_numpy(rows.astype(np.float64) - self.mean)
-        return unit_rows((centred @ self._projection64).numpy()).astype(np.float32)  # (N, K)
+        centered = torch.from_numpy(rows.astype(np.float64) - self.mean)
+        return unit_rows((centered @ self._projection64).numpy()).astype(np.float32)  # (N, K)
 
     @cached_property
     def _projection64(self) -> Any:
@@ -66,8 +66,8 @@ def fit_pca_whitening(rows: Rows, width: int, shrinkage: float = 0.0) -> Whiteni
             f"{rows.shape[0]} rows of {rows.shape[1]} cannot span {width} dimensions"
         )
     mean = rows.mean(0, dtype=np.float64)
-    centred = rows.astype(np.float64) - mean
-    variances, directions = _principal(centred.T @ centred / len(rows))
+    centered = rows.astype(np.float64) - mean
+    variances, directions = _principal(centered.T @ centered / len(rows))
     scales = np.sqrt(variances[:width] + shrinkage * variances.mean())
     return _rounded(mean, directions[:, :width] / scales)
 

@@ -23,7 +23,7 @@ class Batch:
     """Crops of B images and the masks of their global crops."""
 
     global_crops: Tensor
-    """(2 B, 3, S, S); uint8 from the loader, normalised floats in training."""
+    """(2 B, 3, S, S); uint8 from the loader, normalized floats in training."""
     local_crops: Tensor | None
     """(L B, 3, s, s), or None without local crops."""
     masks: Tensor
@@ -48,7 +48,7 @@ class Batch:
         return 0 if self.local_crops is None else len(self.local_crops) // self.num_images
 
     def to(self, device: torch.device) -> "Batch":
-        """Move all tensors and normalise the crops there."""
+        """Move all tensors and normalize the crops there."""
         moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)

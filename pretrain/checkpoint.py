@@ -197,7 +197,7 @@ def load_into(out: Path, step: int, state: State) -> None:
 
 
 def stepped_parameters(out: Path, step: int, method: nn.Module) -> set[nn.Parameter]:
-    """Parameters of a method whose optimiser state a checkpoint holds.
+    """Parameters of a method whose optimizer state a checkpoint holds.
 
     Raises:
         CheckpointError: the files are damaged.

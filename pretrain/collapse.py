@@ -22,7 +22,7 @@ def health(cls: Tensor, projected: Projected, temperature: float) -> dict[str, f
 
     teacher_entropy: of softmax(logits / temperature), as a share of log K; near 1 all prototypes
     look alike. prototypes_in_use: different winners. feature_rank: exp of the entropy of the
-    centred tokens' singular values; near 1 all images look alike.
+    centered tokens' singular values; near 1 all images look alike.
     """
     logits = wide(scores(projected, slice(None))).div_(temperature)  # (M, K)
     probabilities = logits.softmax(1)
@@ -35,7 +35,7 @@ def health(cls: Tensor, projected: Projected, temperature: float) -> dict[str, f
 
 
 def effective_rank(x: Tensor) -> Tensor:
-    """Give exp(entropy) of the singular values of centred rows (M, D); NaN if one is no number."""
+    """Give exp(entropy) of the singular values of centered rows (M, D); NaN if one is no number."""
     if not x.isfinite().all():
         return x.new_tensor(math.nan)
     values = torch.linalg.svdvals(x - x.mean(0))

@@ -119,13 +119,13 @@ class LossSettings(Settings):
     koleo_weight: float = Field(default=0.1, ge=0)
     """Weight of the KoLeo loss, summed over both global crops."""
     koleo_gathered: bool = False
-    """Seek KoLeo's nearest neighbours over all processes; the paper's stays within each."""
+    """Seek KoLeo's nearest neighbors over all processes; the paper's stays within each."""
     centering: Literal["sinkhorn_knopp", "centering"] = "sinkhorn_knopp"
     """How the teacher's outputs become targets."""
     sinkhorn_iterations: int = Field(default=3, gt=0)
     """Iterations of Sinkhorn-Knopp."""
     center_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum of the centre."""
+    """Momentum of the center."""
     student_temperature: float = Field(default=0.1, gt=0)
     """Temperature of the student's softmax."""
     separate_heads: bool = True
@@ -153,7 +153,7 @@ class TeacherSettings(Settings):
 
 
 class OptimSettings(Settings):
-    """Optimiser, schedules and length."""
+    """Optimizer, schedules and length."""
 
     steps: int = Field(default=625_000, gt=0)
     """Training steps."""
@@ -211,7 +211,7 @@ class RunSettings(Settings):
     threads: int | None = Field(default=None, gt=0)
     """Torch threads on the CPU; null leaves torch's choice."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the products; weights, losses and optimiser stay in float32."""
+    """Of the products; weights, losses and optimizer stay in float32."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass: less memory, a third more time."""
     compile: bool = False
@@ -232,20 +232,20 @@ class KnnSettings(Settings):
     """k-NN during training, on two folders that hold a folder of images for each class."""
 
     train: str
-    """Labelled images to ask."""
+    """Labeled images to ask."""
     test: str
-    """Labelled images to classify."""
+    """Labeled images to classify."""
     every_steps: int = Field(default=12_500, gt=0)
     """Steps between evaluations of the teacher."""
     k: int = Field(default=20, gt=0)
-    """Neighbours."""
+    """Neighbors."""
 
 
 class TrainConfig(Settings):
     """What the training loop goes by, whatever the method."""
 
     optim: OptimSettings = OptimSettings()
-    """Optimiser, schedules and length."""
+    """Optimizer, schedules and length."""
     data: DataSettings = DataSettings()
     """Reading images."""
     run: RunSettings = RunSettings()

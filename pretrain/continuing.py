@@ -1,7 +1,7 @@
 """Go on from another run's checkpoint at another resolution: the high-resolution stage.
 
-Student, teacher, heads and centres are taken over, positions interpolated to the new grid; the
-optimiser starts afresh, and all schedules run over the new length.
+Student, teacher, heads and centers are taken over, positions interpolated to the new grid; the
+optimizer starts afresh, and all schedules run over the new length.
 """
 
 import math
@@ -111,7 +111,7 @@ def find_checkpoint(run: str) -> tuple[Path, int]:
 
 @torch.no_grad()
 def restore_networks(method: DINOv2, run: str) -> None:
-    """Fill student, teacher, heads and centres from a run, positions resized to their own grid.
+    """Fill student, teacher, heads and centers from a run, positions resized to their own grid.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.

@@ -39,7 +39,7 @@ class CopyLossSettings(Settings):
 
 
 class CopyOptimSettings(OptimSettings):
-    """Optimiser, schedules and length; the head is all that learns."""
+    """Optimizer, schedules and length; the head is all that learns."""
 
     steps: int = Field(default=1200, gt=0)
     """Training steps."""
@@ -86,7 +86,7 @@ class CopyConfig(TrainConfig):
     loss: CopyLossSettings = CopyLossSettings()
     """InfoNCE and the entropy term."""
     optim: CopyOptimSettings = CopyOptimSettings()
-    """Optimiser, schedules and length."""
+    """Optimizer, schedules and length."""
     held_out: HeldOutSettings = HeldOutSettings()
     """What is measured on, and never trained on."""
     max_images: int | None = Field(default=None, gt=7)

@@ -1,7 +1,7 @@
 """Multi-crop augmentation on 8-bit pixels; all draws come from the generator that is passed in.
 
-The recipe is the public one (crop, flip, colour jitter, grey, blur, solarize). Colour work runs
-on 8-bit tables and OpenCV kernels, and normalisation is left to the device that trains.
+The recipe is the public one (crop, flip, color jitter, gray, blur, solarize). Color work runs
+on 8-bit tables and OpenCV kernels, and normalization is left to the device that trains.
 """
 
 import math
@@ -24,7 +24,7 @@ STD = (0.229, 0.224, 0.225)
 ASPECT = (3 / 4, 4 / 3)
 JITTER = (0.4, 0.4, 0.2, 0.1)
 """Brightness, contrast, saturation, hue."""
-GREY = np.array([0.299, 0.587, 0.114], np.float32)
+GRAY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def random_resized_crop(image: Image.Image, recipe: CropRecipe, rng: np.random.G
 def draw_box(
     width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Draw (left, top, width, height); after 10 misses, the largest centred box that may be."""
+    """Draw (left, top, width, height); after 10 misses, the largest centered box that may be."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
@@ -83,13 +83,13 @@ def draw_box(
 
 
 def augment(pixels: Pixels, recipe: CropRecipe, rng: np.random.Generator) -> Pixels:
-    """Flip, jitter colours, grey, blur and solarize, each with its probability."""
+    """Flip, jitter colors, gray, blur and solarize, each with its probability."""
     if rng.random() < 0.5:
         pixels = np.ascontiguousarray(pixels[:, ::-1])
     if rng.random() < 0.8:
         pixels = jitter(pixels, rng)
     if rng.random() < 0.2:
-        pixels = cv2.cvtColor(_grey(pixels), cv2.COLOR_GRAY2RGB)
+        pixels = cv2.cvtColor(_gray(pixels), cv2.COLOR_GRAY2RGB)
     if rng.random() < recipe.blur:
         sigma = rng.uniform(0.1, 2.0)
         pixels = cv2.GaussianBlur(pixels, (9, 9), sigma)  # type: ignore[assignment]
@@ -120,14 +120,14 @@ def brightness(pixels: Pixels, factor: float) -> Pixels:
 
 
 def contrast(pixels: Pixels, factor: float) -> Pixels:
-    """Move away from the image's mean grey."""
-    mean = round(float(cv2.mean(_grey(pixels))[0]))
+    """Move away from the image's mean gray."""
+    mean = round(float(cv2.mean(_gray(pixels))[0]))
     return _blend_table(pixels, mean, factor)
 
 
 def saturation(pixels: Pixels, factor: float) -> Pixels:
-    """Move away from each pixel's grey: one 3x3 product."""
-    matrix = factor * np.eye(3, dtype=np.float32) + (1 - factor) * GREY
+    """Move away from each pixel's gray: one 3x3 product."""
+    matrix = factor * np.eye(3, dtype=np.float32) + (1 - factor) * GRAY
     return cv2.transform(pixels, matrix)  # type: ignore[return-value]
 
 
@@ -138,7 +138,7 @@ def hue(pixels: Pixels, shift: float) -> Pixels:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)  # type: ignore[return-value]
 
 
-def _grey(pixels: Pixels) -> Any:
+def _gray(pixels: Pixels) -> Any:
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
 
 

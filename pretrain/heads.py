@@ -27,7 +27,7 @@ class Projected(NamedTuple):
 
 
 class WeightNormed(nn.Module):
-    """The rows of a matrix as direction and length; both are learnt, as in the public code."""
+    """The rows of a matrix as direction and length; both are learned, as in the public code."""
 
     def __init__(self, bottleneck: int, prototypes: int) -> None:
         super().__init__()

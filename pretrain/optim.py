@@ -15,7 +15,7 @@ from pretrain.schedules import Cosine
 
 
 class GroupKey(NamedTuple):
-    """What the parameters of one optimiser group share."""
+    """What the parameters of one optimizer group share."""
 
     lr_multiplier: float
     decay_multiplier: float

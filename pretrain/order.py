@@ -1,7 +1,7 @@
 """The endless order in which images are trained on.
 
 An order maps any position 0, 1, 2, … to an image without state, so that a run can go on anywhere.
-Shards are shuffled in each epoch, and images among a window of neighbouring shards by a keyed
+Shards are shuffled in each epoch, and images among a window of neighboring shards by a keyed
 permutation: nothing of the pool's size is held, and reading stays within a few shards at a time.
 """
 
@@ -103,7 +103,7 @@ def permute(position: int, size: int, key: int) -> int:
 
 
 def _mix(value: int, key: int, turn: int) -> int:
-    """Scatter a number over 64 bits (the finaliser of splitmix64)."""
+    """Scatter a number over 64 bits (the finalizer of splitmix64)."""
     x = (value + key + (turn + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF

@@ -56,7 +56,7 @@ def local_device(name: str) -> torch.device:
 
 
 def divide(method: nn.Module, config: TrainConfig, device: torch.device) -> None:
-    """Divide parameters, gradients and optimiser state among the processes, block by block.
+    """Divide parameters, gradients and optimizer state among the processes, block by block.
 
     Every unit is resharded after its forward pass, the roots too: the EMA then always sees both
     networks in shards.

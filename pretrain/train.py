@@ -100,7 +100,7 @@ def run(
 
 
 class Trainer:
-    """One run: the method, its optimiser, its data and its place in time."""
+    """One run: the method, its optimizer, its data and its place in time."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class Trainer:
         return torch.optim.AdamW(groups, betas=settings.betas, fused=True)
 
     def take_step(self, parts: list[Batch]) -> Record:
-        """Take one optimiser step on the parts of an effective batch; give what to log."""
+        """Take one optimizer step on the parts of an effective batch; give what to log."""
         self.schedules.apply(self.optimizer, self.step)
         losses = self._backward(parts)
         self._refuse_nan("losses", losses, losses["total_loss"], parts)

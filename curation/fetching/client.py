@@ -19,7 +19,7 @@ from curation.fetching.outcomes import TEMPORARY, FetchError, HostError, Trail, 
 from curation.fetching.resolver import Resolver
 from curation.fetching.robots import RobotsRules, read_robots
 from curation.fetching.robots_cache import RobotsCache
-from curation.identity import normalise_url
+from curation.identity import normalize_url
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ class _Target:
             scheme = urlsplit(url.strip()).scheme.lower()
             if scheme not in ("http", "https"):
                 raise FetchError("bad_scheme" if scheme else "bad_url")
-            parts = urlsplit(normalise_url(url))
+            parts = urlsplit(normalize_url(url))
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         except ValueError as error:
             raise FetchError("bad_url") from error

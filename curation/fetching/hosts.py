@@ -15,21 +15,21 @@ _VERDICTS = {"host": pa.string(), "rows": pa.int64(), "kept": pa.int64(), "dropp
 _READ = ("status", "final_url", "num_bytes", "seconds")
 
 
-def summarise_hosts(fetches: Dataset) -> pa.Table:
+def summarize_hosts(fetches: Dataset) -> pa.Table:
     """One row a host, most rows first: host, rows, arrived, opted_out, failed, num_bytes, seconds.
 
     Rows that never led to a host (no URL) have a null host. A redirect counts for where it led.
     Memory: a row a host.
     """
-    total = _summarise(fetches.read_shard(0, _READ)) if fetches.num_shards else None
+    total = _summarize(fetches.read_shard(0, _READ)) if fetches.num_shards else None
     for index in range(1, fetches.num_shards):
-        total = _add_up(pa.concat_tables([total, _summarise(fetches.read_shard(index, _READ))]))
+        total = _add_up(pa.concat_tables([total, _summarize(fetches.read_shard(index, _READ))]))
     if total is None:
         return pa.table({name: [] for name in ("host", *_COUNTS)})
     return total.sort_by([("rows", "descending"), ("host", "ascending")])
 
 
-def summarise_verdicts(pool: Pool, decisions: Dataset) -> pa.Table:
+def summarize_verdicts(pool: Pool, decisions: Dataset) -> pa.Table:
     """One row a host, most rows first: host, rows, kept, dropped.
 
     pool: the images that were judged, with their `source`; files have a null host. Memory: a row a
@@ -52,7 +52,7 @@ def summarise_verdicts(pool: Pool, decisions: Dataset) -> pa.Table:
     return total.sort_by([("rows", "descending"), ("host", "ascending")])
 
 
-def _summarise(fetches: pa.Table) -> pa.Table:
+def _summarize(fetches: pa.Table) -> pa.Table:
     status = fetches["status"]
     columns = {name: pc.equal(status, name) for name in ("arrived", "opted_out", "failed")}
     found = pc.struct_field(pc.extract_regex(fetches["final_url"], _HOST), "host")

@@ -32,7 +32,7 @@ class Resolver:
     """Looks names up in a few threads and remembers the answers.
 
     An overloaded resolver gets a pause that doubles with each failure, during which nobody asks:
-    a list of a million names is not burnt against a server that is down.
+    a list of a million names is not burned against a server that is down.
     """
 
     def __init__(

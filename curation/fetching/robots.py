@@ -47,7 +47,7 @@ class RobotsRules:
         """Whether a path (with its query) may be fetched; of equally long rules, allow wins."""
         if not self.rules or path == "/robots.txt":
             return True
-        path = _normalised(path)
+        path = _normalized(path)
         best = (-1, True)
         for pattern, allow in self.rules:
             if _matches(pattern, path):
@@ -103,17 +103,17 @@ def _groups(text: str) -> list[tuple[set[str], list[tuple[str, bool]]]]:
         elif key in ("allow", "disallow"):
             in_agents = False
             if groups and value:  # an empty disallow allows all
-                groups[-1][1].append((_normalised(value), key == "allow"))
+                groups[-1][1].append((_normalized(value), key == "allow"))
     return groups
 
 
-def _normalised(path: str) -> str:
+def _normalized(path: str) -> str:
     """One spelling of escapes; escaped reserved characters stay escaped."""
     parts = re.split(r"(%[0-9A-Fa-f]{2})", path)
-    return "".join(_normalised_part(part) for part in parts)
+    return "".join(_normalized_part(part) for part in parts)
 
 
-def _normalised_part(part: str) -> str:
+def _normalized_part(part: str) -> str:
     if re.fullmatch(r"%[0-9A-Fa-f]{2}", part):
         char = unquote(part, "latin-1")
         return char if char.isascii() and (char.isalnum() or char in "-._~") else part.upper()

@@ -259,7 +259,7 @@ def _describe(facts: EncoderFacts) -> dict[str, Json]:
         "space": facts.space,
         "precision": dict(facts.parts).get("precision"),
         "width": facts.width,
-        "licence": facts.licence,
+        "license": facts.license,
         "thresholds": (
             None if thresholds is None else {"dedup": thresholds.dedup, "leak": thresholds.leak}
         ),

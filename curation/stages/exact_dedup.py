@@ -29,7 +29,7 @@ class ExactDedup(DatasetStage):
     """Keeps of equal images the one with most original pixels, then most bytes, then smallest id.
 
     What an earlier delivery kept comes before all.
-    Equal pixels have equal sides after canonicalisation, so ordering by sides orders by area.
+    Equal pixels have equal sides after canonicalization, so ordering by sides orders by area.
     """
 
     reasons = ("duplicate_bytes", "duplicate_pixels")

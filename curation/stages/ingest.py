@@ -22,7 +22,7 @@ from curation.archives import archive_files, extract_images
 from curation.digest import digest_of
 from curation.errors import ConfigError, LedgerError, StageError
 from curation.exchange import Exchange, Mapper, Reducer, bucket_of_ids
-from curation.identity import NORMALISATION_VERSION, file_source, normalise_url
+from curation.identity import NORMALIZATION_VERSION, file_source, normalize_url
 from curation.ledger import commit_shard
 from curation.pool import Pool
 from curation.schema import (
@@ -83,7 +83,7 @@ class Ingest(DatasetStage):
     page_column: str = "page"
     """Column of the page that showed the image, if the list has it."""
     license_column: str = "license"
-    """Column of the licence, if the list has it."""
+    """Column of the license, if the list has it."""
     columns: tuple[str, ...] = ()
     """Names of the columns of CSV and TSV lists without a header, in order."""
     rows_per_shard: int = 10_000
@@ -122,7 +122,7 @@ class Ingest(DatasetStage):
 
     def fingerprint(self) -> str:
         """Names and sizes of the input files, and for local ones the time of their last change."""
-        parts = (NORMALISATION_VERSION, self._stamps(), self.lists.fingerprint())
+        parts = (NORMALIZATION_VERSION, self._stamps(), self.lists.fingerprint())
         return digest_of(*parts, self.forgotten_ids()) if self.forgotten else digest_of(*parts)
 
     def _stamps(self) -> list[tuple[str, str]]:
@@ -271,11 +271,11 @@ class _ByIdRange(Mapper[Piece]):
         return rows, bucket_of_ids(rows[ID], self.num_shards)
 
     def _from_urls(self, table: pa.Table) -> pa.Table:
-        """Rows with a normalised source, or the raw text and the reason why it is no good."""
+        """Rows with a normalized source, or the raw text and the reason why it is no good."""
         sources, bad = [], []
         for url in table["url"].to_pylist():
             try:
-                sources.append(normalise_url(url or ""))
+                sources.append(normalize_url(url or ""))
                 bad.append("")
             except ValueError:
                 sources.append(url or "")
@@ -354,7 +354,7 @@ class _WriteShard(Reducer[int]):
 
 def _url_or_none(url: str | None) -> str | None:
     try:
-        return normalise_url(url) if url else None
+        return normalize_url(url) if url else None
     except ValueError:
         return None
 

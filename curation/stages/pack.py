@@ -1,7 +1,7 @@
 """Writes the selected images into tars that training reads by byte range.
 
 A packed shard is a WebDataset tar (`ID.jpg`, `ID.json`) and a Parquet file that says where each
-image lies in it, in the tar's order. Faces found earlier are burnt in here.
+image lies in it, in the tar's order. Faces found earlier are burned in here.
 """
 
 import hashlib
@@ -161,7 +161,7 @@ def _index_table(rows: pa.Table, offsets: np.ndarray, sizes: np.ndarray) -> pa.T
 
 
 def _group_shards(rows: np.ndarray, rows_per_tar: int) -> list[tuple[int, ...]]:
-    """Neighbouring shards that together hold about as many rows as a tar should."""
+    """Neighboring shards that together hold about as many rows as a tar should."""
     groups: list[tuple[int, ...]] = []
     current: list[int] = []
     held = 0

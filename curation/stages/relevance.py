@@ -167,17 +167,17 @@ def text_share(pixels: Pixels) -> float:
     """
     import cv2
 
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    covered = sum(_line_area(tones) for tones in (grey, 255 - grey))
-    return min(1.0, covered / grey.size)
+    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    covered = sum(_line_area(tones) for tones in (gray, 255 - gray))
+    return min(1.0, covered / gray.size)
 
 
-def _line_area(grey: np.ndarray) -> int:
+def _line_area(gray: np.ndarray) -> int:
     """Pixels in lines of dark text."""
     import cv2
 
-    ground = cv2.morphologyEx(grey, cv2.MORPH_CLOSE, np.ones((_STROKE, _STROKE), np.uint8))
-    ink = (cv2.subtract(ground, grey) > _INK).astype(np.uint8)
+    ground = cv2.morphologyEx(gray, cv2.MORPH_CLOSE, np.ones((_STROKE, _STROKE), np.uint8))
+    ink = (cv2.subtract(ground, gray) > _INK).astype(np.uint8)
     joined = cv2.morphologyEx(ink, cv2.MORPH_CLOSE, np.ones((1, _GAP), np.uint8))
     _, _, boxes, _ = cv2.connectedComponentsWithStats(joined, connectivity=4)
     boxes = boxes[1:]  # the first is the background

@@ -33,8 +33,8 @@ def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
     """Load the head that a file or a run holds, and its trunk."""
     path = Path(argument) / FILE_NAME if Path(argument).is_dir() else Path(argument)
     head = load_copy_head(existing_file(name, str(path)))
-    trunk, licence = open_copy_trunk(head.trunk, options), licence_of(head.trunk)
-    return head.encoder(name, trunk, licence)
+    trunk, license = open_copy_trunk(head.trunk, options), license_of(head.trunk)
+    return head.encoder(name, trunk, license)
 
 
 def open_copy_trunk(name: str, options: LoadOptions) -> TorchTrunk:
@@ -56,11 +56,11 @@ def open_copy_trunk(name: str, options: LoadOptions) -> TorchTrunk:
     )
 
 
-def licence_of(trunk: str) -> str:
-    """The licence of a trunk's weights, which a head on them cannot loosen."""
+def license_of(trunk: str) -> str:
+    """The license of a trunk's weights, which a head on them cannot loosen."""
     if trunk == "lite":
-        return lite.LICENCE
-    return dinov2.licence_of(trunk.partition(":")[2])
+        return lite.LICENSE
+    return dinov2.license_of(trunk.partition(":")[2])
 
 
 class TokenStatistics(nn.Module):

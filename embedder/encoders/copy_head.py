@@ -43,7 +43,7 @@ class CopyHead:
     measured: Mapping[str, float] = field(default_factory=dict)
     """Recall and precision on images that were held out, at the threshold for duplicates."""
 
-    def encoder(self, name: str, trunk: TorchTrunk, licence: str) -> TrunkEncoder:
+    def encoder(self, name: str, trunk: TorchTrunk, license: str) -> TrunkEncoder:
         """Put the head on its trunk.
 
         Raises: EncoderError where it was learned on another one.
@@ -59,7 +59,7 @@ class CopyHead:
 
         digest = f"copy head {self.projection.digest}"
         width = self.projection.width
-        return TrunkEncoder(name, trunk, width, licence, self.thresholds, pool, digest)
+        return TrunkEncoder(name, trunk, width, license, self.thresholds, pool, digest)
 
     def save(self, path: Path) -> None:
         """Write it in half precision, whole or not at all."""

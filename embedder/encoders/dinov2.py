@@ -33,7 +33,7 @@ from embedder.feature_maps import FeatureModel, Layer
 from embedder.vit import VisionTransformer, ViTConfig, vit_config
 
 HUB = "https://dl.fbaipublicfiles.com/dinov2"
-PUBLIC_LICENCE = "Apache-2.0 (public weights)"
+PUBLIC_LICENSE = "Apache-2.0 (public weights)"
 _SIZE = re.compile(r"vit[tsblg](14|16)(_reg)?")
 _RELEASED = re.compile(r"dinov2_vit[sblg]14(_reg4)?_pretrain\.pth")
 
@@ -53,26 +53,26 @@ class ClassToken(nn.Module):
 
 def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
     """Load a DINOv2 backbone of a size such as vits14, vitl14 or vitg14_reg, or a file of one."""
-    return encoder_of(open_backbone(name, argument, options), name, options, licence_of(argument))
+    return encoder_of(open_backbone(name, argument, options), name, options, license_of(argument))
 
 
 def encoder_of(
-    backbone: VisionTransformer, name: str, options: LoadOptions, licence: str
+    backbone: VisionTransformer, name: str, options: LoadOptions, license: str
 ) -> TrunkEncoder:
     """Make an encoder of a backbone that is loaded already."""
     placement = place(options)
     preprocessing = preprocessing_of(name, backbone.config, options)
     trunk = TorchTrunk(ClassToken(backbone), preprocessing, placement, weights_digest(backbone))
-    return TrunkEncoder(name, trunk, backbone.config.width, licence)
+    return TrunkEncoder(name, trunk, backbone.config.width, license)
 
 
 def load_features(name: str, argument: str, options: LoadOptions) -> FeatureModel:
     """Load a backbone to look at its layers, after the final norm each."""
-    return features_of(open_backbone(name, argument, options), name, options, licence_of(argument))
+    return features_of(open_backbone(name, argument, options), name, options, license_of(argument))
 
 
 def features_of(
-    backbone: VisionTransformer, name: str, options: LoadOptions, licence: str
+    backbone: VisionTransformer, name: str, options: LoadOptions, license: str
 ) -> FeatureModel:
     """Look into a backbone that is loaded already."""
     placement = place(options)
@@ -92,7 +92,7 @@ def features_of(
     return FeatureModel(
         name,
         digest_of(**parts, precision=placement.precision),
-        licence,
+        license,
         backbone.config.depth,
         backbone.config.patch,
         preprocessing.size,
@@ -103,15 +103,15 @@ def features_of(
     )
 
 
-def licence_of(argument: str) -> str:
-    """The licence of what `SIZE[:FILE]` or FILE names; released files are known by their names."""
+def license_of(argument: str) -> str:
+    """The license of what `SIZE[:FILE]` or FILE names; released files are known by their names."""
     size, _, rest = argument.partition(":")
     file = rest if _SIZE.fullmatch(size) else argument
     if file == RANDOM:
         return "none (random weights)"
     if not file or _RELEASED.fullmatch(Path(file).name):
-        return PUBLIC_LICENCE
-    return checkpoint.licence_of(file)
+        return PUBLIC_LICENSE
+    return checkpoint.license_of(file)
 
 
 def preprocessing_of(name: str, config: ViTConfig, options: LoadOptions) -> Preprocessing:

@@ -34,7 +34,7 @@ from embedder.encoders.torch_trunk import (
 )
 from embedder.feature_maps import FeatureModel, Layer, with_mean
 
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 PREPROCESSING = Preprocessing(
     IMAGE_SIZE, "squash", IMAGE_SIZE, "bilinear", (127 / 255,) * 3, (128 / 255,) * 3
 )
@@ -73,10 +73,10 @@ def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
     trunk = load_trunk(options)
     if name == "lite-semantic":
         return TrunkEncoder(
-            name, trunk, NUM_FEATURES, LICENCE, pool=semantic_pool, head_digest="mean pooling"
+            name, trunk, NUM_FEATURES, LICENSE, pool=semantic_pool, head_digest="mean pooling"
         )
     head = replace(load_copy_head(COPY_HEAD_FILE), thresholds=COPY_THRESHOLDS)
-    return head.encoder(name, trunk, LICENCE)
+    return head.encoder(name, trunk, LICENSE)
 
 
 def load_features(name: str, argument: str, options: LoadOptions) -> FeatureModel:
@@ -95,7 +95,7 @@ def load_features(name: str, argument: str, options: LoadOptions) -> FeatureMode
     return FeatureModel(
         name,
         digest_of(weights=digest, layers="stages"),
-        LICENCE,
+        LICENSE,
         len(STAGE_ENDS) + 1,
         32,
         IMAGE_SIZE,

@@ -167,7 +167,7 @@ def _fold(ours: nn.Conv2d, state: Mapping[str, Tensor], conv: str, norm: str) ->
 
 
 def gem(features: Tensor, p: float) -> Tensor:
-    """Generalised mean over positions: (B, C, H, W) -> (B, C); p = 1 is the mean."""
+    """Generalized mean over positions: (B, C, H, W) -> (B, C); p = 1 is the mean."""
     if p == 1:
         return features.mean((2, 3))
     return features.clamp_min(1e-6).pow(p).mean((2, 3)).pow(1 / p)

@@ -1,6 +1,6 @@
 """`onnx:FILE`: any ONNX file from images (B, 3, H, W) to vectors (B, D).
 
-Pixels are resized to H x W, scaled to 0..1 and normalised with ImageNet's mean and deviation, or
+Pixels are resized to H x W, scaled to 0..1 and normalized with ImageNet's mean and deviation, or
 with those that the file's metadata holds as JSON lists under the keys `mean` and `std`. A file that
 takes any size, as `curate export` writes them, names the side of its inputs under `image_size`:
 there the short side is resized to 256/224 of it, and the middle cut out, as the backbone's own
@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from embedder.checkpoint import LICENCE_KEY, UNKNOWN
+from embedder.checkpoint import license_in
 from embedder.encoder import EncoderMemory, LoadOptions, Thresholds
 from embedder.encoders.torch_trunk import (
     IMAGENET_MEAN,
@@ -52,7 +52,7 @@ class OnnxEncoder:
     preprocessing: Preprocessing
     session: Any
     memory: EncoderMemory
-    licence: str
+    license: str
     thresholds: Thresholds | None = None
     precision: str = "float32"
 
@@ -96,9 +96,9 @@ def load(name: str, argument: str, options: LoadOptions) -> OnnxEncoder:
     parts = {"weights": weights, "preprocessing": asdict(preprocessing)}
     space = digest_of(**parts)
     memory = EncoderMemory(2 * path.stat().st_size, BYTES_PER_INPUT * batch * 3 * size * size)
-    licence = metadata.get(LICENCE_KEY, UNKNOWN)
+    license = license_in(metadata)
     return OnnxEncoder(
-        name, texts_of(parts), space, width, batch, preprocessing, session, memory, licence
+        name, texts_of(parts), space, width, batch, preprocessing, session, memory, license
     )
 
 

@@ -68,7 +68,7 @@ def load_features(name: str, argument: str, options: LoadOptions) -> FeatureMode
     return FeatureModel(
         name,
         encoder.space,
-        encoder.licence,
+        encoder.license,
         len(tower.transformer.resblocks),
         tower.patch_size[0],
         preprocessing.size,

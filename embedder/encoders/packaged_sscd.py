@@ -62,6 +62,6 @@ def load(name: str, argument: str, options: LoadOptions) -> PackagedSscd:
         preprocessing,
         session,
         EncoderMemory(2 * path.stat().st_size, BYTES_PER_INPUT * batch_size * 3 * side * side),
-        FAMILIES[name].licence,
+        FAMILIES[name].license,
         _THRESHOLDS[name],
     )

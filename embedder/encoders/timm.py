@@ -9,7 +9,7 @@ import timm
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
-from embedder.checkpoint import UNKNOWN, licence_of
+from embedder.checkpoint import UNKNOWN, license_of
 from embedder.encoder import LoadOptions
 from embedder.encoders.torch_trunk import (
     RANDOM,
@@ -42,8 +42,8 @@ def load(name: str, argument: str, options: LoadOptions) -> TrunkEncoder:
     config = resolve({}, model=model)
     trunk = TorchTrunk(model, _preprocessing(name, config), placement, weights_digest(model))
     known: dict[str, Any] = vars(model).get("pretrained_cfg") or {}
-    licence = licence_of(file) if file else str(known.get("license") or UNKNOWN)
-    return TrunkEncoder(name, trunk, output_width(name, trunk), licence)
+    license = license_of(file) if file else str(known.get("license") or UNKNOWN)
+    return TrunkEncoder(name, trunk, output_width(name, trunk), license)
 
 
 def load_features(name: str, argument: str, options: LoadOptions) -> FeatureModel:
@@ -72,7 +72,7 @@ def load_features(name: str, argument: str, options: LoadOptions) -> FeatureMode
     return FeatureModel(
         name,
         encoder.space,
-        encoder.licence,
+        encoder.license,
         depth,
         patch,
         preprocessing.size,

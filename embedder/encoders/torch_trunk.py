@@ -250,7 +250,7 @@ class TrunkEncoder:
     name: str
     trunk: TorchTrunk
     width: int
-    licence: str
+    license: str
     thresholds: Thresholds | None = None
     pool: Callable[[Tensor], NDArray[Any]] | None = None
     """Features to (B, D) vectors; None where they are so already."""

@@ -6,6 +6,7 @@ from typing import Any
 from curation import storage
 from curation.dataset import MANIFEST, Dataset
 from curation.errors import DatasetError
+from embedder.checkpoint import license_in
 from pipelines.audit.dataset_stats import Stats
 from pipelines.audit.funnel import funnel
 from pipelines.audit.markdown import as_code, as_text
@@ -55,7 +56,7 @@ _LIMITS = (
     "Images come from the web: licenses are known only where the list of URLs told them.",
     "Filters err: harmless images are dropped, and unsafe ones can pass below the thresholds.",
     "Copies beyond the threshold's reach (heavy crops, collages) can remain, and so can leaks.",
-    "Retrieval follows curated seeds: their bias towards places, people and objects is inherited.",
+    "Retrieval follows curated seeds: their bias toward places, people and objects is inherited.",
     "URLs rot: a later download gives fewer images; ids and hashes tell which.",
 )
 
@@ -133,7 +134,7 @@ def _encoders(work: WorkFolder) -> list[str]:
     ]
     lines = [
         f"- {as_text(name)}: {as_code(facts['encoder'])}, {facts['width']} dimensions; "
-        f"weights: {as_text(facts['licence'])}"
+        f"weights: {as_text(license_in(facts))}"
         for name, facts in outputs
         if "encoder" in facts
     ]

@@ -7,7 +7,7 @@ import numpy as np
 from curation import storage
 from curation.errors import DatasetError
 from curation.exchange import bucket_of_id
-from curation.identity import file_source, normalise_url
+from curation.identity import file_source, normalize_url
 from curation.schema import ID, make_id
 from pipelines.audit.lookup import find_rows
 from pipelines.audit.tables import Row, select
@@ -49,7 +49,7 @@ def possible_ids(text: str, set_names: list[str]) -> list[str]:
         return [text.lower()]
     found = [make_id(text)]
     try:
-        found.append(make_id(normalise_url(text)))
+        found.append(make_id(normalize_url(text)))
     except ValueError:
         found += [make_id(file_source(name, text)) for name in set_names]
     return list(dict.fromkeys(found))

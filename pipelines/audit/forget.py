@@ -1,6 +1,6 @@
 """Takes images out of a finished run: out of every table, every packed shard, and the report.
 
-Accounts still add up afterwards: a forgotten row is gone from what came in, too. What was done is
+Accounts still add up afterward: a forgotten row is gone from what came in, too. What was done is
 written down first, so that the same command finishes what a killed one began. Rows of other images
 may still name a forgotten id as their twin or seed: an id is a hash, and tombstones keep it.
 """
@@ -51,7 +51,7 @@ class Forgotten:
     checkpoints: list[str] = field(default_factory=list)
     """Files of pretraining that may have seen a forgotten image."""
     content_digest: str = ""
-    """Of the manifest, afterwards."""
+    """Of the manifest, afterward."""
     tombstones: list[str] = field(default_factory=list)
     """Files that keep the images out of later builds."""
 

@@ -103,15 +103,15 @@ def model_card(
 ) -> str:
     """Write the card as Markdown, with the fields that model hubs read in front.
 
-    about: lines on the training run; `licence` is that of the weights.
+    about: lines on the training run; `license` is that of the weights.
     """
     config = model.config
     parameters = sum(weight.numel() for weight in model.parameters())
     head = f"{config.registers} registers" if config.registers else "no registers"
-    rest = {name: value for name, value in about.items() if name != "licence"}
+    rest = {name: value for name, value in about.items() if name != "license"}
     lines = [
         "---",
-        _head("license", about.get("licence", UNKNOWN)),
+        _head("license", about.get("license", UNKNOWN)),
         f"library_name: {_LIBRARIES[format]}",
         "pipeline_tag: image-feature-extraction",
         "tags: [dinov2, self-supervised, curate]",
@@ -130,7 +130,7 @@ def model_card(
         "\n## Training\n",
         *(f"- {as_text(name)}: {as_text(value)}" for name, value in rest.items()),
         "\n## Licenses\n",
-        f"- weights: {as_text(about.get('licence', UNKNOWN))}",
+        f"- weights: {as_text(about.get('license', UNKNOWN))}",
         *_license_lines(facts),
     ]
     return "\n".join(lines) + "\n"

@@ -104,7 +104,7 @@ def download(
     from curation import storage
     from curation.dataset import Dataset
     from curation.errors import SchemaError
-    from curation.fetching.hosts import summarise_hosts
+    from curation.fetching.hosts import summarize_hosts
     from curation.fetching.retry import retryable_rows
     from curation.pool import Pool
     from curation.sources.places import RAW
@@ -129,7 +129,7 @@ def download(
         check_about(before, pool, rows_of(pool), runner.engine)
         pool = pool.with_stage({}, retryable_rows(before, storage.join(out, "_retried")))
     outputs = run_single(stage, StageInputs(pool), out, "raw", runner, facts=facts)
-    print_hosts(summarise_hosts(outputs["fetches"]))
+    print_hosts(summarize_hosts(outputs["fetches"]))
 
 
 def canonicalize(
@@ -174,7 +174,7 @@ def filter_images(
 
         curate filter photos/ --out verdicts --filters quality,nsfw,faces --set nsfw.threshold=0.5
     """
-    from curation.fetching.hosts import summarise_verdicts
+    from curation.fetching.hosts import summarize_verdicts
     from curation.stage import ABOUT, DECISIONS, StageInputs
     from pipelines.cli.inputs import images_of, images_pool
     from pipelines.cli.single_stage import chain_filters, print_hosts, run_single
@@ -185,7 +185,7 @@ def filter_images(
     facts = {ABOUT: about(images_of(pool), runner.engine)}
     outputs = run_single(stage, StageInputs(pool), out, DECISIONS, runner, facts=facts)
     if "source" in pool.columns:
-        print_hosts(summarise_verdicts(pool, outputs[DECISIONS]))
+        print_hosts(summarize_verdicts(pool, outputs[DECISIONS]))
 
 
 def embed(
@@ -339,6 +339,6 @@ def encoders(
         console.print_json([vars(status) for status in statuses])
         return
     console.print_rows(
-        ("encoder", "works here", "note", "licence"),
-        [(s.name, "yes" if s.works else "no", s.note, s.licence) for s in statuses],
+        ("encoder", "works here", "note", "license"),
+        [(s.name, "yes" if s.works else "no", s.note, s.license) for s in statuses],
     )

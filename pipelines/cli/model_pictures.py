@@ -16,7 +16,7 @@ from embedder.images import Pixels
 from pretrain.evaluation.pictures import (
     attention_pictures,
     fitted,
-    neighbours,
+    neighbors,
     patch_rows,
     pca_pictures,
 )
@@ -51,8 +51,8 @@ def map_rows(
     images = [fitted(file.pixels(), model, side) for file in files]
     rows = [[Shown(image, _caption(file))] for image, file in zip(images, files, strict=True)]
     if kind == "pca":
-        colours = pca_pictures(patch_rows(model, images))
-        for row, image, picture in zip(rows, images, colours, strict=True):
+        colors = pca_pictures(patch_rows(model, images))
+        for row, image, picture in zip(rows, images, colors, strict=True):
             row.append(Shown(_enlarged(picture, image), "principal components"))
         return rows
     for row, image, planes in zip(rows, images, attention_pictures(model, images), strict=True):
@@ -73,7 +73,7 @@ def knn_rows(
         embed_images([opened], [file.pixels for file in some])[0].astype(np.float32)
         for some in (files, database)
     )
-    order, cosines = neighbours(queries, bank, k + 1)
+    order, cosines = neighbors(queries, bank, k + 1)
     rows = []
     for file, places, values in zip(files, order, cosines, strict=True):
         row = [Shown(file.pixels(), _caption(file))]

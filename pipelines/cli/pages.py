@@ -77,8 +77,9 @@ def calibrate(
     work: RunFolder,
     bins: Annotated[int, typer.Option("--bins", min=2, max=100, help="Number of score bins.")] = 12,
     per_bin: Annotated[int, typer.Option("--per-bin", min=1, help="Questions in each.")] = 15,
-    judgements: Annotated[
-        str | None, typer.Option("--judgements", help="Parquet file of the answers.")
+    ratings: Annotated[
+        str | None,
+        typer.Option("--ratings", "--judgements", help="Parquet file of the answers."),
     ] = None,
     truth: Annotated[
         int | None, typer.Option("--truth", min=2, help="Edit so many images; measure recall.")
@@ -119,7 +120,7 @@ def calibrate(
     if not WorkFolder.is_one(work):
         raise DatasetError(f"{work}: no finished run lies there (no run.json)")
     folder, file = WorkFolder(work), catalog_of(work, server.catalog)
-    answers = judgements or storage.join(work, "calibration", f"{kind}.parquet")
+    answers = ratings or storage.join(work, "calibration", f"{kind}.parquet")
 
     def lab_on(catalog: Catalog) -> Lab:
         sample = draw(catalog, folder, Kind(kind), bins, per_bin, np.random.default_rng(seed))

@@ -216,18 +216,18 @@ def show(
     among: Annotated[
         str | None, typer.Option("--among", help="knn: images to search; these by default.")
     ] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="knn: neighbours shown.")] = 6,
+    k: Annotated[int, typer.Option("--k", min=1, help="knn: neighbors shown.")] = 6,
     image_size: Annotated[
         int | None, typer.Option("--image-size", min=1, help="Short side in pixels.")
     ] = None,
 ) -> None:
-    """Show what a model sees: components of its patches, attention, nearest neighbours.
+    """Show what a model sees: components of its patches, attention, nearest neighbors.
 
     Examples:
 
         curate show pca photos/ --encoder backbone.safetensors --image-size 448 --out page.html
 
-        curate show knn query.jpg --among photos/ --encoder lite-semantic --out neighbours.png
+        curate show knn query.jpg --among photos/ --encoder lite-semantic --out neighbors.png
     """
     from curation.errors import ConfigError
     from curation.sources.shards import images_below
@@ -270,9 +270,11 @@ def export(
         str | None,
         typer.Option("--data", help="Work folder or manifest that it learned from, for the card."),
     ] = None,
-    licence: Annotated[
+    license: Annotated[
         str | None,
-        typer.Option("--licence", help="Licence of the weights; that of the file, else unknown."),
+        typer.Option(
+            "--license", "--licence", help="License of the weights; that of the file, else unknown."
+        ),
     ] = None,
 ) -> None:
     """Write a backbone for others: for transformers, timm, ONNX runtimes; with a model card.
@@ -296,12 +298,12 @@ def export(
         raise ConfigError(f"--format {format}: unknown; known: {', '.join(FORMATS)}")
     found = find_weights(Path(checkpoint), step)
     facts = data_facts(data, found.recorded.get("data"))
-    about = {**found.training(), "licence": licence or found.licence}
+    about = {**found.training(), "license": license or found.license}
     # Into the weight file, too: it may be parted from its card.
     metadata = {
         "manifest_digest": facts.digest,
         "recipe": facts.recipe,
-        "licence": about["licence"],
+        "license": about["license"],
     }
     files = export_backbone(found.model, format, Path(out), metadata)
     card = write_card(model_card(found.model, format, out, facts, about), out)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.errors import ConfigError
-from embedder.checkpoint import UNKNOWN, licence_of, load_backbone
+from embedder.checkpoint import UNKNOWN, license_of, load_backbone
 from embedder.vit import VisionTransformer
 from pipelines.audit.model_card import told_changes
 from pretrain.backbones import find_saved
@@ -23,7 +23,7 @@ class FoundWeights:
     """A file or folder of weights, or a checkpoint."""
     recorded: dict[str, Any] = field(default_factory=dict)
     """What the checkpoint that holds these very weights says of its run."""
-    licence: str = UNKNOWN
+    license: str = UNKNOWN
 
     def training(self) -> dict[str, str]:
         """Where the weights are from, and how they were trained, for the card."""
@@ -60,7 +60,7 @@ def _of_file(path: Path) -> FoundWeights:
     Raises:
         ConfigError: it is of another step.
     """
-    found = FoundWeights(load_backbone(path), path, licence=licence_of(path))
+    found = FoundWeights(load_backbone(path), path, license=license_of(path))
     saved = find_saved(path.parent) if path.name == BACKBONE else None
     if saved is None:
         return found

@@ -83,7 +83,7 @@ class Step:
     entry: StageEntry
     usage: Mapping[str, float]
     bytes_left: int
-    """Bytes on disk afterwards."""
+    """Bytes on disk afterward."""
     bytes_read: int
     """Bytes of the files that it decodes."""
     shard: ShardRows

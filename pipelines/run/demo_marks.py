@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from curation import storage
 from curation.dataset import Dataset
-from curation.identity import normalise_url
+from curation.identity import normalize_url
 from curation.schema import make_id
 from curation.stage import DECISIONS
 from pipelines.run.demo_site import INNOCENT
@@ -84,6 +84,6 @@ def _fates(record: RunRecord, work: str) -> dict[str, Fate]:
 
 def _id(url: str) -> str:
     try:
-        return make_id(normalise_url(url))
+        return make_id(normalize_url(url))
     except ValueError:
         return make_id(url)

@@ -1,7 +1,7 @@
 """The demo's web: sample photos of installed packages, with planted troubles, on loopback.
 
 A dozen photos must become a few hundred different images: each is a pair of crops from two photos,
-turned and recoloured, with shapes drawn on top. Some become the pool's innocents, some benchmarks,
+turned and recolored, with shapes drawn on top. Some become the pool's innocents, some benchmarks,
 seed sets and sets taken as they are; copies of innocents and benchmarks, and files that are no good
 images, are planted among the URLs. `truth.parquet` remembers what each URL is, so that the run can
 be marked.
@@ -32,7 +32,7 @@ SIDE = 192
 """Width and height of the images, in pixels."""
 INNOCENT = "innocent"
 _LISTED_TWICE = 100
-"""Which innocent's URL is listed a second time, spelt in another way."""
+"""Which innocent's URL is listed a second time, spelled in another way."""
 _TRUTH = pa.schema([(name, pa.string()) for name in ("url", "kind", "twin_url", "expected")])
 _PHOTOS = (
     *("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png"),
@@ -98,7 +98,7 @@ def build_site(site: DemoSite, folder: Path) -> None:
     _write_set(folder / "seeds_sample", scenes.draw(16))
     _write_set(folder / "seeds_cluster", scenes.draw(24))
     _write_set(folder / "as_is", scenes.draw(12))
-    _write_labelled(folder / "labelled", photos)
+    _write_labeled(folder / "labeled", photos)
     whole = [_whole(photo) for photo in photos.values()]
     innocents = _plant_innocents(plan, [*scenes.draw(site.innocents), *whole])
     _plant_copies(plan, innocents)
@@ -143,7 +143,7 @@ class _Scenes:
         return self._with_shapes(np.concatenate(halves, axis=1 if side_by_side else 0))
 
     def _crop(self, photo: Pixels, width: int, height: int) -> Pixels:
-        """A square of a photo with some detail in it, recoloured and turned."""
+        """A square of a photo with some detail in it, recolored and turned."""
         while True:
             side = int(self.rng.integers(110, min(*photo.shape[:2], 300) + 1))
             top = int(self.rng.integers(photo.shape[0] - side + 1))
@@ -159,18 +159,18 @@ class _Scenes:
         image = Image.fromarray(pixels)
         draw = ImageDraw.Draw(image)
         for _ in range(4):
-            colour = tuple(int(value) for value in self.rng.integers(0, 256, 3))
+            color = tuple(int(value) for value in self.rng.integers(0, 256, 3))
             points = [tuple(int(v) for v in self.rng.integers(0, SIDE, 2)) for _ in range(4)]
             left, top, width, height = (int(v) for v in self.rng.integers(20, SIDE // 2, 4))
             shape = int(self.rng.integers(4))
             if shape == 0:
-                draw.ellipse((left, top, left + width, top + height), fill=colour)
+                draw.ellipse((left, top, left + width, top + height), fill=color)
             elif shape == 1:
-                draw.rectangle((left, top, left + width, top + height), fill=colour)
+                draw.rectangle((left, top, left + width, top + height), fill=color)
             elif shape == 2:
-                draw.polygon(points[:3], fill=colour)
+                draw.polygon(points[:3], fill=color)
             else:
-                draw.line(points, fill=colour, width=8)
+                draw.line(points, fill=color, width=8)
         return np.asarray(image)
 
 
@@ -186,7 +186,7 @@ def _write_set(folder: Path, images: list[Pixels]) -> list[Pixels]:
     return images
 
 
-def _write_labelled(folder: Path, photos: dict[str, Pixels]) -> None:
+def _write_labeled(folder: Path, photos: dict[str, Pixels]) -> None:
     """A class a photo: its tiles, two thirds to train and one third to test."""
     side = 96
     for name, photo in photos.items():

@@ -44,14 +44,14 @@ class PretrainStep(Settings):
 
 
 class EvaluateStep(Settings):
-    """k-NN with the pretrained backbone on a labelled folder of images."""
+    """k-NN with the pretrained backbone on a labeled folder of images."""
 
     train: str
     """A folder with one folder of images a class."""
     test: str
     """The same for the images to classify."""
     k: tuple[int, ...] = (10, 20)
-    """Numbers of neighbours."""
+    """Numbers of neighbors."""
 
 
 class Recipe(Settings):

@@ -52,8 +52,8 @@ def evaluate_knn(backbone: str, train: str, test: str, k: tuple[int, ...]) -> di
     """k-NN accuracy of a backbone on folders with a folder of images a class."""
     from pretrain.evaluation.knn import evaluate, labeled_folder
 
-    labelled = labeled_folder(train)
-    found = evaluate(backbone, labelled, labeled_folder(test), k=k)
+    labeled = labeled_folder(train)
+    found = evaluate(backbone, labeled, labeled_folder(test), k=k)
     shown = ", ".join(f"k={n}: {found[f'knn_{n}']:.1%}" for n in k)
-    classes = len({label for _, label in labelled})
+    classes = len({label for _, label in labeled})
     return {**found, "classes": classes, "text": f"{shown} ({classes} classes)"}

@@ -1,4 +1,4 @@
-"""How many patch tokens are artefacts: tokens of far larger norm than the others of their model.
+"""How many patch tokens are artifacts: tokens of far larger norm than the others of their model.
 
 Without registers, large models keep global information in a few patches of even background
 (arXiv 2309.16588), and these spoil dense features. Legend: B images, P patches, D width.
@@ -23,7 +23,7 @@ from pretrain.evaluation.knn import center_crop
 
 
 class ArtifactSettings(Settings):
-    """When a token counts as an artefact."""
+    """When a token counts as an artifact."""
 
     cutoff: float = Field(default=150.0, gt=0)
     """Norm before the final layer norm above which the paper counts a token of ViT-L and g."""

@@ -27,7 +27,7 @@ Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
-class LabelledImage:
+class LabeledImage:
     """An image and its class."""
 
     image: StoredImage
@@ -58,7 +58,7 @@ class Layout:
 # --- images with a class ------------------------------------------------------------------------
 
 
-def labelled_images(path: str) -> list[LabelledImage]:
+def labeled_images(path: str) -> list[LabeledImage]:
     """Read ROOT/CLASS/**/IMAGE, as ImageNet's train and val folders lie, or ROOT/labels.csv.
 
     Of tars the class is the first folder inside, or the tar where there is none.
@@ -70,10 +70,10 @@ def labelled_images(path: str) -> list[LabelledImage]:
     if (root / "labels.csv").is_file():
         return _listed_images(root)
     classes = [(image, _class_of(image.name)) for image in images_below(path)]
-    found = [LabelledImage(image, label) for image, label in classes if label is not None]
+    found = [LabeledImage(image, label) for image, label in classes if label is not None]
     if not found:
         raise ConfigError(
-            f"{path}: no labelled images there; expected {path}/CLASS/IMAGE.jpg, or "
+            f"{path}: no labeled images there; expected {path}/CLASS/IMAGE.jpg, or "
             f"{path}/labels.csv with lines FILE,CLASS"
         )
     if len(found) < len(classes):
@@ -90,13 +90,13 @@ def _class_of(name: str) -> str | None:
     return named[0] if named else None
 
 
-def _listed_images(root: Path) -> list[LabelledImage]:
+def _listed_images(root: Path) -> list[LabeledImage]:
     rows = [line.rpartition(",") for line in (root / "labels.csv").read_text().splitlines()]
     named = [(root / file, label.strip()) for file, _, label in rows if file]
     missing = next((file for file, _ in named if not file.is_file()), None)
     if missing is not None or not named:
         raise ConfigError(f"{root}/labels.csv: names {missing or 'no file'}, which is not there")
-    return [LabelledImage(image_file(str(file)), label) for file, label in named]
+    return [LabeledImage(image_file(str(file)), label) for file, label in named]
 
 
 # --- a target for each pixel --------------------------------------------------------------------

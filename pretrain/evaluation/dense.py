@@ -210,7 +210,7 @@ def _average_gradients(head: nn.Module) -> None:
 
 
 class StackedMaps(nn.Module):
-    """Several layers' maps as one, brought to the largest grid and normalised.
+    """Several layers' maps as one, brought to the largest grid and normalized.
 
     with_cls: class tokens are laid beside every position.
     """

@@ -1,4 +1,4 @@
-"""Frozen features of labelled images: vectors of any encoder, stored ones, or layers.
+"""Frozen features of labeled images: vectors of any encoder, stored ones, or layers.
 
 With several processes each looks at its share of the images, and all get all features.
 
@@ -30,7 +30,7 @@ from embedder.images import Pixels
 from pretrain.crops import draw_box
 from pretrain.distributed import gather_rows, max_over_ranks, rank, sum_over_ranks, world_size
 from pretrain.evaluation.bad_images import Reading
-from pretrain.evaluation.datasets import LabelledImage
+from pretrain.evaluation.datasets import LabeledImage
 from pretrain.evaluation.knn import center_crop
 
 logger = logging.getLogger(__name__)
@@ -87,15 +87,15 @@ def vectors(encoder: Encoder, images: Sequence[Callable[[], Pixels]]) -> Tensor:
     return gathered(torch.from_numpy(rows), len(images)).float()
 
 
-def image_vectors(encoder: Encoder, items: Sequence[LabelledImage]) -> Features:
-    """Embed labelled images (see `vectors`), but for bad ones."""
+def image_vectors(encoder: Encoder, items: Sequence[LabeledImage]) -> Features:
+    """Embed labeled images (see `vectors`), but for bad ones."""
     reading = Reading([item.image for item in items])
     return _features_of(vectors(encoder, reading.readers()), items, reading)
 
 
 def layer_features(
     model: FeatureModel,
-    images: Sequence[LabelledImage],
+    images: Sequence[LabeledImage],
     num_layers: int,
     *,
     batch_size: int = 32,
@@ -103,7 +103,7 @@ def layer_features(
 ) -> Features:
     """Look at images with the last layers of a model: (N, n + 1, D), in half precision inside.
 
-    view: draws a random crop and flip of each image; None takes the centre.
+    view: draws a random crop and flip of each image; None takes the center.
     Layers of other widths than the last (of convolutional networks) are left out.
     """
     reading = Reading([item.image for item in images])
@@ -119,7 +119,7 @@ def layer_features(
     return _features_of(gathered(torch.cat(parts), len(images)), images, reading)
 
 
-def _features_of(rows: Tensor, items: Sequence[LabelledImage], reading: Reading) -> Features:
+def _features_of(rows: Tensor, items: Sequence[LabeledImage], reading: Reading) -> Features:
     """Rows (N, …) of all images without those of bad ones."""
     is_bad = sum_over_ranks(reading.is_bad)
     good = reading.good(is_bad)
@@ -198,7 +198,7 @@ def _batches(crops: Iterable[partial[Pixels]], size: int) -> Iterator[list[Pixel
 
 
 def _view(read: Callable[[], Pixels], side: int, seed: int | None) -> Pixels:
-    """(side, side, 3): the centre, or a random crop, perhaps mirrored."""
+    """(side, side, 3): the center, or a random crop, perhaps mirrored."""
     pixels = read()
     if seed is None:
         return center_crop(pixels, side)

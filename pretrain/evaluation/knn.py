@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification of frozen features.
+"""k-nearest-neighbor classification of frozen features.
 
 Each test image asks its k nearest training images (cosine of class tokens), which vote with
 weights softmax(similarity / temperature), taken over the largest k that is asked for.
@@ -29,20 +29,20 @@ from embedder.vit import VisionTransformer
 from pretrain.batch import normalize
 from pretrain.config import KnnSettings
 from pretrain.evaluation.bad_images import Reading
-from pretrain.evaluation.datasets import labelled_images
+from pretrain.evaluation.datasets import labeled_images
 
 Labeled = Sequence[tuple[bytes | str | Path | StoredImage, Any]]
 """(image file or where it lies, label)."""
 
 RESIZE = 256 / 224
-"""Shorter side before the centre crop, as a share of the crop."""
+"""Shorter side before the center crop, as a share of the crop."""
 
 
 class KnnTaskSettings(Settings):
     """The paper's."""
 
     k: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     temperature: float = Field(default=0.07, gt=0)
     """Of their votes' weights."""
 
@@ -59,7 +59,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Classify test images by training images: {"knn_10": accuracy, …, "train": N, "test": n}.
 
-    `image_size` is the side of the centre crop; by default 224, or what the backbone was trained
+    `image_size` is the side of the center crop; by default 224, or what the backbone was trained
     at where that is less.
 
     Raises:
@@ -99,7 +99,7 @@ def evaluate_model(
 
 
 class KnnProbe:
-    """k-NN on a labelled set, again and again during training.
+    """k-NN on a labeled set, again and again during training.
 
     Each image is decoded once at the start: a set with many bad ones is refused before training.
 
@@ -164,7 +164,7 @@ def labeled_folder(path: str | Path) -> list[tuple[StoredImage, str]]:
     Raises:
         ConfigError: there are none.
     """
-    return [(item.image, item.label) for item in labelled_images(str(path))]
+    return [(item.image, item.label) for item in labeled_images(str(path))]
 
 
 def class_tokens(

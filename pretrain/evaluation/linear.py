@@ -36,7 +36,7 @@ class LinearSettings(Settings):
     batch_size: int = Field(default=128, gt=0)
     """Rows a step."""
     views: int = Field(default=0, ge=0)
-    """Random crops held of each training image; 0 takes the centre alone. The public evaluation
+    """Random crops held of each training image; 0 takes the center alone. The public evaluation
     draws anew each epoch: as many views as epochs (10)."""
     seed: int = 0
     """Seeds weights, order and views."""

@@ -1,6 +1,6 @@
 """Logistic regression on frozen vectors, its strength chosen on a tenth of the training rows.
 
-Minimised is what scikit-learn minimises: half the squared weights plus C times the summed losses.
+Minimized is what scikit-learn minimizes: half the squared weights plus C times the summed losses.
 Legend: N rows, D width, K classes.
 """
 
@@ -58,7 +58,7 @@ def fit(
     settings: LogisticSettings,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Fit weights and bias (K, D + 1), the bias last and not penalised. rows: (N, D) float64."""
+    """Fit weights and bias (K, D + 1), the bias last and not penalized. rows: (N, D) float64."""
     width = rows.shape[1]
     weights = torch.zeros(classes, width + 1, dtype=rows.dtype, device=rows.device)
     if start is not None:

@@ -1,4 +1,4 @@
-"""What a model sees, as pictures: principal components of patches, attention maps, neighbours.
+"""What a model sees, as pictures: principal components of patches, attention maps, neighbors.
 
 Legend: n images, P patches of all images, D width, H heads, rows x columns patches of one image.
 """
@@ -38,7 +38,7 @@ def patch_rows(model: FeatureModel, images: Sequence[Pixels]) -> list[NDArray[np
 
 
 def pca_pictures(features: Sequence[NDArray[np.float32]]) -> list[Pixels]:
-    """Colour patches by the first three principal components of the foreground of all images.
+    """Color patches by the first three principal components of the foreground of all images.
 
     Foreground is where the first component of all patches together is positive; its sign is chosen
     so that patches at the borders of the images lie on the negative side in the mean. Background
@@ -55,11 +55,11 @@ def pca_pictures(features: Sequence[NDArray[np.float32]]) -> list[Pixels]:
     if score[border].mean() > score[~border].mean():
         score = -score
     foreground = score > 0
-    colours = np.zeros((len(flat), 3))
+    colors = np.zeros((len(flat), 3))
     if foreground.sum() >= 4:
-        colours[foreground] = _spread(principal(flat[foreground], 3))
+        colors[foreground] = _spread(principal(flat[foreground], 3))
     sizes = np.cumsum([one.shape[0] * one.shape[1] for one in features])[:-1]
-    parts = np.split((colours * 255).round().astype(np.uint8), sizes)
+    parts = np.split((colors * 255).round().astype(np.uint8), sizes)
     return [p.reshape(*one.shape[:2], 3) for p, one in zip(parts, features, strict=True)]
 
 
@@ -68,11 +68,11 @@ def principal(rows: NDArray[np.float32], count: int) -> NDArray[np.float64]:
 
     Signs are fixed: the entry of a component that is largest in size is positive.
     """
-    centred = rows.astype(np.float64) - rows.mean(0)
-    _, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
+    centered = rows.astype(np.float64) - rows.mean(0)
+    _, vectors = np.linalg.eigh(centered.T @ centered)  # ascending
     axes = vectors[:, ::-1][:, :count]  # (D, count)
     signs = np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
-    scores: NDArray[np.float64] = centred @ (axes * signs)
+    scores: NDArray[np.float64] = centered @ (axes * signs)
     return scores
 
 
@@ -104,7 +104,7 @@ def attention_pictures(model: FeatureModel, images: Sequence[Pixels]) -> list[li
     return found
 
 
-def neighbours(
+def neighbors(
     queries: NDArray[np.float32], database: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The k most similar database rows of each query: (Q, k) positions and cosines.

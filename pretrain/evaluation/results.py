@@ -21,7 +21,7 @@ SCHEMA = pa.schema(
         ("task", pa.string()),
         ("encoder", pa.string()),
         ("space", pa.string()),
-        ("licence", pa.string()),
+        ("license", pa.string()),
         ("train", pa.string()),
         ("test", pa.string()),
         ("num_train", pa.int64()),
@@ -54,7 +54,7 @@ class Result:
     encoder: str
     space: str
     """Digest of the encoder; empty where features of unknown origin were read."""
-    licence: str
+    license: str
     train: str
     test: str
     num_train: int
@@ -74,7 +74,7 @@ class Result:
         """The row of the Parquet file."""
         return {
             "run": self.run,
-            **{name: getattr(self, name) for name in ("task", "encoder", "space", "licence")},
+            **{name: getattr(self, name) for name in ("task", "encoder", "space", "license")},
             **{name: getattr(self, name) for name in ("train", "test", "num_train", "num_test")},
             "metrics": list(self.metrics.items()),
             "settings": self.settings.model_dump_json(),
@@ -100,6 +100,7 @@ def read_results(folder: str) -> pa.Table:
     if not names:
         raise ConfigError(f"{folder}: holds no results; `curate evaluate TASK --out {folder}` does")
     tables = [storage.read_parquet(storage.join(folder, name)) for name in names]
+    tables = [table.rename_columns(SCHEMA.names) for table in tables]  # `licence` of before
     return pa.concat_tables(tables).sort_by("finished_at")
 
 

@@ -12,7 +12,7 @@ from curation.config import Settings, apply_changes, parse_settings
 from curation.dataset import Dataset
 from curation.errors import ConfigError
 from curation.sources.shards import image_file, images_below
-from embedder.checkpoint import UNKNOWN
+from embedder.checkpoint import UNKNOWN, license_in
 from embedder.encoder import Encoder, LoadOptions, load_encoder
 from embedder.encoders import dinov2
 from embedder.errors import EncoderError
@@ -24,7 +24,7 @@ from pretrain.evaluation.datasets import (
     DEPTH,
     SEGMENTATION,
     Layout,
-    labelled_images,
+    labeled_images,
     open_scenes,
 )
 from pretrain.evaluation.depth import DepthSettings, depth
@@ -82,7 +82,7 @@ class Measured(NamedTuple):
     num_test: int
     encoder: str
     space: str
-    licence: str
+    license: str
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def run_task(request: Request) -> Result:
         request.task,
         found.encoder,
         found.space,
-        found.licence,
+        found.license,
         request.train or "",
         request.test,
         found.num_train,
@@ -154,10 +154,10 @@ def _linear(request: Request, settings: LinearSettings) -> Measured:
         views = [train]
     else:
         model = _feature_model(request)
-        about = (model.name, model.space, model.licence)
-        images = labelled_images(_train_of(request))
+        about = (model.name, model.space, model.license)
+        images = labeled_images(_train_of(request))
         most = max(settings.layers)
-        test = layer_features(model, labelled_images(request.test), most)
+        test = layer_features(model, labeled_images(request.test), most)
         rng = np.random.default_rng(settings.seed)
         drawn = [layer_features(model, images, most, view=rng) for _ in range(settings.views)]
         views = drawn or [layer_features(model, images, most)]
@@ -184,13 +184,13 @@ def _retrieval(request: Request, settings: RetrievalSettings) -> Measured:
     queries = vectors(
         encoder, [_reader(p, box) for p, box in zip(truth.queries, truth.boxes, strict=True)]
     )
-    about = (encoder.name, encoder.space, encoder.licence)
+    about = (encoder.name, encoder.space, encoder.license)
     found = retrieve_revisited(database, queries, truth)
     return Measured(found, len(truth.images), len(truth.queries), *about)
 
 
 def _vector_pair(request: Request) -> tuple[Features, Features, tuple[str, str, str]]:
-    """Features of both sets, and name, space and licence of what made them.
+    """Features of both sets, and name, space and license of what made them.
 
     Raises:
         ConfigError: stored features of two spaces.
@@ -198,9 +198,9 @@ def _vector_pair(request: Request) -> tuple[Features, Features, tuple[str, str, 
     paths = (_train_of(request), request.test)
     if not any(is_stored(path) for path in paths):
         encoder = _encoder(request)
-        sets = [labelled_images(path) for path in paths]
+        sets = [labeled_images(path) for path in paths]
         train, test = (image_vectors(encoder, items) for items in sets)
-        return train, test, (encoder.name, encoder.space, encoder.licence)
+        return train, test, (encoder.name, encoder.space, encoder.license)
     if not all(is_stored(path) for path in paths):
         raise ConfigError(f"{paths[0]}, {paths[1]}: give images for both, or features for both")
     attributes = [Dataset.open(path).attributes for path in paths]
@@ -211,8 +211,8 @@ def _vector_pair(request: Request) -> tuple[Features, Features, tuple[str, str, 
             f"of {spaces[0] or 'unknown'}; embed one like the other"
         )
     name = str(attributes[0].get("encoder", request.encoder or "unknown"))
-    licence = str(attributes[0].get("licence", "unknown"))
-    return stored_vectors(paths[0]), stored_vectors(paths[1]), (name, spaces[0], licence)
+    license = license_in(attributes[0])
+    return stored_vectors(paths[0]), stored_vectors(paths[1]), (name, spaces[0], license)
 
 
 def _reader(
@@ -252,7 +252,7 @@ def _dense(
     model = _feature_model(request)
     metrics = measure(model, train.scenes, test.scenes, layout, settings)
     metrics["images_without_target"] = float(train.unpaired + test.unpaired)
-    about = (model.name, model.space, model.licence)
+    about = (model.name, model.space, model.license)
     return Measured(metrics, len(train.scenes), len(test.scenes), *about)
 
 
@@ -260,7 +260,7 @@ def _artifacts(request: Request, settings: ArtifactSettings) -> Measured:
     images = images_below(request.test)
     model = _feature_model(request)
     metrics = artifacts(model, images, settings)
-    return Measured(metrics, 0, len(images), model.name, model.space, model.licence)
+    return Measured(metrics, 0, len(images), model.name, model.space, model.license)
 
 
 # --- what is evaluated --------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def _train_of(request: Request) -> str:
 
 
 TASKS: dict[str, Task] = {
-    "knn": Task("k nearest neighbours vote", KnnTaskSettings, _knn),
+    "knn": Task("k nearest neighbors vote", KnnTaskSettings, _knn),
     "linear": Task("a grid of linear classifiers", LinearSettings, _linear),
     "logreg": Task("logistic regression", LogisticSettings, _logreg),
     "retrieval": Task("mean average precision of ranking", RetrievalSettings, _retrieval),

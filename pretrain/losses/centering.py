@@ -17,7 +17,7 @@ from pretrain.losses.targets import SoftmaxTargets, wide
 
 
 class Center(nn.Module):
-    """The moving centre of one head's logits."""
+    """The moving center of one head's logits."""
 
     center: Tensor
     """(K,)."""
@@ -29,7 +29,7 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def targets(self, projected: Projected, temperature: float) -> SoftmaxTargets:
-        """Give the targets by the present centre, then move it."""
+        """Give the targets by the present center, then move it."""
         targets = SoftmaxTargets(projected, temperature, -self.center / temperature)
         self._update(projected)
         return targets

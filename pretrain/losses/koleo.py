@@ -1,4 +1,4 @@
-"""KoLeo: push each image away from its nearest neighbour in the batch.
+"""KoLeo: push each image away from its nearest neighbor in the batch.
 
 loss = -mean_i log(min_j |x_i - x_j| + eps), over unit rows, always in float32 or wider: in half
 precision eps vanishes and two equal rows give infinity.

@@ -1,6 +1,6 @@
 """The teacher's targets: probabilities over prototypes, a block at a time.
 
-Both ways to centre (Sinkhorn-Knopp, moving centre) come to the same form: the softmax of
+Both ways to center (Sinkhorn-Knopp, moving center) come to the same form: the softmax of
 logits / temperature plus one bias a prototype.
 
 Legend: M rows, b bottleneck, K prototypes, r rows of a block, c prototypes of a block.
@@ -53,7 +53,7 @@ class SoftmaxTargets:
 
 @dataclass(frozen=True)
 class ScaledTargets:
-    """Rows of `exponentials * scale`, normalised: a softmax whose exponentials are held."""
+    """Rows of `exponentials * scale`, normalized: a softmax whose exponentials are held."""
 
     exponentials: Tensor
     """(M, K)."""

@@ -1,4 +1,4 @@
-"""Sets of embeddings for the tests of neighbours."""
+"""Sets of embeddings for the tests of neighbors."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curation.errors import ConfigError
-from curation.identity import file_source, normalise_url, set_name_of
+from curation.identity import file_source, normalize_url, set_name_of
 
 SAME = [
     ("http://example.com", "http://example.com/"),
@@ -19,25 +19,25 @@ SAME = [
 
 
 @pytest.mark.parametrize(("url", "normal"), SAME)
-def test_normalise_url__known_cases(url, normal):
-    assert normalise_url(url) == normal
+def test_normalize_url__known_cases(url, normal):
+    assert normalize_url(url) == normal
 
 
 @pytest.mark.parametrize(
     "url", ["", "file:///etc/passwd", "http://", "//a/b", "http://a:x/", "http://[/"]
 )
-def test_normalise_url__refuses(url):
+def test_normalize_url__refuses(url):
     with pytest.raises(ValueError, match=r"."):
-        normalise_url(url)
+        normalize_url(url)
 
 
 @given(st.text(max_size=40))
-def test_normalise_url__is_idempotent_and_raises_only_value_errors(tail):
+def test_normalize_url__is_idempotent_and_raises_only_value_errors(tail):
     try:
-        once = normalise_url("http://example.com/" + tail)
+        once = normalize_url("http://example.com/" + tail)
     except ValueError:
         return
-    assert normalise_url(once) == once
+    assert normalize_url(once) == once
     assert once.isascii()
 
 

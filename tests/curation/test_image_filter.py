@@ -152,8 +152,8 @@ def test_measure_in_turn__drops_nothing():
 
 @pytest.mark.parametrize("max_side", [None, 64, 256, 300, 2000])
 def test_decoded_image__is_what_a_fresh_decode_gives(max_side):
-    grey = encode_jpeg(np.random.default_rng(0).integers(0, 256, (700, 900, 1), dtype=np.uint8))
-    for data in (photo(1, 700), photo(2, 200), grey):
+    gray = encode_jpeg(np.random.default_rng(0).integers(0, 256, (700, 900, 1), dtype=np.uint8))
+    for data in (photo(1, 700), photo(2, 200), gray):
         image = DecodedImage(data)
         for side in (None, 256, max_side, max_side):
             fresh = decode(data) if side is None else decode_within(data, side)

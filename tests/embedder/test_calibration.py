@@ -3,7 +3,7 @@ import numpy as np
 from embedder.calibration import (
     ComponentScores,
     compare,
-    nearest_neighbour_accuracy,
+    nearest_neighbor_accuracy,
     score_components,
     with_copies,
 )
@@ -37,12 +37,12 @@ def test_compare__counts_by_hand() -> None:
     assert scores.threshold_at_precision(0.99) == 0.96
 
 
-def test_nearest_neighbour_accuracy__by_vote() -> None:
+def test_nearest_neighbor_accuracy__by_vote() -> None:
     train = np.array([[1, 0], [0.99, 0.1], [0, 1], [0.1, 0.99], [-1, 0]])
     labels = np.array([0, 0, 1, 1, 1])
     test = np.array([[1, 0.05], [0.05, 1]])
-    assert nearest_neighbour_accuracy(train, labels, test, np.array([0, 1]), k=3) == 1
-    assert nearest_neighbour_accuracy(train, labels, test, np.array([1, 1]), k=3) == 0.5
+    assert nearest_neighbor_accuracy(train, labels, test, np.array([0, 1]), k=3) == 1
+    assert nearest_neighbor_accuracy(train, labels, test, np.array([1, 1]), k=3) == 0.5
 
 
 def test_score_components__a_picture_between_two_images_costs_one_of_them() -> None:

@@ -27,16 +27,16 @@ from embedder.errors import CurateError, EncoderError
 
 
 @dataclass(frozen=True)
-class MeanColour:
+class MeanColor:
     """An encoder small enough to check by hand; it counts nothing and keeps nothing."""
 
     space: str = "00"
     batch_size: int = 4
     device: str = "cpu"
-    name: str = "mean-colour"
+    name: str = "mean-color"
     width: int = 3
     thresholds: Thresholds | None = None
-    licence: str = "none"
+    license: str = "none"
 
     def preprocess(self, pixels: np.ndarray) -> np.ndarray:
         return pixels[:2, :2]
@@ -55,8 +55,8 @@ def pictures(count: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("count", [0, 1, 4, 11])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_embed_images__in_order_whatever_the_count(count: int, threads: int) -> None:
-    (rows,) = embed_images([MeanColour()], pictures(count), threads)
-    expected = [MeanColour().encode(np.stack([p[:2, :2]] * 4))[0] for p in pictures(count)]
+    (rows,) = embed_images([MeanColor()], pictures(count), threads)
+    expected = [MeanColor().encode(np.stack([p[:2, :2]] * 4))[0] for p in pictures(count)]
     assert rows.dtype == np.float16
     assert rows.shape == (count, 3)
     assert np.array_equal(rows, np.array(expected, np.float16).reshape(count, 3))
@@ -72,8 +72,8 @@ def test_embed_images__decodes_in_the_workers() -> None:
 
         return read
 
-    (rows,) = embed_images([MeanColour()], map(source, pictures(9)), threads=2)
-    assert np.array_equal(rows, embed_images([MeanColour()], pictures(9))[0])
+    (rows,) = embed_images([MeanColor()], map(source, pictures(9)), threads=2)
+    assert np.array_equal(rows, embed_images([MeanColor()], pictures(9))[0])
     assert all(name.startswith("embed") for name in seen)
 
 
@@ -81,7 +81,7 @@ def test_embed_images__takes_no_more_than_it_can_work_on() -> None:
     taken = 0
     done = threading.Event()
 
-    class Slow(MeanColour):
+    class Slow(MeanColor):
         def encode(self, batch: np.ndarray) -> np.ndarray:
             done.wait(0.05)
             return super().encode(batch)
@@ -109,7 +109,7 @@ def test_embed_images__a_worker_error_comes_through() -> None:
         raise EncoderError("this one")
 
     with pytest.raises(EncoderError, match="this one"):
-        embed_images([MeanColour()], [broken])
+        embed_images([MeanColor()], [broken])
 
 
 def test_busy_clock__counts_lanes_in_use_and_no_more() -> None:
@@ -131,13 +131,13 @@ def test_embed_images__counts_its_encoders_and_not_decoding() -> None:
         return pictures(1)[0]
 
     clock = BusyClock(1)
-    embed_images([MeanColour()], [slow] * 8, 1, clock)
+    embed_images([MeanColor()], [slow] * 8, 1, clock)
     assert 0 < clock.seconds < 0.08
 
 
 def test_embed_images__keeps_the_torch_threads() -> None:
     before = torch.get_num_threads()
-    embed_images([MeanColour()], pictures(5), threads=2)
+    embed_images([MeanColor()], pictures(5), threads=2)
     assert torch.get_num_threads() == before
 
 

@@ -359,7 +359,7 @@ def tensor_type(name: str, sides: list[int | str]) -> bytes:
 
 
 def pooling_model(side: int) -> bytes:
-    """An ONNX file that gives each image's mean colour: global average pooling, then flattening."""
+    """An ONNX file that gives each image's mean color: global average pooling, then flattening."""
     pool = field(1, "x") + field(2, "p") + field(4, "GlobalAveragePool")
     flat = field(1, "p") + field(2, "y") + field(4, "Flatten")
     graph = field(1, pool) + field(1, flat) + field(2, "g")
@@ -368,14 +368,14 @@ def pooling_model(side: int) -> bytes:
     return field(1, 8) + field(7, graph) + field(8, field(2, 13))
 
 
-def test_onnx__mean_colour(tmp_path: Path) -> None:
+def test_onnx__mean_color(tmp_path: Path) -> None:
     path = tmp_path / "a:b.onnx"
     path.write_bytes(pooling_model(32))
     encoder = load_encoder(f"onnx:{path}", batch_size=3)
     assert encoder.batch_size == 3
     batch = np.stack([encoder.preprocess(p) for p in pictures(3)])
-    colours = (torch.from_numpy(batch).permute(0, 3, 1, 2) / 255 - mean()) / std()
-    expected = nn.functional.normalize(colours.mean((2, 3))).numpy()
+    colors = (torch.from_numpy(batch).permute(0, 3, 1, 2) / 255 - mean()) / std()
+    expected = nn.functional.normalize(colors.mean((2, 3))).numpy()
     assert encoder.width == 3
     assert np.abs(encoder.encode(batch) - expected).max() < 1e-5
     (rows,) = embed_images([encoder], pictures(3))

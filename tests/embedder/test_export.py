@@ -390,4 +390,4 @@ def test_processor__gives_whole_patches(patch: int, side: int, seen: int, tmp_pa
     encoder = load_encoder(f"dinov2:{tmp_path}", device="cpu")
     assert encoder.preprocess(photo).shape == (seen, seen, 3)
     card = model_card(model, "huggingface", str(tmp_path), DataFacts(), {})
-    assert f"centre {seen} px" in card
+    assert f"center {seen} px" in card

@@ -95,7 +95,7 @@ def test_load_torchscript__what_reaches_out_is_refused(tmp_path: Path) -> None:
 
 
 class CopyNetwork(nn.Module):
-    """As SSCD: a ResNet, generalised mean, a projection, unit length."""
+    """As SSCD: a ResNet, generalized mean, a projection, unit length."""
 
     def __init__(self) -> None:
         from torchvision.models import resnet18

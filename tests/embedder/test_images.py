@@ -116,8 +116,8 @@ JPEG_KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "restarts": ("RGB", {"restart_marker_blocks": 10}),
     "own tables": ("RGB", {"optimize": True}),
     "profile": ("RGB", {"icc_profile": "its own"}),
-    "grey": ("L", {}),
-    "grey, progressive": ("L", {"progressive": True}),
+    "gray": ("L", {}),
+    "gray, progressive": ("L", {"progressive": True}),
     "CMYK": ("CMYK", {}),
     "CMYK, progressive": ("CMYK", {"progressive": True}),
 }
@@ -144,7 +144,7 @@ def test_decode__jpeg_without_its_last_marker_has_all_its_pixels(kind: str) -> N
 
 @pytest.mark.parametrize("padding", [b"\0" * 3, b"\0" * 4000, b"\xff" * 4000, b"a\0z"])
 def test_decode__padding_before_the_last_marker_does_no_harm(padding: bytes) -> None:
-    for kind in ("4:4:4", "progressive", "grey", "CMYK"):
+    for kind in ("4:4:4", "progressive", "gray", "CMYK"):
         data = rough_jpeg(kind)
         assert np.array_equal(decode(data[:-2] + padding + END), decode(data))
 
@@ -326,7 +326,7 @@ def test_decode__deep_png_with_a_transparent_value() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
-def test_decode__deep_grey_keeps_its_range(dtype: type) -> None:
+def test_decode__deep_gray_keeps_its_range(dtype: type) -> None:
     ramp = np.tile(np.linspace(0, 65535, 64), (8, 1))
     values = (ramp / 65535 if dtype is np.float32 else ramp).astype(dtype)
     pixels = decode(saved(Image.fromarray(values), "TIFF"))
@@ -355,7 +355,7 @@ def test_decode__half_transparent_red_is_pink() -> None:
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
 def test_decode__first_frame_of_an_animation(format: str) -> None:
-    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, (0, 0, 255))]
+    frames = [Image.new("RGB", (16, 16), color) for color in (RED, (0, 0, 255))]
     data = saved(frames[0], format, save_all=True, append_images=frames[1:])
     assert differ(decode(data), np.asarray(frames[0])) < 3
 

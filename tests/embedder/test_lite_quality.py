@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedder.calibration import CopyScores, nearest_neighbour_accuracy, score_copies
+from embedder.calibration import CopyScores, nearest_neighbor_accuracy, score_copies
 from embedder.encoder import embed_images, load_encoder
 from embedder.images import decode
 
@@ -39,7 +39,7 @@ def test_lite_copy__spares_the_innocents(copies: CopyScores) -> None:
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_lite_semantic__nearest_neighbours_share_the_class(step: int) -> None:
+def test_lite_semantic__nearest_neighbors_share_the_class(step: int) -> None:
     rows, labels = {}, {}
     for split in ("train", "val"):
         paths = sorted((DATA / "imagenette" / split).glob("*/*"))[::step]
@@ -47,7 +47,5 @@ def test_lite_semantic__nearest_neighbours_share_the_class(step: int) -> None:
         labels[split] = np.array([folders.index(path.parent.name) for path in paths])
         images = (decode(path.read_bytes()) for path in paths)
         (rows[split],) = embed_images([load_encoder("lite-semantic")], images)
-    accuracy = nearest_neighbour_accuracy(
-        rows["train"], labels["train"], rows["val"], labels["val"]
-    )
+    accuracy = nearest_neighbor_accuracy(rows["train"], labels["train"], rows["val"], labels["val"])
     assert accuracy >= 0.93

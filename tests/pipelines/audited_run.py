@@ -47,7 +47,7 @@ pool:
 class TinyEncoder:
     """16 x 16 pixels without their mean: enough for small edits, and made without torch."""
 
-    name, space, licence = "lite-copy", "tiny", "none"
+    name, space, license = "lite-copy", "tiny", "none"
     width, batch_size, device = 768, 8, "cpu"
     thresholds = Thresholds(0.93, 0.9)
     parts, memory = {"weights": "tiny"}, EncoderMemory(0, 0)
@@ -105,7 +105,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def picture(rng: np.random.Generator) -> np.ndarray:
-    """96 x 96 pixels of coloured blobs and bars, unlike any other."""
+    """96 x 96 pixels of colored blobs and bars, unlike any other."""
     coarse = rng.integers(0, 255, (5, 5, 3), dtype=np.uint8)
     image = resize(coarse, 96, 96).copy()
     for _ in range(6):

@@ -44,7 +44,7 @@ def test_multi_crop__shapes_and_seed() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(crops, again, strict=True))
 
 
-def test_colour_changes__near_torchvision() -> None:
+def test_color_changes__near_torchvision() -> None:
     pixels = photo()
     image = Image.fromarray(pixels)
     pairs = [
@@ -70,5 +70,5 @@ def test_draw_box__inside_and_within_scale() -> None:
 def test_normalize__is_imagenet() -> None:
     from pretrain.batch import normalize
 
-    grey = normalize(torch.full((3, 1, 1), 255, dtype=torch.uint8)).flatten()
-    torch.testing.assert_close(grey, torch.tensor([2.2489, 2.4286, 2.64]), rtol=1e-4, atol=1e-4)
+    gray = normalize(torch.full((3, 1, 1), 255, dtype=torch.uint8)).flatten()
+    torch.testing.assert_close(gray, torch.tensor([2.2489, 2.4286, 2.64]), rtol=1e-4, atol=1e-4)

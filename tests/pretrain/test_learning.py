@@ -41,8 +41,8 @@ def test_tiny__does_not_collapse(shared_data: Path, tmp_path: Path, centering: s
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_tiny__uncentred_teacher_collapses_and_is_seen(shared_data: Path, tmp_path: Path) -> None:
-    """The alarms are no ornament: a centre that never moves and no KoLeo end in one prototype."""
+def test_tiny__uncentered_teacher_collapses_and_is_seen(shared_data: Path, tmp_path: Path) -> None:
+    """The alarms are no ornament: a center that never moves and no KoLeo end in one prototype."""
     changes = ("loss.center_momentum=0.999999", "loss.koleo_weight=0", "loss.ibot_weight=0")
     config = load_config("tiny", [*CHANGES, *changes])
     result = run(config, str(shared_data / "imagenette-96" / "train"), str(tmp_path))

@@ -5,7 +5,7 @@ import pytest
 
 from curation.errors import DatasetError
 from pretrain.data import Batches, Part
-from pretrain.evaluation.datasets import DEPTH, labelled_images, open_scenes
+from pretrain.evaluation.datasets import DEPTH, labeled_images, open_scenes
 from pretrain.sources import LooseImages, PackedShards, describe_source, open_source
 from tests.pretrain.small_runs import jpeg, small_config, write_folder, write_shards
 
@@ -88,7 +88,7 @@ def test_batches__images_that_cannot_be_read_are_replaced_and_listed(tmp_path: P
     }
 
 
-def test_labelled_images__what_cannot_be_read_is_left_out_and_told(
+def test_labeled_images__what_cannot_be_read_is_left_out_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     odd_folder(tmp_path / "set" / "cat")
@@ -97,19 +97,19 @@ def test_labelled_images__what_cannot_be_read_is_left_out_and_told(
     write_folder(tmp_path / "set" / ".ipynb_checkpoints", 1)
     (tmp_path / "set" / "loose.jpg").write_bytes(jpeg(1))
     with caplog.at_level("INFO"):
-        found = labelled_images(str(tmp_path / "set"))
+        found = labeled_images(str(tmp_path / "set"))
     assert [item.label for item in found] == ["cat"] * 4 + ["dog"] * 2
     assert {item.image.pixels().shape for item in found} == {(64, 80, 3)}
     assert "left out: 3 unreadable, 1 empty, 1 hidden, 1 too large" in caplog.text
     assert "1 images lie in no class" in caplog.text
 
 
-def test_labelled_images__classes_inside_tars(tmp_path: Path) -> None:
+def test_labeled_images__classes_inside_tars(tmp_path: Path) -> None:
     root = write_shards(tmp_path / "n01", [[("a", jpeg(0), None)]])
     (root / "shard-00000.tar").rename(tmp_path / "n01.tar")
     for file in root.iterdir():
         file.unlink()
-    (item,) = labelled_images(str(tmp_path))
+    (item,) = labeled_images(str(tmp_path))
     assert (item.label, item.image.name) == ("n01", "n01.tar/a.jpg")
 
 

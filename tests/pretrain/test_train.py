@@ -112,7 +112,7 @@ def test_take_step__losses_fall_on_one_repeated_batch(
     )
     trainer = Trainer(config, images, tmp_path, CPU, resume=True)
     batch = Batches(trainer.source, config).batch(Part(0, 4, 0, 4)).to(trainer.device)
-    for _ in range(60):  # a fresh centre lags, which moves the loss more than learning does
+    for _ in range(60):  # a fresh center lags, which moves the loss more than learning does
         trainer.method.targets([batch], 0.04)
     totals = [trainer.take_step([batch])["loss"] for _ in range(60)]
     assert sum(totals[-5:]) < 0.8 * sum(totals[:5])
@@ -283,7 +283,7 @@ def test_run__half_precision_with_recomputed_activations(
 
 
 def test_run__accumulated_parts_are_the_whole_batch(images: str, tmp_path: Path) -> None:
-    """Apart from KoLeo, which seeks neighbours within a part."""
+    """Apart from KoLeo, which seeks neighbors within a part."""
     loss = {**small_config().loss.model_dump(), "koleo_weight": 0.0}
     rest = {"model": {"drop_path": 0.0}, "loss": loss}
     whole = run(small_config(**rest), images, str(tmp_path / "whole"))

@@ -72,7 +72,7 @@ _Visit = Callable[[np.ndarray, int, np.ndarray], None]
 
 @dataclass(frozen=True)
 class CoarseQuantizer:
-    """Quantised centroids of lists and of their groups, ready for products."""
+    """Quantized centroids of lists and of their groups, ready for products."""
 
     groups: np.ndarray
     """(G, D) int8."""
@@ -147,7 +147,7 @@ class CoarseQuantizer:
     def least_of_sketches(self, rows: np.ndarray) -> int:
         """A bound for products of sketches that rows exceed with few of the lists on average.
 
-        Where space has a favoured direction, strangers look alike, and what is gained by sketches
+        Where space has a favored direction, strangers look alike, and what is gained by sketches
         would be lost by looking closer. rows: (N, D), not trained on.
         """
         sketches = sketches_of(quantize_rows(rows[:_ROWS_SKETCHED]))

@@ -1,9 +1,9 @@
 """Groups of alike rows in a sample: where there are some, they make the best lists.
 
 k-means with far fewer centroids than groups bundles strangers, and a centroid that stands for a
-dozen groups says little about each. Here neighbours within the sample are found first, by
+dozen groups says little about each. Here neighbors within the sample are found first, by
 sketches and coarse lists, so roughly that it costs little; then rows gather around those with
-most neighbours. A group's mean lies much nearer to the group's other rows than any of them does.
+most neighbors. A group's mean lies much nearer to the group's other rows than any of them does.
 S sampled rows, D width, E edges.
 """
 
@@ -35,7 +35,7 @@ _FEWEST_MET, _SHARE_MET = 16, 1 / 96
 """Lists that a row meets: that many at least, or that share of them."""
 _LONGEST = 1 << 13
 """Rows of a list that others are compared with; the rest of a crowd adds nothing new."""
-_MOST_NEIGHBOURS, _ENOUGH = 16, 32
+_MOST_NEIGHBORS, _ENOUGH = 16, 32
 """Of a row in one list, and in all before it looks no further: in a crowd all find the same first
 ones."""
 _ROUNDS = 32
@@ -57,7 +57,7 @@ def sample_duplicate_groups(
     first = first_identical(rows)
     uniques = np.flatnonzero(first == np.arange(len(rows)))
     some = rows[uniques] if len(uniques) < len(rows) else rows
-    leaders = _leaders(len(some), *_neighbours(some, cosine, rng, threads))
+    leaders = _leaders(len(some), *_neighbors(some, cosine, rng, threads))
     groups = np.full(len(rows), -1, np.int64)
     groups[uniques] = np.where(leaders < 0, -1, uniques[leaders])
     groups = groups[first]
@@ -69,18 +69,18 @@ def sample_duplicate_groups(
 def _merged(
     rows: np.ndarray, groups: np.ndarray, cosine: float, rng: np.random.Generator, threads: int
 ) -> np.ndarray:
-    """(S,) int64: groups whose means are alike as one: neighbours found in part split a group."""
+    """(S,) int64: groups whose means are alike as one: neighbors found in part split a group."""
     numbers = np.unique(groups[groups >= 0])
     if not len(numbers):
         return groups
     means = quantize_rows(means_of_groups(rows, groups, numbers))
-    leaders = _leaders(len(means), *_neighbours(means, cosine, rng, threads))
+    leaders = _leaders(len(means), *_neighbors(means, cosine, rng, threads))
     merged = np.arange(len(rows))
     merged[numbers] = np.where(leaders < 0, numbers, numbers[leaders])
     return np.where(groups < 0, -1, merged[groups])
 
 
-def _neighbours(rows: np.ndarray, cosine: float, rng: np.random.Generator, threads: int) -> _Edges:
+def _neighbors(rows: np.ndarray, cosine: float, rng: np.random.Generator, threads: int) -> _Edges:
     """Most pairs of rows that are alike or nearly so, of which one meets the list of the other."""
     homes, visitors, starts = _coarse_lists(rows, rng, threads)
     order, home_starts = by_group(homes, len(starts) - 1)
@@ -152,7 +152,7 @@ class _Compared:
             some = visitors[start : start + _VISITORS]
             scores = integer_products(self.sketches[some], own).numpy()
             who, which = np.divmod(np.flatnonzero(scores > least), len(residents))
-            few = ranks_within(who) <= _MOST_NEIGHBOURS  # itself is one
+            few = ranks_within(who) <= _MOST_NEIGHBORS  # itself is one
             found.append(self._nearly_alike(some[who[few]], residents[which[few]]))
         return np.concatenate(found)
 
@@ -165,9 +165,9 @@ class _Compared:
 
 
 def _leaders(num_rows: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """(S,) int64: the leader among each row's neighbours, or itself; -1 without neighbours.
+    """(S,) int64: the leader among each row's neighbors, or itself; -1 without neighbors.
 
-    The row with most neighbours leads them, then of those left the one with most, and so on.
+    The row with most neighbors leads them, then of those left the one with most, and so on.
     left, right: (E,) each pair once.
     """
     degrees = np.bincount(left, minlength=num_rows) + np.bincount(right, minlength=num_rows)

@@ -43,7 +43,7 @@ _NEAR = 0.8
 _SHARE_FOR_GROUPS = 0.2
 """Share of the rows that is sampled where groups are sought: some rows of each."""
 _FINDING_GROUPS = 256
-"""Bytes that finding groups takes for a sampled row: its sketch, its neighbours."""
+"""Bytes that finding groups takes for a sampled row: its sketch, its neighbors."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def train_router(
 def lists_for(num_rows: int) -> int:
     """How many lists so many rows get.
 
-    As long as one level of lists does, they grow longer before there are two: two lose neighbours
+    As long as one level of lists does, they grow longer before there are two: two lose neighbors
     where rows form no large groups.
     """
     wanted = int(np.clip(num_rows // _ROWS_PER_LIST, 16, _MOST_LISTS))

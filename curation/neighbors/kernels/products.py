@@ -43,7 +43,7 @@ class Products:
         """The largest possible error of one cosine.
 
         bfloat16 keeps 8 bits: each factor is off by at most 2^-9 of itself, so are the result
-        and the bound; sums of float32 add at most 2^-24 a term, and normalising a few more.
+        and the bound; sums of float32 add at most 2^-24 a term, and normalizing a few more.
         """
         sums = (width + 8) * 2.0**-24
         return sums if self.precision == "float32" else 4.2 * 2.0**-9 + sums

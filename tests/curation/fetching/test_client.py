@@ -101,7 +101,7 @@ NAMES = (*ARRIVING, *CLOSING, *FAILING, "stall", "redirect", "redirect-unread", 
 
 
 def reply(connection: socket.socket, path: str) -> bool:
-    """Paths are /BEHAVIOUR/END/NUMBER."""
+    """Paths are /BEHAVIOR/END/NUMBER."""
     name, end, number = path.strip("/").split("/")
     body = image_of(path)
     if name.startswith("redirect"):

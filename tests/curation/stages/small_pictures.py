@@ -12,7 +12,7 @@ SCHEMA = schema_of(IMAGE_COLUMNS)
 
 
 def picture(number: int, side: int = 64) -> np.ndarray:
-    """A coloured pattern that differs for every number."""
+    """A colored pattern that differs for every number."""
     rng = np.random.default_rng(number)
     small = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
     return np.kron(small, np.ones((side // 8, side // 8, 1), np.uint8))

@@ -34,7 +34,7 @@ QUICK = {
     "retries": 1,
 }
 
-BEHAVIOURS = {
+BEHAVIORS = {
     "/ok/1.jpg": None,
     "/moved": None,
     "/gzipped": None,
@@ -92,16 +92,16 @@ def downloaded(stage: Download, *urls: str | None, client: Client | None = None)
     return shard
 
 
-def test_download__each_behaviour_has_its_reason_within_its_deadline(hostile_server):
+def test_download__each_behavior_has_its_reason_within_its_deadline(hostile_server):
     stage = Download(**QUICK)
     began = time.monotonic()
-    urls = [hostile_server.url + path for path in BEHAVIOURS]
+    urls = [hostile_server.url + path for path in BEHAVIORS]
     shard = downloaded(stage, *urls)
     seconds = time.monotonic() - began
-    assert dict(zip(BEHAVIOURS, shard.reasons, strict=True)) == BEHAVIOURS
+    assert dict(zip(BEHAVIORS, shard.reasons, strict=True)) == BEHAVIORS
     assert seconds < 12  # two attempts of 2 s, one after the other, and some room
     fetches = shard.emitted["fetches"]
-    by_path = dict(zip(BEHAVIOURS, zip(*fetches.values(), strict=True), strict=True))
+    by_path = dict(zip(BEHAVIORS, zip(*fetches.values(), strict=True), strict=True))
     columns = list(fetches)
     busy = dict(zip(columns, by_path["/busy-then-ok"], strict=True))
     assert (busy["status"], busy["attempts"], busy["http_status"]) == ("arrived", 2, 200)

@@ -73,7 +73,7 @@ def test_faces__later_stages_see_blurred_pixels(faces):
     assert contrasts[1] < contrasts[0]
 
 
-def test_faces__threads_and_neighbours_do_not_change_a_result(faces):
+def test_faces__threads_and_neighbors_do_not_change_a_result(faces):
     together = searched(Faces(threads=3), *faces[:6]).emitted["faces"]["boxes"]
     alone = [searched(Faces(threads=1), one).emitted["faces"]["boxes"][0] for one in faces[:6]]
     assert together == alone

@@ -164,7 +164,7 @@ def test_near_dedup__ray_gives_the_same_content(embed, dedup):
 
 
 def test_near_dedup__chains_join_and_linkage_representative_breaks_them(embed, dedup):
-    angles = np.deg2rad([0, 45, 90, 135])  # neighbours at cosine 0.71, others at most 0
+    angles = np.deg2rad([0, 45, 90, 135])  # neighbors at cosine 0.71, others at most 0
     rows = np.zeros((4, WIDTH))
     rows[:, 0], rows[:, 1] = np.cos(angles), np.sin(angles)
     pool = embed(rows, ids=[f"{i:032x}" for i in range(4)])
@@ -179,7 +179,7 @@ def test_near_dedup__chains_join_and_linkage_representative_breaks_them(embed, d
     assert kept == {"components": ["0"], "representative": ["0", "2"]}
 
 
-def test_near_dedup__bad_vectors_go_and_are_nobodys_neighbour(embed, dedup):
+def test_near_dedup__bad_vectors_go_and_are_nobodys_neighbor(embed, dedup):
     rows = np.ones((6, WIDTH))
     rows[0], rows[1, 3], rows[2, 5], rows[3] = 0, np.nan, np.inf, 0
     pool = embed(rows, kind=pa.list_(pa.float32()))
@@ -190,7 +190,7 @@ def test_near_dedup__bad_vectors_go_and_are_nobodys_neighbour(embed, dedup):
 
 
 def test_near_dedup__against_drops_whole_components_direct_and_chained(embed, dedup):
-    angles = np.deg2rad([0, 60, 120, 200])  # cosine 0.5 between neighbours, less beyond
+    angles = np.deg2rad([0, 60, 120, 200])  # cosine 0.5 between neighbors, less beyond
     rows = np.zeros((5, WIDTH))
     rows[:4, 0], rows[:4, 1], rows[4, 2] = np.cos(angles), np.sin(angles), 1
     pool = embed(rows, ids=[f"{i:032x}" for i in range(5)])

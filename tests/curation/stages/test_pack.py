@@ -59,7 +59,7 @@ def test_pack__broken_image_is_dropped_with_its_reason(tmp_path):
     assert rows[2]["id"] not in packed.read()["id"].to_pylist()
 
 
-def test_pack__faces_are_burnt_in(tmp_path):
+def test_pack__faces_are_burned_in(tmp_path):
     row = image_row(1)
     pool = pool_of(tmp_path / "rows", [row], shards=1)
     boxed = with_boxes(tmp_path, pool, [{"id": row["id"], "boxes": [[0, 0, 32, 32]]}])

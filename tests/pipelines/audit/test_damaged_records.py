@@ -54,9 +54,9 @@ def test_audit_verbs__mutated_records(seed, work, capsys):
     rng = np.random.default_rng(seed)
     files = (p for p in work.rglob("*.json") if "certificate" not in p.parts)  # of another test
     small = sorted(p for p in files if p.stat().st_size)
-    favoured = [p for p in small if p.name in ("run.json", "_stage.json", "_manifest.json")]
+    favored = [p for p in small if p.name in ("run.json", "_stage.json", "_manifest.json")]
     for number in range(6):
-        file = (work / "run.json", favoured[rng.integers(len(favoured))])[number % 2]
+        file = (work / "run.json", favored[rng.integers(len(favored))])[number % 2]
         before = file.read_bytes()
         file.write_text(json.dumps(mutated(json.loads(before), rng), indent=1) + "\n")
         verbs = [

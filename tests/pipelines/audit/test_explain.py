@@ -85,7 +85,7 @@ def test_explain__no_run_there(tmp_path):
         explain("f" * 32, str(tmp_path))
 
 
-def test_possible_ids__urls_are_normalised():
+def test_possible_ids__urls_are_normalized():
     assert make_id("http://a.org/x") in possible_ids("HTTP://A.org:80/x#y", [])
 
 

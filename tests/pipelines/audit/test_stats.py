@@ -88,8 +88,8 @@ def test_count_by_column__host_and_column(tmp_path):
 
 
 def test_count_by_column__unknown_column():
-    with pytest.raises(ConfigError, match="--by colour: no such column; there are: host, id"):
-        count_by_column(str(finished_run()), "colour")
+    with pytest.raises(ConfigError, match="--by color: no such column; there are: host, id"):
+        count_by_column(str(finished_run()), "color")
 
 
 def test_count_by_column__hostile_name_is_no_sql(tmp_path):

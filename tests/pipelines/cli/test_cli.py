@@ -147,7 +147,7 @@ def test_retrieve__sample_and_cluster_rules(embeddings, tmp_path):
     assert {hit["rule"] for hit in hits} == {"sample"}
 
 
-def test_neighbours__take_recall_memory_and_their_choices(tmp_path):
+def test_neighbors__take_recall_memory_and_their_choices(tmp_path):
     rows = vectors(tmp_path / "e", 300, 8)
     how = ("--recall", 0.9, "--memory", "2GB", "--set", "comparison.method=lists")
     said = succeeds("dedup", rows, *how, "--linkage", "representative", "--out", tmp_path / "d")
@@ -221,7 +221,7 @@ def test_encoders__says_what_works_here_and_why_not():
     assert "no file /no/such.pt" in bad["note"]
 
 
-def test_wrong_recipe__misspelt_key(tmp_path):
+def test_wrong_recipe__misspelled_key(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: x\npool:\n  - ingest: {images: /x}\n  - canonicalize: {max_sde: 3}\n")
     line = fails(2, "run", recipe, "--work", tmp_path / "w")

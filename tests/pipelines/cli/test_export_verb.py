@@ -12,7 +12,7 @@ from curation.dataset import commit, write_shard
 from curation.errors import ConfigError
 from curation.schema import schema_of
 from embedder.encoder import load_encoder
-from embedder.encoders.dinov2 import licence_of
+from embedder.encoders.dinov2 import license_of
 from pipelines.audit.model_card import data_facts
 from pipelines.cli.app import app
 from pretrain.train import run
@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_export__writes_weights_and_card(trained: Path, tmp_path: Path, format: str) -> None:
     out = tmp_path / "model"
     command = ["export", str(trained / "run"), "--format", format, "--out", str(out)]
-    result = CLI.invoke(app, [*command, "--licence", "cc-by-4.0"], catch_exceptions=False)
+    result = CLI.invoke(app, [*command, "--license", "cc-by-4.0"], catch_exceptions=False)
     assert result.exit_code == 0
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\n")
@@ -47,7 +47,7 @@ def test_export__writes_weights_and_card(trained: Path, tmp_path: Path, format: 
     assert "images: unknown; the data names no licenses" in card
     with safe_open(out / "model.safetensors", framework="pt") as file:
         metadata = file.metadata()
-    assert metadata["licence"] == "cc-by-4.0"
+    assert metadata["license"] == "cc-by-4.0"
     assert json.loads(metadata["vit_config"])["width"] == 24
 
 
@@ -65,12 +65,12 @@ def export(*arguments: object) -> None:
         ("onnx", "onnx:{out}/model.onnx"),
     ],
 )
-def test_export__the_licence_stays_with_the_weights(
+def test_export__the_license_stays_with_the_weights(
     trained: Path, tmp_path: Path, format: str, name: str
 ) -> None:
     given, again = tmp_path / "given", tmp_path / "again"
-    export(trained / "run", "--format", format, "--out", given, "--licence", "cc-by-nc-4.0")
-    assert load_encoder(name.format(out=given), device="cpu").licence == "cc-by-nc-4.0"
+    export(trained / "run", "--format", format, "--out", given, "--license", "cc-by-nc-4.0")
+    assert load_encoder(name.format(out=given), device="cpu").license == "cc-by-nc-4.0"
     if format == "timm":
         config = json.loads((given / "config.json").read_text())
         assert config["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
@@ -79,14 +79,14 @@ def test_export__the_licence_stays_with_the_weights(
         assert (again / "README.md").read_text().startswith("---\nlicense: cc-by-nc-4.0\n")
 
 
-def test_licence__of_weights_that_name_none_is_unknown(trained: Path, tmp_path: Path) -> None:
+def test_license__of_weights_that_name_none_is_unknown(trained: Path, tmp_path: Path) -> None:
     file = trained / "run" / "backbone.safetensors"
-    assert load_encoder(f"dinov2:{file}").licence == "unknown"
+    assert load_encoder(f"dinov2:{file}").license == "unknown"
     export(file, "--out", tmp_path)
     assert (tmp_path / "README.md").read_text().startswith("---\nlicense: unknown\n")
-    assert load_encoder("dinov2:vits14:random").licence == "none (random weights)"
-    assert licence_of("vits14") == "Apache-2.0 (public weights)"
-    assert licence_of("/w/dinov2_vitb14_reg4_pretrain.pth") == "Apache-2.0 (public weights)"
+    assert load_encoder("dinov2:vits14:random").license == "none (random weights)"
+    assert license_of("vits14") == "Apache-2.0 (public weights)"
+    assert license_of("/w/dinov2_vitb14_reg4_pretrain.pth") == "Apache-2.0 (public weights)"
 
 
 def test_export__what_cannot_be_is_one_line(trained: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_export__what_cannot_be_is_one_line(trained: Path, tmp_path: Path) -> No
         assert message in str(result.exception)
 
 
-def test_data_facts__counts_sets_and_licences(tmp_path: Path) -> None:
+def test_data_facts__counts_sets_and_licenses(tmp_path: Path) -> None:
     schema = schema_of(["id", "source_set", "license"])
     rows = {
         "id": [f"{i:032x}" for i in range(4)],

@@ -157,7 +157,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_run__a_disk_that_fills_is_one_line_and_the_run_goes_on_afterwards(recipe, small_disk):
+def test_run__a_disk_that_fills_is_one_line_and_the_run_goes_on_afterward(recipe, small_disk):
     work = small_disk / "work"
     words = ("run", recipe, "--work", work)
     assert "no space left on the device" in fails(1, *words)

@@ -34,15 +34,15 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes that colour alone tells apart, in train and val."""
+    """Three classes that color alone tells apart, in train and val."""
     root = tmp_path_factory.mktemp("classes")
     rng = np.random.default_rng(0)
     for part, count in (("train", 10), ("val", 5)):
-        for name, colour in (("red", 0), ("green", 1), ("blue", 2)):
+        for name, color in (("red", 0), ("green", 1), ("blue", 2)):
             (root / part / name).mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 90, (70, 80, 3), dtype=np.uint8)
-                pixels[..., colour] += 150
+                pixels[..., color] += 150
                 Image.fromarray(pixels).save(root / part / name / f"{i}.jpg", quality=95)
     return root
 
@@ -131,7 +131,7 @@ def test_evaluate__artifacts_counts_outlier_norms(
     )
     assert found["outlier_share"] == 0
     assert found["test"] == 15
-    # A position whose embedding is huge: one patch of 16 becomes an artefact.
+    # A position whose embedding is huge: one patch of 16 becomes an artifact.
     from embedder.checkpoint import load_backbone
 
     model = load_backbone(backbone)

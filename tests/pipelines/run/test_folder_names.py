@@ -104,7 +104,7 @@ def test_render__a_folder_of_any_name(runs):
 
 
 @pytest.mark.parametrize("name", ["run[1]", "run*", "run?"])
-def test_remove__takes_no_neighbour_of_an_object_store(name):
+def test_remove__takes_no_neighbor_of_an_object_store(name):
     root = f"memory://remove-{len(name)}"
     for folder in (PLAIN, name):
         storage.write_bytes(f"{root}/{folder}/work/a", b"x")

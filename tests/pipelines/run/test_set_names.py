@@ -235,7 +235,7 @@ def embeddings(folder, directions, names, **attributes):
 
 
 @pytest.mark.parametrize("verb", ["dedup", "retrieve"])
-def test_neighbours__equal_ids_of_different_images_are_refused(tmp_path, verb):
+def test_neighbors__equal_ids_of_different_images_are_refused(tmp_path, verb):
     pool = embeddings(tmp_path / "train", [0, 1, 2], ["0.jpg", "1.jpg", "2.jpg"])
     same = embeddings(tmp_path / "same", [0, 1, 3], ["0.jpg", "1.jpg", "3.jpg"])
     other = embeddings(tmp_path / "val", [0, 4, 3], ["0.jpg", "1.jpg", "3.jpg"])
@@ -250,14 +250,14 @@ def test_neighbours__equal_ids_of_different_images_are_refused(tmp_path, verb):
         curate(*words(other), "--out", tmp_path / "b")
 
 
-def test_neighbours__a_url_in_pool_and_seeds_may_have_changed(tmp_path):
+def test_neighbors__a_url_in_pool_and_seeds_may_have_changed(tmp_path):
     names = ["http://a.example/0.jpg", "http://a.example/1.jpg"]
     pool = embeddings(tmp_path / "pool", [0, 1], names)
     seeds = embeddings(tmp_path / "seeds", [0, 5], names)
     curate("retrieve", pool, "--seeds", f"s={seeds}:sample:1", "--out", tmp_path / "h")
 
 
-def test_neighbours__ids_of_foreign_files_are_each_files_own(tmp_path):
+def test_neighbors__ids_of_foreign_files_are_each_files_own(tmp_path):
     for number, name in enumerate(("pool", "val")):
         rows = np.random.default_rng(number).normal(size=(5, 8)).astype(np.float32)
         table = pa.table({"id": [str(n) for n in range(5)], "embedding": list(rows)})

@@ -72,7 +72,7 @@ def test_render__sections_and_reasons(page):
     assert "17" in text
 
 
-def test_render__every_image_is_labelled_and_every_label_unique_target(page):
+def test_render__every_image_is_labeled_and_every_label_unique_target(page):
     tags = Tags(page).tags
     assert all("alt" in attributes for tag, attributes in tags if tag == "img")
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
@@ -175,9 +175,9 @@ def test_pictures__row_of_the_union_is_found_in_its_set():
 
 def test_groups_of__numbers_the_fullest_first_and_counts_what_is_kept():
     rng = np.random.default_rng(0)
-    centres = np.eye(3, 8)
+    centers = np.eye(3, 8)
     labels = np.repeat([0, 1, 2], [30, 60, 10])
-    vectors = centres[labels] + rng.normal(0, 0.01, (100, 8))
+    vectors = centers[labels] + rng.normal(0, 0.01, (100, 8))
     kept = labels != 1
     groups = groups_of(vectors.astype(np.float32), kept)
     assert sum(groups.before) == 100

@@ -261,7 +261,7 @@ BAD = [
     "/api/images?after=99999999999999999999",
     "/api/images?low=nan&score=quality.aspect",
     "/api/images?order=sideways",
-    "/api/images?colour=red",
+    "/api/images?color=red",
     "/api/images?score=aspect",
     "/api/images/pool/xyz",
     "/api/images/..%2f..%2fetc/00000000000000000000000000000000",

@@ -58,14 +58,14 @@ def lite() -> FeatureModel:
     return load_feature_model("lite-semantic", device="cpu")
 
 
-def raw_colours() -> FeatureModel:
-    """Mean colours of patches of 8 pixels, as if they were features of four layers."""
+def raw_colors() -> FeatureModel:
+    """Mean colors of patches of 8 pixels, as if they were features of four layers."""
 
     def run(images: Tensor, layers: Sequence[int]) -> list[Layer]:
         return [with_mean(torch.nn.functional.avg_pool2d(images, 8)) for _ in layers]
 
     options = place(LoadOptions(device="cpu", precision="float32"))
-    return FeatureModel("colours", "", "", 4, 8, 128, options, run)
+    return FeatureModel("colors", "", "", 4, 8, 128, options, run)
 
 
 def split(root: Path, layouts: dict[str, Layout]) -> tuple[list[Scene], list[Scene], Layout]:
@@ -80,8 +80,8 @@ def segment_scenes(model: FeatureModel, root: Path, **changes: object) -> dict[s
     return segmentation(model, train, test, layout, SegmentationSettings(**settings | changes))
 
 
-def test_segmentation__learns_scenes_far_above_colours(lite: FeatureModel, scenes: Path) -> None:
-    found, colours = (segment_scenes(model, scenes) for model in (lite, raw_colours()))
+def test_segmentation__learns_scenes_far_above_colors(lite: FeatureModel, scenes: Path) -> None:
+    found, colors = (segment_scenes(model, scenes) for model in (lite, raw_colors()))
     _, test, _ = split(scenes, SEGMENTATION)
     constant = Confusion(4)
     for scene in test:
@@ -89,7 +89,7 @@ def test_segmentation__learns_scenes_far_above_colours(lite: FeatureModel, scene
         constant.add(truth, torch.ones_like(truth))
     assert found["classes"] == 4
     assert found["miou"] > 0.65
-    assert found["miou"] > colours["miou"] + 0.25
+    assert found["miou"] > colors["miou"] + 0.25
     assert found["miou"] > constant.metrics()["miou"] + 0.4
 
 
@@ -111,9 +111,9 @@ def test_segmentation__linear_on_real_textures(lite: FeatureModel, tmp_path: Pat
     for part, columns in (("train", slice(0, 256)), ("test", slice(256, 512))):
         write_mosaics(tmp_path / part, [photo[:, columns] for photo in photos])
     linear = {"head": "linear", "steps": 60, "crop": 256}
-    found, colours = (segment_scenes(model, tmp_path, **linear) for model in (lite, raw_colours()))
+    found, colors = (segment_scenes(model, tmp_path, **linear) for model in (lite, raw_colors()))
     assert found["miou"] > 0.75
-    assert found["miou"] > colours["miou"] + 0.2
+    assert found["miou"] > colors["miou"] + 0.2
 
 
 def write_mosaics(root: Path, photos: list[np.ndarray]) -> None:
@@ -148,11 +148,11 @@ def constant_depth(root: Path) -> float:
     return float(np.mean([np.sqrt(np.mean((scene.values() - mean) ** 2)) for scene in test]))
 
 
-def test_depth__learns_scenes_far_above_colours(lite: FeatureModel, scenes: Path) -> None:
-    found, colours = (depth_of(model, scenes) for model in (lite, raw_colours()))
+def test_depth__learns_scenes_far_above_colors(lite: FeatureModel, scenes: Path) -> None:
+    found, colors = (depth_of(model, scenes) for model in (lite, raw_colors()))
     assert found["rmse"] < 0.6 * constant_depth(scenes)
-    assert found["rmse"] < 0.75 * colours["rmse"]
-    assert found["delta_1"] > colours["delta_1"] + 0.2
+    assert found["rmse"] < 0.75 * colors["rmse"]
+    assert found["delta_1"] > colors["delta_1"] + 0.2
 
 
 @pytest.mark.slow
@@ -160,16 +160,16 @@ def test_depth__learns_a_real_pair(lite: FeatureModel, tmp_path: Path) -> None:
     """The Middlebury motorcycle of scikit-image: columns of tiles teach, the others test."""
     left, _, disparity = stereo_motorcycle()
     known = np.isfinite(disparity)
-    metres = np.where(known, 994.978 * 0.193001 / (np.where(known, disparity, 1) + 31.086), 0)
+    meters = np.where(known, 994.978 * 0.193001 / (np.where(known, disparity, 1) + 31.086), 0)
     for part, first in (("train", 0), ("test", 1)):
-        write_tiles(tmp_path / part, left, metres.astype(np.float32), first)
+        write_tiles(tmp_path / part, left, meters.astype(np.float32), first)
     near = {"max_depth": 6.0, "steps": 150}
-    found, colours = (depth_of(model, tmp_path, **near) for model in (lite, raw_colours()))
+    found, colors = (depth_of(model, tmp_path, **near) for model in (lite, raw_colors()))
     assert found["rmse"] < 0.85 * constant_depth(tmp_path)
-    assert found["rmse"] < colours["rmse"]
+    assert found["rmse"] < colors["rmse"]
 
 
-def write_tiles(root: Path, image: np.ndarray, metres: np.ndarray, first: int) -> None:
+def write_tiles(root: Path, image: np.ndarray, meters: np.ndarray, first: int) -> None:
     (root / "images").mkdir(parents=True)
     (root / "depth").mkdir()
     for row in range(0, image.shape[0] - 127, 62):
@@ -177,7 +177,7 @@ def write_tiles(root: Path, image: np.ndarray, metres: np.ndarray, first: int) -
             window = slice(row, row + 128), slice(column, column + 128)
             name = f"{row}-{column}"
             Image.fromarray(image[window]).save(root / "images" / f"{name}.png")
-            np.save(root / "depth" / f"{name}.npy", metres[window])
+            np.save(root / "depth" / f"{name}.npy", meters[window])
 
 
 # --- metrics ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Labelled sets as they come: bad images, unknown classes, the same images on both sides."""
+"""Labeled sets as they come: bad images, unknown classes, the same images on both sides."""
 
 from pathlib import Path
 

@@ -5,7 +5,7 @@ import torch
 from curation.errors import ConfigError
 from embedder.feature_maps import load_feature_model
 from embedder.vit import VisionTransformer, ViTConfig
-from pretrain.evaluation.pictures import fitted, neighbours, pca_pictures, principal
+from pretrain.evaluation.pictures import fitted, neighbors, pca_pictures, principal
 
 
 def object_in_the_middle(seed: int, flip: float = 1.0) -> np.ndarray:
@@ -37,8 +37,8 @@ def test_pca_pictures__too_few_patches() -> None:
 
 def test_principal__is_the_singular_value_decomposition() -> None:
     rows = np.random.default_rng(0).normal(size=(50, 7)) * np.arange(1, 8)
-    centred = rows - rows.mean(0)
-    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    centered = rows - rows.mean(0)
+    u, s, _ = np.linalg.svd(centered, full_matrices=False)
     scores = principal(rows.astype(np.float32), 3)
     assert np.abs(np.abs(scores) - np.abs(u[:, :3] * s[:3])).max() < 1e-4
 
@@ -67,8 +67,8 @@ def test_fitted__whole_patches_and_the_same_aspect() -> None:
     assert fitted(np.zeros((90, 100, 3), np.uint8), model, 100).shape == (98, 112, 3)
 
 
-def test_neighbours__most_similar_first() -> None:
+def test_neighbors__most_similar_first() -> None:
     bank = np.eye(3, dtype=np.float32)
-    order, cosines = neighbours(np.array([[0.0, 0.8, 0.6]], np.float32), bank, 2)
+    order, cosines = neighbors(np.array([[0.0, 0.8, 0.6]], np.float32), bank, 2)
     assert order.tolist() == [[1, 2]]
     assert cosines[0].tolist() == pytest.approx([0.8, 0.6])

@@ -14,7 +14,7 @@ from pretrain.evaluation.datasets import DEPTH, SEGMENTATION, Layout, open_scene
 from pretrain.evaluation.depth import DepthSettings, depth
 from pretrain.evaluation.segmentation import Confusion, SegmentationSettings, segmentation
 from pretrain.evaluation.targets import same_shape
-from tests.pretrain.evaluation.test_dense import raw_colours
+from tests.pretrain.evaluation.test_dense import raw_colors
 
 HIGH, WIDE = 36, 48
 QUICK = {"augment": False, "batch_size": 2, "warmup_steps": 0}
@@ -54,7 +54,7 @@ def labels(root: Path, save_target: Save = save, target: np.ndarray | None = Non
 def measured(task: Callable, layouts: dict[str, Layout], train: str, test: str, settings: object):
     taught, _ = open_scenes(train, "train", layouts)
     asked, layout = open_scenes(test, "test", layouts)
-    return task(raw_colours(), taught.scenes, asked.scenes, layout, settings)
+    return task(raw_colors(), taught.scenes, asked.scenes, layout, settings)
 
 
 def miou(train: str, test: str, **changes: object) -> dict[str, float]:

@@ -11,12 +11,12 @@ from curation.neighbors.rows.routes import ProbeLimits, Routes
 
 def test_grown_centroids__find_clusters_and_do_not_depend_on_threads():
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(8, 32))
-    rows = centres[rng.integers(0, 8, 4000)] + 0.05 * rng.normal(size=(4000, 32))
+    centers = rng.normal(size=(8, 32))
+    rows = centers[rng.integers(0, 8, 4000)] + 0.05 * rng.normal(size=(4000, 32))
     rows = quantize_rows(rows)
     found = [grown_centroids(rows, 24, np.random.default_rng(1), threads) for threads in (1, 3)]
     assert (found[0] == found[1]).all()
-    unit = centres / np.linalg.norm(centres, axis=1, keepdims=True)
+    unit = centers / np.linalg.norm(centers, axis=1, keepdims=True)
     assert (unit @ found[0].T).max(axis=1).min() > 0.99
 
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curation.neighbors.index.coarse_training import lists_of
-from curation.neighbors.index.seed_groups import _neighbours, sample_duplicate_groups
+from curation.neighbors.index.seed_groups import _neighbors, sample_duplicate_groups
 from curation.neighbors.kernels.quantized import quantize_rows
 from curation.neighbors.kernels.selection import columns_near
 from curation.neighbors.kernels.sketches import least_product, sketches_of
@@ -35,7 +35,7 @@ def test_sketches__say_the_cosine_up_to_their_error(width, cosine):
     assert (products > least_product(cosine)).mean() > 0.995
 
 
-def test_sketches__do_not_depend_on_threads_or_neighbours():
+def test_sketches__do_not_depend_on_threads_or_neighbors():
     rows = quantize_rows(np.random.default_rng(1).normal(size=(20_000, 96)))
     whole = sketches_of(rows, 3)
     assert (whole == sketches_of(rows)).all()
@@ -60,11 +60,11 @@ def test_columns_near__hold_the_highest_and_few_more(rows, columns, count, sprea
 
 
 def grouped_rows(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(6000, 256) rows around 200 centres, 2,000 strangers; and whose they are, -1 of strangers."""
-    centres = unit(rng.normal(size=(200, 256)))
+    """(6000, 256) rows around 200 centers, 2,000 strangers; and whose they are, -1 of strangers."""
+    centers = unit(rng.normal(size=(200, 256)))
     owner = np.concatenate([rng.integers(0, 200, 4000), np.full(2000, -1)])
     rows = unit(rng.normal(size=(6000, 256)))
-    rows[:4000] = around(centres[owner[:4000]], 0.85, rng)
+    rows[:4000] = around(centers[owner[:4000]], 0.85, rng)
     order = rng.permutation(6000)
     return rows[order], owner[order]
 
@@ -103,12 +103,12 @@ def test_alike_groups__identical_rows_follow_their_first_and_crowds_stay_small()
     assert len(np.unique(found[6000:])) <= 3
 
 
-def test_neighbours__of_a_crowd_are_few_for_each_row():
+def test_neighbors__of_a_crowd_are_few_for_each_row():
     rng = np.random.default_rng(6)
     crowd = quantize_rows(
         around(np.repeat(unit(rng.normal(size=(1, 256))), 8000, axis=0), 0.97, rng)
     )
-    left, right = _neighbours(crowd, 0.8, rng, 2)
+    left, right = _neighbors(crowd, 0.8, rng, 2)
     assert (left < right).all()
     assert 8000 < len(left) < 64 * 8000
 

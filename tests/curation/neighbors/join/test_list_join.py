@@ -31,8 +31,8 @@ def dedup(tmp_path):
 
 def crowd(seed, count=1500):
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(count // 25, WIDTH))
-    rows = centres[rng.integers(0, len(centres), count)] + 1.6 * rng.normal(size=(count, WIDTH))
+    centers = rng.normal(size=(count // 25, WIDTH))
+    rows = centers[rng.integers(0, len(centers), count)] + 1.6 * rng.normal(size=(count, WIDTH))
     rows[: count // 10] = rows[-(count // 10) :] + 0.4 * rng.normal(size=(count // 10, WIDTH))
     return rows
 

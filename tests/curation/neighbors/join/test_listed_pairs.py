@@ -29,8 +29,8 @@ def pairs_of(tmp_path):
 def crowd(seed, count=900):
     """Clusters of near-copies, of which some are identical; one is a crowd of equals."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(count // 12, WIDTH))
-    rows = centres[rng.integers(0, len(centres), count)] + 0.35 * rng.normal(size=(count, WIDTH))
+    centers = rng.normal(size=(count // 12, WIDTH))
+    rows = centers[rng.integers(0, len(centers), count)] + 0.35 * rng.normal(size=(count, WIDTH))
     rows[100:140] = rows[99]
     rows[200:260] = rows[rng.integers(300, 400, 60)]
     return rows.astype(np.float16)

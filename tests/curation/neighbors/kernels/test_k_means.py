@@ -13,8 +13,8 @@ from curation.neighbors.kernels.k_means import (
 def blobs(seed, count, clusters=12, width=32, noise=0.1):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, clusters, count)
-    centres = np.random.default_rng(99).normal(size=(clusters, width))
-    rows = centres[labels] / np.linalg.norm(centres[labels], axis=1, keepdims=True)
+    centers = np.random.default_rng(99).normal(size=(clusters, width))
+    rows = centers[labels] / np.linalg.norm(centers[labels], axis=1, keepdims=True)
     rows = rows + noise * rng.normal(size=(count, width))
     return labels, (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 

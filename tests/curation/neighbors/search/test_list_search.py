@@ -31,8 +31,8 @@ def retrieve(tmp_path):
 
 def rows(seed, count):
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(9).normal(size=(40, WIDTH))
-    return centres[rng.integers(0, 40, count)] + 0.8 * rng.normal(size=(count, WIDTH))
+    centers = np.random.default_rng(9).normal(size=(40, WIDTH))
+    return centers[rng.integers(0, 40, count)] + 0.8 * rng.normal(size=(count, WIDTH))
 
 
 def test_search_by_lists__finds_what_exhaustive_search_finds(embed, retrieve):

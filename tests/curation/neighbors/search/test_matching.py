@@ -44,7 +44,7 @@ def test_matching__equals_serving_pairs_one_by_one(tmp_path, monkeypatch, seed):
     rng = np.random.default_rng(seed)
     positions = np.stack([rng.permutation(60)[:12] for _ in range(30)])
     scores = -np.sort(-rng.integers(0, 1 + 3 * seed, (30, 12)).astype(np.float32), axis=1)
-    positions[rng.random(30) < 0.2, 9:] = -1  # fewer neighbours than asked for
+    positions[rng.random(30) < 0.2, 9:] = -1  # fewer neighbors than asked for
     bounds = [0, 7, 7, 20, 30]
     search = searched(tmp_path, positions, scores, bounds, 60)
     matching = Matching(search, 3, pairs_held=1 + seed, pairs_per_file=10)
