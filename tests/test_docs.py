@@ -11,6 +11,15 @@ import pytest
 from curation.registry import stage_names
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PACKAGES = ("embedder", "curation", "pretrain", "pipelines", "configs", "docs")
+BRITISH = re.compile(
+    r"neighbour|normalis|licence|colour|behaviour|favour|centre[ds]?\b|metres?\b|labelled|judgement"
+    r"|recognis|generalis|optimis(?!t)|summaris|quantis|minimis|canonicalis|artefact|\bgrey",
+    re.IGNORECASE,
+)
+STILL_READ = ('"licence"', "`licence`", "aria-labelledby", '"--licence"', '"--judgements"')
+"""Old names in files and commands, and the one of HTML."""
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +49,20 @@ def test_site__loads_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         assert not re.search(r"""<(?:script|img)[^>]+src=["']?https?:""", page.read_text()), page
         assert not re.search(r"""<link[^>]+stylesheet[^>]+https?:""", page.read_text()), page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page__has_short_lines(page):
+    is_code = False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        is_code ^= line.startswith("```")
+        assert is_code or line.startswith("|") or len(line) < 120, f"{page.name}:{number}"
+
+
+def test_spelling__is_american():
+    files = [file for name in PACKAGES for file in (ROOT / name).rglob("*") if file.is_file()]
+    for file in files:
+        if file.suffix in {".py", ".md", ".yaml", ".j2"}:
+            for number, line in enumerate(file.read_text().splitlines(), 1):
+                is_old_name = any(name in line for name in STILL_READ)
+                assert is_old_name or not BRITISH.search(line), f"{file}:{number}: {line.strip()}"
