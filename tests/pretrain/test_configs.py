@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import load_config
+from pretrain.copy_config import load_training_config
 
 FOLDER = Path(str(resources.files("configs").joinpath("pretrain")))
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_config__loads_and_names_command_and_cost(path: Path) -> None:
-    load_config(path.stem)
+    load_training_config(path.stem)
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert f"curate pretrain {path.stem} " in header[0]
     assert any(line.startswith("# Cost: ") for line in header)

@@ -254,7 +254,7 @@ def test_config__refuses_what_cannot_be(tmp_path: Path) -> None:
         small_config(crops={"local_size": 30})
     with pytest.raises(ConfigError, match="did you mean 'drop_path'"):
         small_config(model={"drop_pth": 0.1})
-    with pytest.raises(ConfigError, match="one of configs/pretrain: demo"):
+    with pytest.raises(ConfigError, match="one of configs/pretrain: copy, demo"):
         load_config("missing")
     with pytest.raises(ConfigError, match="want key=value"):
         load_config("demo", ["optim.steps"])

@@ -156,8 +156,9 @@ class _DrawSample(Task[int, None, str]):
             check_widths(widths)
             drawn = hash_ids(ids, self.seed, "unrelated")
             kept = (drawn <= share_bound(self.share)) & ~bad_rows(vectors)
-            hashes.append(drawn[kept])
-            rows.append(vectors[kept].astype(np.float32))
+            if kept.any():  # a shard without one vector has no width
+                hashes.append(drawn[kept])
+                rows.append(vectors[kept].astype(np.float32))
         path = storage.join(self.folder, f"sample-{item:06d}.npz")
         with storage.open_whole(path) as file:
             if rows:

@@ -41,7 +41,7 @@ def test_load_recipe__builds_stages_and_roles(tmp_path):
 
 WRONG = [
     ("pool:", "polo:", "unknown key 'polo'; did you mean 'pool'"),
-    ("- canonicalize", "- canonicalize", "no stage 'canonicalize'; did you mean 'canonicalize'"),
+    ("- canonicalize", "- canonicalise", "no stage 'canonicalise'; did you mean 'canonicalize'"),
     (
         "- canonicalize",
         "- canonicalize: {max_sid: 3}",

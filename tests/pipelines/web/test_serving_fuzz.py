@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
 
 from pipelines.web.serving.catalog import Catalog
 from tests.pipelines.served_run import catalog_with_marks, served, serving
-from tests.pipelines.web.test_calibration import app_with_lab
+from tests.pipelines.web.test_threshold_lab import app_with_lab
 
 CHECKS = [
     *(not_a_server_error, content_type_conformance),
