@@ -66,3 +66,11 @@ def test_spelling__is_american():
             for number, line in enumerate(file.read_text().splitlines(), 1):
                 is_old_name = any(name in line for name in STILL_READ)
                 assert is_old_name or not BRITISH.search(line), f"{file}:{number}: {line.strip()}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page__names_files_that_are_there(page):
+    named = re.findall(
+        r"`((?:curation|configs|embedder|pretrain|pipelines|tests)/[\w/]+\.\w+)`", page.read_text()
+    )
+    assert [name for name in named if not (ROOT / name).is_file()] == []
