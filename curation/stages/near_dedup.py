@@ -19,8 +19,8 @@ from curation.neighbors.dedup.judge_components import (
     JudgeDuplicates,
     judge_components,
 )
-from curation.neighbors.dedup.masks import write_active, write_exempt
 from curation.neighbors.dedup.pool_threshold import PoolThreshold, choose_threshold
+from curation.neighbors.dedup.row_masks import write_active, write_exempt
 from curation.neighbors.dedup.threshold_graph import check_largest, connect, largest_allowed
 from curation.neighbors.dedup.verdicts import BASE, DecideByVerdicts, Verdicts
 from curation.neighbors.index.vector_index import Comparison, build_index, self_join, sources_of

@@ -38,6 +38,8 @@ def test_load_config__a_short_run_reaches_its_rate(
 
 def test_load_config__what_fits_and_what_ships_stays(caplog: pytest.LogCaptureFixture) -> None:
     for path in find_config("pretrain", "demo").parent.glob("*.yaml"):
+        if path.stem == "copy":  # another method's settings
+            continue
         plain = parse_settings(PretrainConfig, read_mapping(path), path.stem)
         if path.stem != "highres_518":  # it is laid over a run's settings
             assert load_config(path.stem) == plain

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from curation.neighbors.dedup.masks import write_active, write_exempt
+from curation.neighbors.dedup.row_masks import write_active, write_exempt
 from tests.curation.neighbors.dedup.conftest import crowd
 
 
