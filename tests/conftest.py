@@ -1,6 +1,8 @@
 """What several tests share: real photos, and a folder of them as data sets."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,3 +17,12 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent")
     return SHARED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_ends_with_its_file() -> Iterator[None]:
+    """The next file of this process may start Ray with other resources."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()

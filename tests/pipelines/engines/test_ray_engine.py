@@ -63,7 +63,6 @@ def _tests_travel():
 
 @pytest.fixture(scope="module")
 def engine():
-    ray.shutdown()  # what another file's test left
     # Room for another engine, however much memory other tests hold at the moment.
     ray.init(num_cpus=3, _memory=64 << 30, include_dashboard=False, log_to_driver=False)
     yield RayEngine(2, attempts=2, first_pause_s=0.05)
