@@ -17,9 +17,15 @@ from curation.neighbors.dedup.unrelated_tail import (
     fit_unrelated_tail,
     largest_random_component,
 )
-from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.rows.arrange import ShardRun, shard_runs
-from curation.neighbors.rows.vectors import VectorSource, bad_rows, check_widths, default_threshold
+from curation.neighbors.rows.column_file import ColumnFile, write_columns
+from curation.neighbors.rows.file_tasks import FileTask, TaskResult, run_file_tasks
+from curation.neighbors.rows.vectors import (
+    VectorSource,
+    check_widths,
+    default_threshold,
+    draw_rows,
+)
 from curation.stage import Engine, Task
 from embedder.rows import unit_rows
 
@@ -124,9 +130,8 @@ def _tail_of(
     share = _SPARE * SAMPLE_ROWS / max(1, num_rows)
     runs = tuple(shard_runs(sources, _READ_BYTES))
     draw = _DrawSample(tuple(sources), runs, share, folder, seed)
-    drawn = dict(engine.map(draw, range(len(runs)), "draw a sample"))
-    paths = tuple(drawn[number] for number in range(len(runs)))
-    ((_, tail),) = engine.map(_FitTail(paths, threshold), ["tail"], "fit the unrelated tail")
+    run_file_tasks(engine, draw, len(runs), folder, "draw a sample")
+    ((_, tail),) = engine.map(_FitTail(draw, threshold), ["tail"], "fit the unrelated tail")
     return tail
 
 
@@ -135,8 +140,8 @@ _READ_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class _DrawSample(Task[int, None, str]):
-    """Writes the sampled rows of one run of shards, each after its hash; gives the path."""
+class _DrawSample(FileTask[None, None]):
+    """The sampled rows of one run of shards, and their hashes."""
 
     sources: tuple[VectorSource, ...]
     runs: tuple[ShardRun, ...]
@@ -144,7 +149,11 @@ class _DrawSample(Task[int, None, str]):
     folder: str
     seed: int
 
-    def __call__(self, item: int, opened: None) -> str:
+    def path(self, item: int) -> str:
+        """Where the rows of one run lie."""
+        return storage.join(self.folder, f"sample-{item:06d}.bin")
+
+    def __call__(self, item: int, opened: None) -> TaskResult[None]:
         number, first, end = self.runs[item]
         source, widths = self.sources[number], []
         hashes, rows = [], []
@@ -153,36 +162,31 @@ class _DrawSample(Task[int, None, str]):
             if not len(ids):
                 continue
             widths.append((source.where(shard), vectors.shape[1]))
-            check_widths(widths)
-            drawn = hash_ids(ids, self.seed, "unrelated")
-            kept = (drawn <= share_bound(self.share)) & ~bad_rows(vectors)
-            if kept.any():  # a shard without one vector has no width
-                hashes.append(drawn[kept])
-                rows.append(vectors[kept].astype(np.float32))
-        path = storage.join(self.folder, f"sample-{item:06d}.npz")
-        with storage.open_whole(path) as file:
-            if rows:
-                np.savez(file, hashes=np.concatenate(hashes), rows=np.concatenate(rows))
-            else:
-                np.savez(file, hashes=np.empty(0, np.uint64), rows=np.empty((0, 0), np.float32))
-        return path
+            keys, drawn = draw_rows(ids, vectors, self.share, self.seed, "unrelated")
+            if len(drawn):  # a shard without one vector has no width
+                hashes.append(keys)
+                rows.append(vectors[drawn].astype(np.float32))
+        check_widths(widths)
+        columns = {
+            "hash": np.concatenate(hashes) if hashes else np.empty(0, np.uint64),
+            "row": np.concatenate(rows) if rows else np.empty((0, 0), np.float32),
+        }
+        write_columns(self.path(item), columns)
+        return TaskResult([self.path(item)], None)
 
 
 @dataclass(frozen=True)
 class _FitTail(Task[str, None, UnrelatedTail | None]):
     """Fits the tail of the sample."""
 
-    paths: tuple[str, ...]
+    sample: _DrawSample
     threshold: float
 
     def __call__(self, item: str, opened: None) -> UnrelatedTail | None:
-        parts = []
-        for path in self.paths:
-            with storage.open_read(path) as file:
-                parts.append(dict(np.load(file)))
-        parts = [part for part in parts if len(part["hashes"])]
-        if len({part["rows"].shape[1] for part in parts}) != 1:  # none; or the index names which
+        files = [ColumnFile.open(self.sample.path(run)) for run in range(len(self.sample.runs))]
+        parts = [(file["hash"], file["row"]) for file in files if file.num_rows("hash")]
+        if len({rows.shape[1] for _, rows in parts}) != 1:  # none; or the index names which
             return None
-        order = np.argsort(np.concatenate([part["hashes"] for part in parts]), kind="stable")
-        rows = np.concatenate([part["rows"] for part in parts])[order[:SAMPLE_ROWS]]
+        order = np.argsort(np.concatenate([hashes for hashes, _ in parts]), kind="stable")
+        rows = np.concatenate([rows for _, rows in parts])[order[:SAMPLE_ROWS]]
         return fit_unrelated_tail(unit_rows(rows).astype(np.float32), self.threshold)

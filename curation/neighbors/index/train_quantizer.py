@@ -14,7 +14,6 @@ from curation import storage
 from curation.neighbors.index.coarse_training import FLAT, lists_of
 from curation.neighbors.index.quantizer import FIRST_GROUPS, CoarseQuantizer, QuantizerRouter
 from curation.neighbors.index.seed_groups import sample_duplicate_groups
-from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.neighbors.kernels.quantized import quantize_rows
 from curation.neighbors.kernels.threads import in_threads
 from curation.neighbors.rows.arrange import rows_per_task, shard_runs
@@ -26,7 +25,7 @@ from curation.neighbors.rows.file_tasks import (
 )
 from curation.neighbors.rows.routes import ProbeLimits
 from curation.neighbors.rows.row_files import map_array, write_array
-from curation.neighbors.rows.vectors import VectorSource, bad_rows, check_widths, storage_dtype
+from curation.neighbors.rows.vectors import VectorSource, check_widths, draw_rows, storage_dtype
 from curation.stage import Engine, Resources
 from embedder.encoder import all_cpus
 
@@ -193,18 +192,17 @@ class _Sample(FileTask[None, dict[str, Any]]):
     def _read(self, source: VectorSource, shard: int) -> _Sampled | None:
         """The sampled rows of one shard; None where there are none."""
         ids, vectors = source.read(shard)
-        keys = hash_ids(ids, "coarse", self.training.seed)
-        chosen = np.flatnonzero(keys <= self._bound(vectors.shape[1]))
-        chosen = chosen[~bad_rows(vectors[chosen])] if len(chosen) else chosen
-        if not len(chosen):
+        share = self._share(vectors.shape[1])
+        hashes, drawn = draw_rows(ids, vectors, share, "coarse", self.training.seed)
+        if not len(drawn):
             return None
-        rows = quantize_rows(vectors[chosen])
-        return keys[chosen], rows, (source.where(shard), vectors.shape[1])
+        rows = quantize_rows(vectors[drawn])
+        return hashes, rows, (source.where(shard), vectors.shape[1])
 
-    def _bound(self, width: int) -> np.ndarray:
-        """Hashes up to this are sampled: a little more than will be used, as rows are by chance."""
+    def _share(self, width: int) -> float:
+        """Of the rows that are sampled: a little more than will be used, as rows are by chance."""
         share = 1.05 * self.training.most_rows(width) / self.training.num_rows
-        return share_bound(min(self.training.share, share))
+        return min(self.training.share, share)
 
 
 @dataclass(frozen=True)

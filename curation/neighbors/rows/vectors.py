@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from curation.dataset import Dataset
 from curation.errors import ConfigError, SchemaError, SpaceError
+from curation.neighbors.kernels.id_hashes import hash_ids, share_bound
 from curation.pool import Pool
 from curation.schema import ID, ids_to_bytes
 from embedder.rows import largest_of, leveled, unit_rows
@@ -131,6 +132,19 @@ def bad_rows(vectors: np.ndarray) -> np.ndarray:
         return np.ones(len(vectors), bool)
     top = largest_of(vectors)  # (N,)  NaN and Inf survive a maximum
     return np.asarray(~(np.isfinite(top) & (top > 0)))
+
+
+def draw_rows(
+    ids: np.ndarray, vectors: np.ndarray, share: float, *salts: int | str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes (S,) and places (S,) of the share of the rows with the smallest hash of (salts, id).
+
+    Rows without a direction are left out.
+    """
+    hashes = hash_ids(ids, *salts)
+    drawn = np.flatnonzero(hashes <= share_bound(share))
+    drawn = drawn[~bad_rows(vectors[drawn])] if len(drawn) else drawn
+    return hashes[drawn], drawn
 
 
 def exact_similarities(left: np.ndarray, right: np.ndarray) -> np.ndarray:
